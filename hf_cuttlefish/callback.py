@@ -1,0 +1,205 @@
+"""The Trainer's door: a thin callback around `Cuttlefish`. The one place that knows Trainer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .config import CuttlefishConfig
+from .controller import Cuttlefish
+from .ranks import RankPlan, group_name
+from .report import FactorizationReport, count_parameters
+from .saving import follow_checkpoints
+
+logger = logging.getLogger(__name__)
+
+STATISTICS_FILE = "cuttlefish_statistics.safetensors"
+
+
+class CuttlefishCallback(TrainerCallback, ExportableState):
+    """Watch the stable ranks, switch in the middle of the run, train on low rank: `Trainer(callbacks=[CuttlefishCallback()])`.
+
+    Args:
+        config: a CuttlefishConfig (or its dictionary); None for the defaults.
+
+    Attributes:
+        plan, switch_step, history, report, reason: as of `Cuttlefish`; they can be read during and after training.
+
+    Raises:
+        TypeError: config is something else. At the start of training: as `Cuttlefish`.
+    """
+
+    def __init__(self, config: CuttlefishConfig | dict[str, Any] | None = None) -> None:
+        if isinstance(config, dict):
+            config = CuttlefishConfig.from_dict(config)
+        if config is not None and not isinstance(config, CuttlefishConfig):
+            raise TypeError(f"config must be a CuttlefishConfig, got {type(config).__name__}: {config!r:.80}")
+        self.config = config or CuttlefishConfig()
+        self.cuttlefish: Cuttlefish | None = None
+        self._saved: dict[str, Any] | None = None
+        self._logged_check = -1
+
+    # --- what can be read ---
+
+    @property
+    def plan(self) -> RankPlan | None:
+        return self.cuttlefish.plan if self.cuttlefish else None
+
+    @property
+    def switch_step(self) -> int | None:
+        return self.cuttlefish.switch_step if self.cuttlefish else None
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        return self.cuttlefish.history if self.cuttlefish else []
+
+    @property
+    def report(self) -> FactorizationReport | None:
+        return self.cuttlefish.report if self.cuttlefish else None
+
+    @property
+    def reason(self) -> str | None:
+        return self.cuttlefish.reason if self.cuttlefish else None
+
+    # --- Trainer's events ---
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Between here and the loading of a checkpoint's weights there is no event: let the weights choose the structure."""
+        if model is not None:
+            follow_checkpoints(model, kwargs.get("optimizer"))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        if model is None:
+            raise ValueError("the Trainer gives its callbacks no model")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"nn.DataParallel over {args.n_gpu} GPUs is not supported: set CUDA_VISIBLE_DEVICES to one of them, or start "
+                "one process for each with torchrun or accelerate launch"
+            )
+        _move_to_front(self)
+        follow_checkpoints(model)
+        self._logged_check = -1
+        name = type(self).__name__
+        saved = self._saved or _callback_state(state, name) if state.global_step else None
+        self._saved = None
+        self.cuttlefish = Cuttlefish(model, kwargs.get("optimizer"), self.config, total_steps=state.max_steps)
+        if saved:
+            self.cuttlefish.load_state_dict(saved, _load_statistics(args, state))
+        else:
+            self.cuttlefish.start_at(state.global_step)
+        # A checkpoint of a run without this callback has no place for its state, and Trainer would fail to save it.
+        if isinstance(state.stateful_callbacks, dict):
+            state.stateful_callbacks.setdefault(name, self.state())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.cuttlefish is not None and self.cuttlefish.step():
+            control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add to the Trainer's log: mean stable rank of each kind of projection, parameters, step of the switch."""
+        if self.cuttlefish is None or logs is None:
+            return
+        extra: dict[str, Any] = {}
+        if self.cuttlefish.checks and self.cuttlefish.checks[-1] != self._logged_check and "loss" in logs:
+            self._logged_check = self.cuttlefish.checks[-1]
+            kinds: dict[str, list[float]] = {}
+            for layer, value in self.cuttlefish.latest().items():
+                kinds.setdefault(group_name(layer).rpartition("*.")[2], []).append(value)
+            extra = {f"stable_rank/{kind}": round(sum(v) / len(v), 4) for kind, v in kinds.items()}
+        if "loss" in logs and model is not None:
+            extra["parameters"] = count_parameters(model)
+            if self.switch_step is not None:
+                extra["switch_step"] = self.switch_step
+        logs.update(extra)
+        if extra and state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(extra)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.cuttlefish is None:
+            return
+        self.cuttlefish.note_save()
+        statistics = self.cuttlefish.statistics_state()
+        folder = _checkpoint_folder(args, state)
+        if statistics is not None and state.is_world_process_zero and folder.is_dir():
+            from safetensors.torch import save_file
+
+            partial = folder / f".{STATISTICS_FILE}.partial"
+            save_file(statistics, partial, metadata={"step": str(state.global_step)})
+            os.replace(partial, folder / STATISTICS_FILE)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.cuttlefish is not None:
+            self.cuttlefish.end()
+
+    # --- ExportableState: what Trainer writes into trainer_state.json ---
+
+    def state(self) -> dict[str, Any]:
+        """{"args": constructor arguments, "attributes": what is set afterwards}, JSON only."""
+        run = self.cuttlefish.state_dict() if self.cuttlefish is not None else self._saved
+        return {"args": {"config": self.config.to_dict()}, "attributes": {"_saved": run}}
+
+
+def _callback_state(state: TrainerState, name: str) -> dict[str, Any] | None:
+    entry = state.stateful_callbacks.get(name) if isinstance(state.stateful_callbacks, dict) else None
+    if isinstance(entry, list):
+        entry = entry[-1] if entry else None
+    return entry["attributes"].get("_saved") if isinstance(entry, dict) else None
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _load_statistics(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
+    """Statistics saved beside the checkpoint that is resumed: in the folder named, or under the output folder."""
+    from safetensors import safe_open
+
+    folders = [_checkpoint_folder(args, state)]
+    if isinstance(args.resume_from_checkpoint, str):
+        folders.insert(0, Path(args.resume_from_checkpoint))
+    for folder in folders:
+        path = folder / STATISTICS_FILE
+        if not path.is_file():
+            continue
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("step") == str(state.global_step):
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+    return None
+
+
+def _move_to_front(callback: TrainerCallback) -> None:
+    """Stand before the trackers, so that what `on_log` adds reaches them. Callbacks given by users come after them.
+
+    Trainer hands its handler to no callback; the frame that calls us is a method of it.
+    """
+    frame = sys._getframe(1)
+    for _ in range(4):
+        if frame is None:
+            return
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler):
+            if callback in handler.callbacks:
+                handler.callbacks.remove(callback)
+                handler.callbacks.insert(0, callback)
+            return
+        frame = frame.f_back  # type: ignore[assignment]

@@ -1,0 +1,255 @@
+"""Every choice a user can make, validated, with defaults that need none of them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+CONFIG_VERSION = 1
+"""Version of the dictionary that `CuttlefishConfig.to_dict` writes; older ones are read, newer ones refused."""
+
+RANK_RULES = ("loss", "stable_rank", "scaled_stable_rank", "accumulative", "paper", "energy", "ratio")
+
+
+@dataclass
+class CuttlefishConfig:
+    """When to switch, which layers to factorize, and how much rank each one keeps.
+
+    All lengths called *steps* are optimizer steps; all *shares* are fractions of the whole run, so that one setting fits a
+    300-step fine-tune and a 300-epoch run.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is outside its range, or two fields contradict each other. Both name the field and its value.
+    """
+
+    target_modules: str | list[str] = field(
+        default="all-linear",
+        metadata={
+            "help": "'all-linear' (the attention and MLP projections of the repeated blocks), a list of name endings such "
+            "as ['query', 'value'], or a regular expression that matches whole module names."
+        },
+    )
+    exclude_modules: str | list[str] | None = field(
+        default=None, metadata={"help": "Name endings (list) or a regular expression (str) of layers that stay dense."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Ranks set by hand: name ending or regular expression -> rank; overrides the rank rule."},
+    )
+    rank_rule: str = field(
+        default="loss",
+        metadata={
+            "help": "How ranks are chosen: 'loss' (one threshold on predicted loss per parameter over the whole model), "
+            "'stable_rank', 'scaled_stable_rank', 'accumulative', 'paper' (the larger of the last two), 'energy', 'ratio'."
+        },
+    )
+    rank_ratio: float = field(default=0.25, metadata={"help": "Share of the full rank min(m, n) for rule 'ratio'."})
+    accumulative_share: float = field(
+        default=0.8, metadata={"help": "Share of the sum of the singular values for rule 'accumulative' (the paper's p)."}
+    )
+    energy_share: float = field(default=0.9, metadata={"help": "Share of ||W||_F^2 kept by rule 'energy'."})
+    stable_rank_scale: str = field(
+        default="auto",
+        metadata={
+            "help": "xi of the scaled stable rank: 'initial' (full rank / stable rank of the initial weights, the paper), "
+            "'random_matrix' ((1 + sqrt(min/max))^2, needs no initial weights), or 'auto': 'initial' if the run starts from "
+            "random weights, else 'random_matrix'."
+        },
+    )
+    rank_multiple: int = field(default=8, metadata={"help": "Ranks are multiples of this number (hardware alignment)."})
+    target_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Share of the target layers' parameters to keep, for rule 'loss'; None: chosen by the rule."},
+    )
+    max_loss_increase: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest predicted increase of the training loss at the switch, as a share of the training loss, for "
+            "rule 'loss'; None: the default bound (see hf_cuttlefish.ranks.DEFAULT_LOSS_INCREASE)."
+        },
+    )
+    switch_step: int | None = field(
+        default=None, metadata={"help": "Switch after exactly this many optimizer steps instead of finding the point."}
+    )
+    earliest_switch: float = field(default=0.1, metadata={"help": "Earliest switch, as a share of the run."})
+    latest_switch: float = field(
+        default=1 / 3, metadata={"help": "Latest switch, as a share of the run; a warning says when it is what fired."}
+    )
+    check_steps: int | None = field(
+        default=None, metadata={"help": "Measure stable ranks every so many steps; None: 30 times over the whole run."}
+    )
+    stable_rank_tolerance: float = field(
+        default=1.0,
+        metadata={
+            "help": "Stable ranks have converged when every layer's smoothed relative change is below this, per whole run "
+            "(1.0: slower than 10% of its value in a tenth of the run)."
+        },
+    )
+    statistics_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps before the switch in which inputs and output gradients are gathered (rule 'loss'); 0: none; "
+            "None: 4% of the run, between 4 and 24 steps."
+        },
+    )
+    statistics_tokens: int = field(
+        default=1024, metadata={"help": "At most so many tokens per layer and micro-batch enter the statistics."}
+    )
+    optimizer_state: str = field(
+        default="carry",
+        metadata={"help": "'carry' projects the optimizer's moments onto the factors, 'reset' starts them at zero."},
+    )
+    on_error: str = field(
+        default="continue",
+        metadata={"help": "If the switch fails: 'continue' full rank with a warning, or 'raise'. Either way the model is as before."},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_modules, (tuple, set, frozenset)):
+            self.target_modules = sorted(self.target_modules)
+        if isinstance(self.exclude_modules, (tuple, set, frozenset)):
+            self.exclude_modules = sorted(self.exclude_modules)
+        self._check_patterns()
+        self._check_choice("rank_rule", RANK_RULES)
+        self._check_choice("stable_rank_scale", ("auto", "initial", "random_matrix"))
+        self._check_choice("optimizer_state", ("carry", "reset"))
+        self._check_choice("on_error", ("raise", "continue"))
+        for name in ("rank_ratio", "accumulative_share", "energy_share"):
+            self._check_number(name, above=0, most=1)
+        for name in ("target_ratio", "max_loss_increase"):
+            if getattr(self, name) is not None:
+                self._check_number(name, above=0, most=1 if name == "target_ratio" else math.inf)
+        self._check_number("earliest_switch", least=0, most=1)
+        self._check_number("latest_switch", above=0, most=1)
+        self._check_number("stable_rank_tolerance", above=0)
+        self._check_integer("rank_multiple", least=1)
+        self._check_integer("statistics_tokens", least=1)
+        for name, least in (("switch_step", 1), ("check_steps", 1), ("statistics_steps", 0)):
+            if getattr(self, name) is not None:
+                self._check_integer(name, least=least)
+        if self.earliest_switch > self.latest_switch:
+            raise ValueError(
+                f"earliest_switch ({self.earliest_switch}) lies after latest_switch ({self.latest_switch}): "
+                "set both, earliest first."
+            )
+        if self.target_ratio is not None and self.max_loss_increase is not None:
+            raise ValueError(
+                f"target_ratio ({self.target_ratio}) and max_loss_increase ({self.max_loss_increase}) both fix the size: "
+                "give one of them."
+            )
+
+    @classmethod
+    def paper(cls, **changes: Any) -> CuttlefishConfig:
+        """The recipe of the paper (arXiv 2305.02538): plain SVD at max(scaled stable rank, accumulative rank), fresh state.
+
+        What is not kept: the paper's absolute threshold in rank units per epoch, which cannot fire in a short fine-tune.
+        """
+        return replace(cls(rank_rule="paper", optimizer_state="reset", statistics_steps=0), **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary with a `version`."""
+        return {"version": CONFIG_VERSION, **asdict(self)}
+
+    def to_json(self) -> str:
+        """The dictionary of `to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> CuttlefishConfig:
+        """Reads what `to_dict` wrote.
+
+        Raises:
+            TypeError: `data` is no dictionary.
+            ValueError: an unknown field (closest names shown), or a dictionary written by a newer version.
+        """
+        if not isinstance(data, dict):
+            raise TypeError(f"a CuttlefishConfig is read from a dict, not from {type(data).__name__}")
+        data = dict(data)
+        version = data.pop("version", CONFIG_VERSION)
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise ValueError(f"version must be a whole number of at least 1, got {version!r}")
+        if version > CONFIG_VERSION:
+            raise ValueError(
+                f"this config has version {version}, and this hf_cuttlefish reads up to {CONFIG_VERSION}: "
+                "upgrade with `pip install -U hf-cuttlefish`."
+            )
+        known = [f.name for f in fields(cls)]
+        for name in data:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=3)
+                raise ValueError(f"unknown field {name!r}; " + (f"did you mean {close}?" if close else f"known: {known}"))
+        return cls(**data)
+
+    @classmethod
+    def from_json(cls, text: str) -> CuttlefishConfig:
+        """Reads what `to_json` wrote; raises as `from_dict`, and ValueError for text that is no JSON."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a CuttlefishConfig is read from JSON text: {error}") from error
+        return cls.from_dict(data)
+
+    def _check_patterns(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if value is None and name == "exclude_modules":
+                continue
+            if isinstance(value, str):
+                if not value:
+                    raise ValueError(f"{name} is empty: give 'all-linear', a list of name endings or a regular expression")
+                if value != "all-linear":
+                    _check_regex(name, value)
+            elif isinstance(value, list):
+                if not value and name == "target_modules":
+                    raise ValueError("target_modules is an empty list: name at least one layer, or use 'all-linear'")
+                for item in value:
+                    if not isinstance(item, str) or not item:
+                        raise TypeError(f"{name} must hold name endings (non-empty str), got {item!r}")
+            else:
+                raise TypeError(f"{name} must be a str or a list of str, got {type(value).__name__}: {value!r}")
+        if not isinstance(self.rank_pattern, dict):
+            raise TypeError(f"rank_pattern must be a dict of name -> rank, got {type(self.rank_pattern).__name__}")
+        for key, rank in self.rank_pattern.items():
+            if not isinstance(key, str) or not key:
+                raise TypeError(f"rank_pattern has the key {key!r}: use a name ending or a regular expression")
+            _check_regex("rank_pattern", key)
+            if isinstance(rank, bool) or not isinstance(rank, int):
+                raise TypeError(f"rank_pattern[{key!r}] must be a whole number, got {rank!r}")
+            if rank < 1:
+                raise ValueError(f"rank_pattern[{key!r}] is {rank}: a rank is at least 1 (use exclude_modules to keep it dense)")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            close = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"unknown {name} {value!r}: {hint}choose one of {', '.join(choices)}")
+
+    def _check_number(self, name: str, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not (least <= value <= most and value > above) or not math.isfinite(value):
+            low = f"above {above}" if above > -math.inf else f"at least {least}"
+            high = f" and at most {most}" if most < math.inf else ""
+            raise ValueError(f"{name} is {value}: it must be {low}{high}")
+
+    def _check_integer(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+        if value < least:
+            remedy = "; to train low rank from the first step, call factorize(model, plan) before" if name == "switch_step" else ""
+            raise ValueError(f"{name} is {value}: it must be at least {least}{remedy}")
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name} {pattern!r} is no regular expression: {error}") from error

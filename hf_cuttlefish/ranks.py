@@ -1,0 +1,481 @@
+"""How much: the rank of each layer, by named rules, under break-even and alignment; and the plan that holds them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import CuttlefishConfig
+from .factorization import Decomposition, LayerMoments, decompose
+from .layers import check_rank, dense_weight
+from .selection import find_targets, matches
+
+PLAN_VERSION = 1
+DEFAULT_LOSS_INCREASE = 0.01
+"""Default of `max_loss_increase`: see docs/how-it-works.md for the measurements behind it."""
+
+
+def break_even_rank(in_features: int, out_features: int) -> int:
+    """Largest rank at which a pair is smaller than the layer: r (m + n) < m n. 0 if there is none (1 x n layers)."""
+    return (in_features * out_features - 1) // (in_features + out_features)
+
+
+def random_matrix_scale(in_features: int, out_features: int) -> float:
+    """xi of a random Gaussian matrix, (1 + sqrt(min / max))^2 = full rank / its stable rank (Marchenko and Pastur 1967)."""
+    return (1 + math.sqrt(min(in_features, out_features) / max(in_features, out_features))) ** 2
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """What a rank rule may look at.
+
+    Attributes:
+        in_features, out_features: n and m.
+        singular_values: of W, falling, (min(m, n),), or None where the rule does not need them.
+        loss_spectrum: singular values of K^T W L (see `factorization`), or None without statistics.
+        tokens: tokens of an example that reach the loss through this layer.
+        initial_stable_rank: of the weights that the run started from, or None.
+    """
+
+    in_features: int
+    out_features: int
+    singular_values: torch.Tensor | None = None
+    loss_spectrum: torch.Tensor | None = None
+    tokens: float = 1.0
+    initial_stable_rank: float | None = None
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.in_features, self.out_features)
+
+    @property
+    def stable_rank(self) -> float | None:
+        if self.singular_values is None:
+            return None
+        top = float(self.singular_values[0]) ** 2
+        return float(self.singular_values.square().sum()) / top if top > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class RankDecision:
+    """One layer's line in a plan. `rank` is None where the layer stays dense, and `reason` says why."""
+
+    in_features: int
+    out_features: int
+    rank: int | None
+    reason: str
+    stable_rank: float | None = None
+    predicted_loss_increase: float | None = None
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.in_features, self.out_features)
+
+    @property
+    def break_even(self) -> int:
+        return break_even_rank(self.in_features, self.out_features)
+
+    @property
+    def parameters_before(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def parameters_after(self) -> int:
+        return self.parameters_before if self.rank is None else self.rank * (self.in_features + self.out_features)
+
+
+@dataclass
+class RankPlan(Mapping[str, int]):
+    """A mapping {module name: rank} of the layers to factorize, with the numbers behind each in `decisions`.
+
+    `decisions` also holds the layers that stay dense. `rule` is the rule that made it, `notes` what is worth telling.
+
+    Raises:
+        TypeError, ValueError: a rank that is no whole number between 1 and min(in_features, out_features).
+    """
+
+    decisions: dict[str, RankDecision] = field(default_factory=dict)
+    rule: str = "by hand"
+    notes: list[str] = field(default_factory=list)
+    predicted_loss_increase: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, d in self.decisions.items():
+            for size in (d.in_features, d.out_features):
+                if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                    raise ValueError(f"{name} has the size {size!r}: sizes are whole numbers of at least 1")
+            if d.rank is not None:
+                check_rank(d.rank, d.in_features, d.out_features, name)
+
+    def __getitem__(self, name: str) -> int:
+        decision = self.decisions.get(name)
+        if decision is None or decision.rank is None:
+            raise KeyError(name)
+        return decision.rank
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, d in self.decisions.items() if d.rank is not None)
+
+    def __len__(self) -> int:
+        return sum(d.rank is not None for d in self.decisions.values())
+
+    def parameters(self) -> tuple[int, int]:
+        """Weight parameters of all layers decided on, before and after."""
+        decisions = self.decisions.values()
+        return sum(d.parameters_before for d in decisions), sum(d.parameters_after for d in decisions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary with a `version`."""
+        return {
+            "version": PLAN_VERSION,
+            "rule": self.rule,
+            "notes": list(self.notes),
+            "predicted_loss_increase": self.predicted_loss_increase,
+            "layers": {name: asdict(d) for name, d in self.decisions.items()},
+        }
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """JSON text; written to `path` as well if one is given."""
+        text = json.dumps(self.to_dict(), indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RankPlan:
+        """Reads what `to_dict` wrote. Raises ValueError for anything else, naming the field."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("layers"), Mapping):
+            raise ValueError("a rank plan is a JSON object with 'layers': {name: {in_features, out_features, rank, ...}}")
+        version = data.get("version", PLAN_VERSION)
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise ValueError(f"the plan's version is {version!r}: it must be a whole number of at least 1")
+        if version > PLAN_VERSION:
+            raise ValueError(f"this plan has version {version}, and this hf_cuttlefish reads up to {PLAN_VERSION}: upgrade it")
+        decisions = {}
+        for name, d in data["layers"].items():
+            try:
+                decisions[name] = RankDecision(**d)
+            except TypeError as error:
+                raise ValueError(f"layer {name!r} of the plan: {error}") from error
+        notes = data.get("notes", [])
+        if not isinstance(notes, list):
+            raise ValueError(f"the plan's notes must be a list, got {notes!r}")
+        try:
+            return cls(decisions, str(data.get("rule", "by hand")), notes, data.get("predicted_loss_increase"))
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> RankPlan:
+        """Reads JSON text, or the file at a path. Raises ValueError for what is no plan, FileNotFoundError for no file."""
+        text = source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text("utf-8")
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"the plan is no JSON: {error}") from error
+        return cls.from_dict(data)
+
+    def summary(self) -> str:
+        """A table, one line per group of equal projections: full rank, ranks, parameters before and after."""
+        from .report import plan_table
+
+        return plan_table(self)
+
+
+def estimate_ranks(
+    model: nn.Module,
+    config: CuttlefishConfig | None = None,
+    *,
+    statistics: Mapping[str, LayerMoments] | None = None,
+    initial_stable_ranks: Mapping[str, float] | None = None,
+    training_loss: float | None = None,
+) -> RankPlan:
+    """The rank of each target layer, as the switch would choose it now. Changes nothing.
+
+    Args:
+        model: a model with weights (or on the meta device with rank_rule="ratio", which needs none).
+        config: rule, targets and limits; the default config if None.
+        statistics: moments of the layers (`MomentCollector.moments()`); rule "loss" falls back to "ratio" without them.
+        initial_stable_ranks: of the weights the run started from, for xi as the paper has it.
+        training_loss: current loss per example, the unit of `max_loss_increase`.
+
+    Returns:
+        A plan of all target layers, dense ones included.
+
+    Raises:
+        ValueError: a pattern without a match, weights that are not finite (named) or on the meta device.
+    """
+    config = config or CuttlefishConfig()
+    layers = find_targets(model, config)
+    spectra = {}
+    for name, layer in layers.items():
+        n_out, n_in = dense_weight(layer).shape
+        moments = (statistics or {}).get(name)
+        initial = (initial_stable_ranks or {}).get(name)
+        if _by_hand(name, config) is not None or needs_no_weights(config, statistics):
+            spectra[name] = LayerSpectrum(n_in, n_out, initial_stable_rank=initial)
+        else:
+            spectra[name] = spectrum_of(name, layer, config, moments, initial)[0]
+    return plan_ranks(spectra, config, training_loss)
+
+
+def needs_no_weights(config: CuttlefishConfig, statistics: Mapping[str, LayerMoments] | None) -> bool:
+    """Whether the rule looks at nothing but shapes."""
+    return config.rank_rule == "ratio" or (config.rank_rule == "loss" and not statistics)
+
+
+def spectrum_of(
+    name: str, layer: nn.Module, config: CuttlefishConfig, moments: LayerMoments | None, initial: float | None
+) -> tuple[LayerSpectrum, Decomposition]:
+    """The spectrum of one layer in the metric that the rule works in, and the decomposition behind it.
+
+    Raises ValueError, naming the layer, for weights that are on the meta device or not finite.
+    """
+    weight = dense_weight(layer)
+    if weight.is_meta:
+        raise ValueError(f"{name} is on the meta device: load its weights before factorizing it")
+    in_loss = config.rank_rule == "loss" and moments is not None
+    try:
+        d = decompose(weight, moments if in_loss else None)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be factorized: {error}") from error
+    n_out, n_in = weight.shape
+    spectrum = d.spectrum.cpu()
+    if in_loss and moments is not None:
+        return LayerSpectrum(n_in, n_out, None, spectrum, moments.tokens, initial), d
+    return LayerSpectrum(n_in, n_out, spectrum, None, 1.0, initial), d
+
+
+def plan_ranks(
+    spectra: Mapping[str, LayerSpectrum], config: CuttlefishConfig, training_loss: float | None = None
+) -> RankPlan:
+    """A plan from spectra alone, by the config's rule (a pure function)."""
+    notes: list[str] = []
+    by_rule = {name: s for name, s in spectra.items() if _by_hand(name, config) is None}
+    wanted = RULES[config.rank_rule](by_rule, config, training_loss, notes)
+    decisions = {}
+    for name, s in spectra.items():
+        by_hand = _by_hand(name, config)
+        if by_hand is not None:
+            check_rank(by_hand, s.in_features, s.out_features, name)
+            rank, reason = by_hand, "rank_pattern"
+        else:
+            rank, reason = allowed_rank(wanted[name], s.in_features, s.out_features, config.rank_multiple)
+        decisions[name] = RankDecision(
+            s.in_features, s.out_features, rank, reason, s.stable_rank, _dropped(s, rank) if rank is not None else 0.0
+        )
+    known = all(s.loss_spectrum is not None for s in by_rule.values()) and bool(by_rule)
+    total = sum(d.predicted_loss_increase or 0.0 for d in decisions.values()) if known else None
+    return RankPlan(decisions, config.rank_rule, notes, total)
+
+
+def allowed_rank(wanted: float, in_features: int, out_features: int, multiple: int) -> tuple[int | None, str]:
+    """The smallest multiple that holds `wanted` and stays below break-even; None (dense) if `wanted` reaches break-even.
+
+    In a layer so small that no multiple fits below break-even the rank is not aligned. Returns the rank and a reason.
+    """
+    limit = break_even_rank(in_features, out_features)
+    need = max(1, math.ceil(wanted - 1e-9))
+    if need > limit:
+        return None, f"rank {need} would not make it smaller (break-even {limit})"
+    rank = -(-need // multiple) * multiple
+    if rank > limit:
+        rank = limit // multiple * multiple
+        if rank < 1:
+            return need, "rule (too small to align)"
+        return rank, "rule, held below break-even"
+    return rank, "rule"
+
+
+def _by_hand(name: str, config: CuttlefishConfig) -> int | None:
+    for pattern, rank in config.rank_pattern.items():
+        if matches(pattern, name):
+            return rank
+    return None
+
+
+def _dropped(s: LayerSpectrum, rank: int) -> float | None:
+    """Predicted increase of an example's loss: tokens / 2 * the sum of the squares dropped."""
+    return None if s.loss_spectrum is None else s.tokens / 2 * float(s.loss_spectrum[rank:].square().sum())
+
+
+# --- rules: (spectra, config, training loss, notes) -> wanted rank of each layer, before break-even and alignment ---
+
+Spectra = Mapping[str, LayerSpectrum]
+Rule = Callable[[Spectra, CuttlefishConfig, "float | None", "list[str]"], dict[str, float]]
+
+
+def stable_rank_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, notes: list[str]) -> dict[str, float]:
+    """The stable rank itself."""
+    return {name: s.stable_rank or 1.0 for name, s in spectra.items()}
+
+
+def scaled_stable_rank_rule(
+    spectra: Spectra, config: CuttlefishConfig, loss: float | None, notes: list[str]
+) -> dict[str, float]:
+    """xi times the stable rank, at most the full rank (arXiv 2305.02538, section 3.2; xi from W0 or from random matrices)."""
+    initial = {n: s.initial_stable_rank for n, s in spectra.items() if s.initial_stable_rank}
+    scale = config.stable_rank_scale
+    if scale == "auto":
+        # Random weights have the stable rank of a random matrix, pretrained ones one far below it.
+        shares = sorted(
+            r * random_matrix_scale(spectra[n].in_features, spectra[n].out_features) / spectra[n].full_rank
+            for n, r in initial.items()
+        )
+        scale = "initial" if len(initial) == len(spectra) and shares and shares[len(shares) // 2] >= 0.8 else "random_matrix"
+        notes.append(f"xi from {'the initial weights' if scale == 'initial' else 'random-matrix theory'}")
+    if scale == "initial" and len(initial) < len(spectra):
+        raise ValueError(
+            "stable_rank_scale='initial' needs the stable ranks of the weights that the run started from, and they are "
+            "not known here: pass initial_stable_ranks, or use 'random_matrix'"
+        )
+    result = {}
+    for name, s in spectra.items():
+        first = s.initial_stable_rank
+        xi = s.full_rank / first if scale == "initial" and first else random_matrix_scale(s.in_features, s.out_features)
+        result[name] = min(float(s.full_rank), xi * (s.stable_rank or 0.0))
+    return result
+
+
+def accumulative_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, notes: list[str]) -> dict[str, float]:
+    """Fewest leading singular values that sum to a share p of all (arXiv 2305.02538, for transformers)."""
+    return {n: float(_leading_share(_values(s), config.accumulative_share)) for n, s in spectra.items()}
+
+
+def paper_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, notes: list[str]) -> dict[str, float]:
+    """The larger of scaled stable rank and accumulative rank, as the paper has it for transformers."""
+    scaled = scaled_stable_rank_rule(spectra, config, loss, notes)
+    accumulative = accumulative_rule(spectra, config, loss, notes)
+    return {name: max(scaled[name], accumulative[name]) for name in spectra}
+
+
+def energy_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, notes: list[str]) -> dict[str, float]:
+    """Fewest leading singular values that hold a share of ||W||_F^2."""
+    return {n: float(_leading_share(_values(s).square(), config.energy_share)) for n, s in spectra.items()}
+
+
+def ratio_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, notes: list[str]) -> dict[str, float]:
+    """A fixed share of the full rank (Pufferfish, arXiv 2103.03936), at least one multiple; just below break-even at most."""
+    return {n: _ratio_rank(s, config.rank_ratio, config.rank_multiple) for n, s in spectra.items()}
+
+
+def loss_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, notes: list[str]) -> dict[str, float]:
+    """One threshold for the whole model on predicted loss per parameter, tokens * s^2 / 2 / (m + n).
+
+    The size follows from `target_ratio`, or from `max_loss_increase` times the training loss. Layers without statistics
+    get rank_ratio; so do all layers if there are none.
+    """
+    known = {n: s for n, s in spectra.items() if s.loss_spectrum is not None}
+    missing = {n: s for n, s in spectra.items() if s.loss_spectrum is None}
+    if missing:
+        which = "the layers" if not known else f"{len(missing)} of {len(spectra)} layers, {', '.join(list(missing)[:3])}, ..."
+        notes.append(f"no usable statistics for {which}: rank ratio {config.rank_ratio} there")
+    wanted = {n: _ratio_rank(s, config.rank_ratio, config.rank_multiple) for n, s in missing.items()}
+    if not known:
+        return wanted
+    scores = {
+        n: (s.loss_spectrum.square() * (s.tokens / 2 / (s.in_features + s.out_features))).tolist()  # type: ignore[union-attr]
+        for n, s in known.items()
+    }
+
+    def at(threshold: float) -> dict[str, float]:
+        return {n: max(1.0, _count_above(scores[n], threshold)) for n in known}
+
+    def measure(threshold: float) -> tuple[float, float]:
+        """Kept share of the parameters and predicted loss increase at a threshold, after alignment and break-even."""
+        kept = increase = 0.0
+        for n, need in at(threshold).items():
+            s = known[n]
+            rank, _ = allowed_rank(need, s.in_features, s.out_features, config.rank_multiple)
+            size = s.in_features * s.out_features
+            kept += size if rank is None else rank * (s.in_features + s.out_features)
+            increase += 0.0 if rank is None else _dropped(s, rank) or 0.0
+        return kept / sum(s.in_features * s.out_features for s in known.values()), increase
+
+    if config.target_ratio is not None:
+        fits = lambda t: measure(t)[0] <= config.target_ratio  # noqa: E731
+    else:
+        bound = _loss_bound(known, config, loss, notes)
+        fits = lambda t: measure(t)[1] > bound  # noqa: E731
+    levels = sorted({v for values in scores.values() for v in values if v > 0})
+    # Thresholds rise with the index: fewer parameters, more loss. Find the first index that fits (or fits no longer).
+    low, high = 0, len(levels)
+    while low < high:
+        middle = (low + high) // 2
+        if fits(levels[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    if config.target_ratio is not None:
+        if low == len(levels):
+            notes.append(f"target_ratio {config.target_ratio} cannot be reached: one multiple of rank in each layer is more")
+        index = min(low, len(levels) - 1)
+    else:
+        index = max(low - 1, 0)
+    return {**wanted, **at(levels[index] if levels else 0.0)}
+
+
+RULES: dict[str, Rule] = {
+    "loss": loss_rule,
+    "stable_rank": stable_rank_rule,
+    "scaled_stable_rank": scaled_stable_rank_rule,
+    "accumulative": accumulative_rule,
+    "paper": paper_rule,
+    "energy": energy_rule,
+    "ratio": ratio_rule,
+}
+
+
+def _loss_bound(known: Spectra, config: CuttlefishConfig, loss: float | None, notes: list[str]) -> float:
+    share = config.max_loss_increase if config.max_loss_increase is not None else DEFAULT_LOSS_INCREASE
+    if loss is None or not math.isfinite(loss) or loss <= 0:
+        # Without a loss to compare with: the loss that vanishing of all target layers would cost, by the same formula.
+        loss = sum(_dropped(s, 0) or 0.0 for s in known.values())
+        notes.append("the model returned no loss: max_loss_increase is taken as a share of the summed curvature")
+    return share * loss
+
+
+def _ratio_rank(s: LayerSpectrum, ratio: float, multiple: int) -> float:
+    limit = break_even_rank(s.in_features, s.out_features)
+    rank = max(1, round(ratio * s.full_rank))
+    if rank > limit:
+        return float(rank)
+    aligned = max(round(rank / multiple), 1) * multiple
+    return float(aligned if aligned <= limit else rank)
+
+
+def _values(s: LayerSpectrum) -> torch.Tensor:
+    if s.singular_values is None:
+        raise ValueError("this rule needs the singular values of the weights")
+    return s.singular_values
+
+
+def _leading_share(values: torch.Tensor, share: float) -> int:
+    total = float(values.sum())
+    if total <= 0:
+        return 1
+    return min(int((values.cumsum(0) < share * total * (1 - 1e-12)).sum()) + 1, len(values))
+
+
+def _count_above(falling: list[float], threshold: float) -> float:
+    low, high = 0, len(falling)
+    while low < high:
+        middle = (low + high) // 2
+        if falling[middle] >= threshold:
+            low = middle + 1
+        else:
+            high = middle
+    return float(low)
+
+
+def group_name(name: str) -> str:
+    """The name without its block numbers, such as "encoder.layer.*.attention.self.query"."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)

@@ -1,0 +1,188 @@
+"""Where: which layers of a model are targets. Found by structure, with no list of architectures."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .config import CuttlefishConfig
+from .layers import DENSE_TYPES, LowRankLinear
+
+
+def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> dict[str, nn.Module]:
+    """The layers to watch and to factorize: module name -> nn.Linear or Conv1D, in the order of `named_modules`.
+
+    "all-linear" takes every nn.Linear and Conv1D inside a repeated block (a child of an nn.ModuleList, or of an
+    nn.Sequential whose children are of one class) of the base model. Never taken, whatever the pattern says: embeddings
+    and output embeddings, tied weights, layers inside a LowRankLinear. A module registered under several names is
+    taken once, under its first name.
+
+    Args:
+        model: any module; a PreTrainedModel's heads (what lies outside its base model) are left out of "all-linear".
+        config: its target_modules, exclude_modules and rank_pattern are read.
+
+    Raises:
+        ValueError: a pattern that matches no layer that could be factorized, with the closest names.
+        TypeError: a target is quantized (packed weights cannot be factorized).
+    """
+    config = config or CuttlefishConfig()
+    candidates = dict(_candidates(model))
+    if config.target_modules == "all-linear":
+        inside = _block_names(model)
+        chosen = {name: module for name, module in candidates.items() if name in inside}
+        if not chosen:
+            raise ValueError(
+                "target_modules='all-linear' finds no nn.Linear or Conv1D inside a repeated block of "
+                f"{type(model).__name__}{_why_none(model)}: name the layers with target_modules=[...]"
+            )
+    else:
+        chosen = _matching(model, candidates, config.target_modules, "target_modules")
+    if config.exclude_modules:
+        excluded = _matching(model, candidates, config.exclude_modules, "exclude_modules")
+        chosen = {name: module for name, module in chosen.items() if name not in excluded}
+        if not chosen:
+            raise ValueError(f"exclude_modules={config.exclude_modules!r} leaves no target layer")
+    for pattern in config.rank_pattern:
+        if not any(matches(pattern, name) for name in chosen):
+            raise ValueError(f"rank_pattern {pattern!r} matches none of the target layers; {_closest(pattern, chosen)}")
+    for name, module in chosen.items():
+        if not module.weight.is_floating_point():
+            raise TypeError(f"{name} holds {module.weight.dtype} weights: a quantized layer cannot be factorized; exclude it")
+    return chosen
+
+
+def matches(pattern: str, name: str) -> bool:
+    """PEFT's rule for rank_pattern keys: the pattern, as a regular expression, matches the whole name or its ending."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+
+
+def skipped_parameters(model: nn.Module) -> dict[str, int]:
+    """3-D expert weights, which stay dense: parameter name -> number of elements. For the report."""
+    return {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and "expert" in name.lower()
+    }
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Layers of a class that can be factorized, whose weight is nobody else's and no (output) embedding."""
+    banned = {id(m) for m in _embeddings(model)}
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    tied = _tied_names(model)
+    inner = {id(child) for m in model.modules() if isinstance(m, LowRankLinear) for child in m.children()}
+    for name, module in model.named_modules():
+        if type(module) not in DENSE_TYPES.values() or id(module) in banned or id(module) in inner:
+            continue
+        if owners[id(module.weight)] > 1 or f"{name}.weight" in tied:
+            continue
+        if name:
+            yield name, module
+
+
+def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        for getter in ("get_output_embeddings", "get_input_embeddings"):
+            get = getattr(module, getter, None)
+            if get is None:
+                continue
+            try:
+                found = get()
+            except (NotImplementedError, AttributeError):  # models without a vocabulary say so in this way
+                continue
+            if isinstance(found, nn.Module):
+                yield found
+
+
+def _tied_names(model: nn.Module) -> set[str]:
+    keys = getattr(model, "all_tied_weights_keys", None) or {}
+    return set(keys) | set(keys.values()) if isinstance(keys, dict) else set(keys)
+
+
+def _block_names(model: nn.Module) -> set[str]:
+    """Names of all modules that lie inside a repeated block of the base model."""
+    prefix = _base_prefix(model)
+    blocks: list[str] = []
+    for name, module in model.named_modules():
+        if not _repeats(module) or (prefix and not (name + ".").startswith(prefix + ".")):
+            continue
+        blocks += [f"{name}.{child}." if name else f"{child}." for child in module._modules]
+    return {
+        name for name, _ in model.named_modules() if any(name.startswith(b) or name == b[:-1] for b in _outermost(blocks))
+    }
+
+
+def _outermost(blocks: list[str]) -> list[str]:
+    known = set(blocks)
+
+    def nested(block: str) -> bool:
+        parts = block[:-1].split(".")
+        return any(".".join(parts[:i]) + "." in known for i in range(1, len(parts)))
+
+    return [b for b in blocks if not nested(b)]
+
+
+def _repeats(module: nn.Module) -> bool:
+    if isinstance(module, nn.ModuleList):
+        # A list of bare layers is a list of heads or of stems, not of blocks.
+        return any(next(iter(child.children()), None) is not None for child in module)
+    if isinstance(module, nn.Sequential):
+        kinds = Counter(type(child) for child in module if next(iter(child.children()), None) is not None)
+        return bool(kinds) and max(kinds.values()) >= 2
+    return False
+
+
+def _base_prefix(model: nn.Module) -> str:
+    """Name of the base model inside a PreTrainedModel with a head; "" where there is no such split."""
+    prefix = getattr(model, "base_model_prefix", "") or ""
+    return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def _matching(
+    model: nn.Module, candidates: dict[str, nn.Module], wanted: str | list[str], field: str
+) -> dict[str, nn.Module]:
+    def hit(pattern: str, name: str, is_regex: bool) -> bool:
+        return re.fullmatch(pattern, name) is not None if is_regex else name == pattern or name.endswith("." + pattern)
+
+    is_regex = isinstance(wanted, str)
+    patterns = [wanted] if isinstance(wanted, str) else wanted
+    found: set[str] = set()
+    for pattern in patterns:
+        names = {name for name in candidates if hit(pattern, name, is_regex)}
+        if not names:
+            others = [name for name, _ in model.named_modules() if name and hit(pattern, name, is_regex)]
+            if others:
+                kind = type(model.get_submodule(others[0])).__name__
+                raise ValueError(
+                    f"{field} {pattern!r} matches only modules that cannot be factorized, such as {others[0]} ({kind}): "
+                    "embeddings, heads with tied weights, norms, containers and already factorized layers stay as they are"
+                )
+            raise ValueError(f"{field} {pattern!r} matches no module; {_closest(pattern, candidates)}")
+        found |= names
+    return {name: module for name, module in candidates.items() if name in found}
+
+
+def _closest(pattern: str, names: dict[str, nn.Module] | dict[str, int]) -> str:
+    endings: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        for length in (1, 2):
+            endings.setdefault(".".join(parts[-length:]), None)
+    plain = re.sub(r"[\\^$*+?()\[\]{}|]|\.\*", "", pattern).strip(".")
+    close = difflib.get_close_matches(plain, list(endings) + list(names), n=3, cutoff=0.3) or list(endings)[:6]
+    return f"close names: {', '.join(close)}"
+
+
+def _why_none(model: nn.Module) -> str:
+    done = sum(isinstance(m, LowRankLinear) for m in model.modules())
+    return f" ({done} layers are already factorized)" if done else ""
+
+
+def is_meta(module: nn.Module) -> bool:
+    """Whether the layer's weight has no values (meta device)."""
+    return isinstance(module.weight, torch.Tensor) and module.weight.is_meta

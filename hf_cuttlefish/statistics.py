@@ -1,0 +1,232 @@
+"""Gather, inside ordinary training steps, what flows through each layer: the moments that `factorization` works on.
+
+A forward hook on each target keeps a sample of the layer's tokens; a hook on the output's gradient adds them to the sums.
+Tokens whose output gradient is exactly zero are left out: padding in an encoder (nothing reads it), positions without a
+label after the last block, all but [CLS] in the last block of a classifier. So no attention mask has to be found, and
+encoder-decoder models, images and causal models need no case of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .factorization import LayerMoments
+from .layers import dense_origin, dense_weight
+
+
+class MomentCollector:
+    """Sums of moments of many layers over the training steps between `start` and `stop`.
+
+    Memory: 2 k^2 + n numbers a layer, k = min(m, n), in fp32: about the size of a transformer's weights (exactly 1.0x for
+    BERT's shapes, 0.6x for Llama's). Time: of each micro-batch at most `max_tokens` tokens a layer enter, evenly spaced.
+
+    Args:
+        model: the module whose forward gets the batch (its `labels` tell how many loss terms a batch has).
+        layers: name -> dense layer.
+        max_tokens: tokens a layer and micro-batch.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], max_tokens: int = 1024) -> None:
+        self.model, self.layers, self.max_tokens = model, dict(layers), max_tokens
+        self.sums: dict[str, dict[str, torch.Tensor]] = {}
+        self.batches = 0
+        self.steps = 0
+        self.loss_scale = 1.0
+        """Factor on the loss at backward (a GradScaler's scale), set before each step; undone here."""
+        self.term_divisor = 1.0
+        """Processes over which `num_items_in_batch` was summed; see `_count_terms`."""
+        self.terms_total: torch.Tensor | float = 0.0
+        self.losses: torch.Tensor | float = 0.0
+        self._terms: torch.Tensor | float = 1.0
+        self._accumulated = True
+        self._handles: list[Any] = []
+
+    @property
+    def running(self) -> bool:
+        return bool(self._handles)
+
+    def start(self) -> None:
+        """Install the hooks. A compiled model runs eagerly until `stop`: hooks set after compilation are not seen by it."""
+        if self.running:
+            return
+        torch.compiler.set_stance("force_eager")
+        self._handles.append(self.model.register_forward_pre_hook(self._count_terms, with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(self._note_loss))
+        for name, layer in self.layers.items():
+            self._handles.append(layer.register_forward_hook(_Tap(self, name)))
+
+    def stop(self) -> None:
+        """Remove the hooks; the sums stay."""
+        if self.running:
+            torch.compiler.set_stance("default")
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def step(self) -> None:
+        """Note that an optimizer step has ended."""
+        self.steps += 1
+
+    def moments(self) -> dict[str, LayerMoments]:
+        """The moments of all layers that gathered something usable (finite, not empty), by name, in fp32 on their device."""
+        if not self.sums:
+            return {}
+        # A loss divided by the number of accumulation steps is larger than what backward saw.
+        unscale = (self.batches / self.steps if self.steps and self._accumulated else 1.0) ** 2
+        examples = float(self.terms_total)
+        result = {}
+        for name, s in self.sums.items():
+            count = float(s["count"])
+            if count <= 0 or examples <= 0 or not all(bool(torch.isfinite(v).all()) for v in s.values()):
+                continue
+            result[name] = _finish(self.layers[name], s, count, examples, unscale)
+        return result
+
+    def mean_loss(self) -> float | None:
+        """Mean of the losses that the model's forward returned meanwhile (per example); None if it returns none."""
+        return float(self.losses) / self.batches if self.batches and not isinstance(self.losses, float) else None
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All sums as a flat dictionary of tensors on the CPU (for safetensors)."""
+        flat = {f"sums/{name}/{key}": v.cpu() for name, s in self.sums.items() for key, v in s.items()}
+        scalars = {"batches": self.batches, "steps": self.steps, "terms_total": self.terms_total, "losses": self.losses}
+        flat |= {key: torch.as_tensor(value, dtype=torch.float64).cpu() for key, value in scalars.items()}
+        flat["has_loss"] = torch.tensor(not isinstance(self.losses, float))
+        return flat
+
+    def load_state_dict(self, flat: Mapping[str, torch.Tensor]) -> None:
+        """Reads what `state_dict` gave. Raises ValueError if it belongs to other layers."""
+        sums: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in flat.items():
+            if key.startswith("sums/"):
+                name, _, part = key.removeprefix("sums/").rpartition("/")
+                if name not in self.layers:
+                    raise ValueError(f"the saved statistics hold {name!r}, which is no target layer of this model")
+                sums.setdefault(name, {})[part] = value.to(self.layers[name].weight.device)
+        self.sums = sums
+        self.batches, self.steps = int(flat["batches"]), int(flat["steps"])
+        self.terms_total = float(flat["terms_total"])
+        self.losses = flat["losses"].clone() if bool(flat["has_loss"]) else 0.0
+
+    def reduce(self, all_reduce: Any, is_main: bool = True) -> None:
+        """Sum over processes by `all_reduce(tensor)` (in place); afterwards the main one holds all and the others nothing."""
+        device = next(iter(self.layers.values())).weight.device
+        for name in self.layers:
+            for value in self._sums_of(name).values():
+                all_reduce(value)
+                if not is_main:
+                    value.zero_()
+        for key in ("terms_total", "losses"):
+            value = torch.as_tensor(getattr(self, key), dtype=torch.float32).to(device)
+            all_reduce(value)
+            if key == "terms_total" or not isinstance(self.losses, float):
+                setattr(self, key, value if is_main else value * 0)
+        counts = torch.tensor([float(self.batches)], device=device)
+        all_reduce(counts)
+        self.batches = int(counts) if is_main else 0
+
+    def _count_terms(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """How many terms the batch's loss is a mean of: labels that count, or the Trainer's number of items, or rows."""
+        if not torch.is_grad_enabled():
+            return
+        items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+        if items is not None:
+            self._terms, self._accumulated = items / self.term_divisor, False
+        elif isinstance(labels, torch.Tensor) and labels.ndim >= 2 and not labels.is_floating_point():
+            self._terms = labels.ne(-100).sum()
+        elif isinstance(labels, torch.Tensor) and labels.ndim >= 1:
+            self._terms = len(labels)
+        else:
+            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim]
+            self._terms = len(tensors[0]) if tensors else 1
+        self.batches += 1
+        self.terms_total = self.terms_total + self._terms
+
+    def _note_loss(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if torch.is_grad_enabled():
+            loss = output.get("loss") if hasattr(output, "get") else None
+            if isinstance(loss, torch.Tensor) and loss.ndim == 0:
+                self.losses = self.losses + loss.detach().float()
+
+    def _sums_of(self, name: str) -> dict[str, torch.Tensor]:
+        if name not in self.sums:
+            weight = dense_weight(self.layers[name])
+            m, n = weight.shape
+            zeros = {"signal": (min(m, n),) * 2, "metric": (min(m, n),) * 2, "x": (n,), "count": (), "other": ()}
+            zeros["y"] = (m,)
+            self.sums[name] = {k: torch.zeros(size, dtype=torch.float32, device=weight.device) for k, size in zeros.items()}
+        return self.sums[name]
+
+    @torch.no_grad()
+    def add(self, name: str, x: torch.Tensor, y: torch.Tensor | None, g: torch.Tensor, stride: int) -> None:
+        """Add a sample of tokens: inputs x (t, n), outputs y (t, m) where m <= n, output gradients g (t, m)."""
+        s = self._sums_of(name)
+        weight = dense_weight(self.layers[name])
+        with torch.autocast(device_type=weight.device.type, enabled=False):
+            g = g.float() * (self._terms / self.loss_scale)
+            finite = torch.isfinite(g).all()  # an overflow step under fp16 is left out whole, without asking the device
+            g = torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) * finite
+            used = (g != 0).any(-1, keepdim=True)
+            x = torch.where(used, x.float(), 0.0)
+            s["x"].add_(x.sum(0), alpha=stride)
+            s["count"].add_(used.sum(), alpha=stride)
+            if y is not None:  # m <= n: covariance of the outputs, moment of the output gradients
+                y = torch.where(used, y.float(), 0.0)
+                s["signal"].addmm_(y.mT, y, alpha=stride)
+                s["metric"].addmm_(g.mT, g, alpha=stride)
+                s["y"].add_(y.sum(0), alpha=stride)
+                s["other"].add_(x.square().sum(), alpha=stride)
+            else:  # m > n: moment of the input gradients, covariance of the inputs
+                h = g @ weight.float()
+                s["signal"].addmm_(h.mT, h, alpha=stride)
+                s["metric"].addmm_(x.mT, x, alpha=stride)
+                s["other"].add_(g.square().sum(), alpha=stride)
+
+
+class _Tap:
+    """Forward hook of one layer: samples its tokens now and adds them to the sums when the gradient arrives."""
+
+    def __init__(self, collector: MomentCollector, name: str) -> None:
+        self.collector, self.name = collector, name
+
+    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        if not (torch.is_grad_enabled() and isinstance(output, torch.Tensor) and output.requires_grad and args):
+            return
+        collector, name = self.collector, self.name
+        m, n = dense_weight(module).shape
+        x = args[0].detach().reshape(-1, n)
+        stride = -(-len(x) // collector.max_tokens) if len(x) else 1
+        first = collector.batches % stride  # other tokens in each batch, and no random number drawn
+        x = x[first::stride].clone() if stride > 1 else x
+        y = None
+        if m <= n:
+            y = output.detach().reshape(-1, m)[first::stride]
+            y = y.clone() if stride > 1 else y
+
+        def arrived(grad: torch.Tensor) -> None:
+            collector.add(name, x, y, grad.detach().reshape(-1, m)[first::stride], stride)
+
+        output.register_hook(arrived)
+
+
+def _finish(layer: nn.Module, s: dict[str, torch.Tensor], count: float, examples: float, unscale: float) -> LayerMoments:
+    m, n = dense_weight(layer).shape
+    has_bias = layer.bias is not None
+    mean = s["x"] / count
+    dense_origin(layer)
+    if m <= n:
+        signal, metric = s["signal"] / count, s["metric"] * (unscale / count)
+        if has_bias:
+            mean_y = s["y"] / count
+            signal = signal - torch.outer(mean_y, mean_y)
+        other = float(s["other"]) / (count * n) - (float(mean.square().mean()) if has_bias else 0.0)
+    else:
+        signal, metric = s["signal"] * (unscale / count), s["metric"] / count
+        if has_bias:
+            metric = metric - torch.outer(mean, mean)
+        other = float(s["other"]) * unscale / (count * m)
+    return LayerMoments(signal, metric, max(other, 0.0), mean if has_bias else None, tokens=count / examples)
