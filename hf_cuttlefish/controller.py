@@ -82,10 +82,6 @@ class Cuttlefish:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.config = config or CuttlefishConfig()
         self.total_steps = total_steps
-        if self.config.switch_step is not None and self.config.switch_step > total_steps:
-            raise ValueError(
-                f"switch_step is {self.config.switch_step}, but the run has {total_steps} steps: choose one below"
-            )
         self.global_step = 0
         self.plan: RankPlan | None = None
         self.switch_step: int | None = None
@@ -101,6 +97,10 @@ class Cuttlefish:
         if low_rank_layers(model):
             self._finish("the model is already factorized")
             return
+        if self.config.switch_step is not None and self.config.switch_step > total_steps:
+            raise ValueError(
+                f"switch_step is {self.config.switch_step}, but the run has {total_steps} steps: choose one below"
+            )
         self.layers = find_targets(model, self.config)
         for name, layer in self.layers.items():
             if is_meta(layer):
@@ -192,7 +192,9 @@ class Cuttlefish:
                 "Cuttlefish: the run ended after %d of %d steps without a switch, and the model is as large as before: %s.",
                 self.global_step,
                 self.total_steps,
-                self.reason or f"the switch was due at step {self._switch_at or self.latest_step} at the latest",
+                self.reason
+                if self._finished
+                else f"the switch was due at step {self._switch_at or self.latest_step} at the latest",
             )
 
     # --- state, for checkpoints ---
@@ -224,7 +226,11 @@ class Cuttlefish:
         version = state.get("version", STATE_VERSION)
         if not isinstance(version, int) or version > STATE_VERSION:
             raise ValueError(f"this state has version {version}, and this hf_cuttlefish reads up to {STATE_VERSION}: upgrade it")
+        # JSON files are written with sorted keys; the order of layers is the model's.
+        order = {name: i for i, (name, _) in enumerate(self.model.named_modules())}
         plan = None if state["plan"] is None else RankPlan.from_dict(state["plan"])
+        if plan is not None:
+            plan.decisions = dict(sorted(plan.decisions.items(), key=lambda item: order.get(item[0], -1)))
         present = {name: layer.rank for name, layer in low_rank_layers(self.model).items()}
         if plan is not None and dict(plan) != present:
             raise ValueError(
@@ -244,6 +250,7 @@ class Cuttlefish:
         if state["report"] is not None and plan is not None:
             self.report = FactorizationReport(plan=plan, **state["report"])
         self._history = StableRankHistory.from_dict(state["history"])
+        self._history.ranks = dict(sorted(self._history.ranks.items(), key=lambda item: order.get(item[0], -1)))
         self._tracker.forget()
         if state["gathering"] and not self._finished and self._switch_at is not None:
             if statistics is None:

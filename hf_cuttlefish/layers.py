@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
 DENSE_TYPES: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv1D": Conv1D}
@@ -51,25 +55,29 @@ class LowRankLinear(nn.Module):
         The bias is the same Parameter object; dtype, device, requires_grad and training mode are kept.
 
         Raises:
-            TypeError: `linear` is no nn.Linear or Conv1D. ValueError: rank out of range, or weights that are not finite.
+            TypeError: `linear` is no nn.Linear or Conv1D, or the rank is no whole number.
+            ValueError: rank out of range, or weights that are quantized, not finite or on the meta device.
         """
         from .factorization import factor_weight
 
-        factors = factor_weight(dense_weight(linear), rank)
+        check_layer(linear)
+        weight = dense_weight(linear)
+        check_rank(rank, weight.shape[1], weight.shape[0])
+        factors = factor_weight(weight, rank)
         return cls.standing_for(linear, factors.down, factors.up)
 
     @classmethod
     def standing_for(cls, linear: nn.Module, down: torch.Tensor | None, up: torch.Tensor | None, rank: int = 0) -> LowRankLinear:
         """A layer with the given factors, down (rank, in) and up (out, rank), and everything else taken from `linear`.
 
-        With no factors the weights are left empty, to be loaded (then `rank` is needed).
+        With no factors (then `rank` is needed) the weights are NaN until they are loaded: what is forgotten shows.
         """
         weight, bias = dense_weight(linear), linear.bias
         out_features, in_features = weight.shape
         rank = down.shape[0] if down is not None else rank
         layer = cls(in_features, out_features, rank, False, dense_origin(linear), device="meta", dtype=weight.dtype)
         for child, value in ((layer.down, down), (layer.up, up)):
-            data = torch.empty(child.weight.shape, dtype=weight.dtype, device=weight.device)
+            data = torch.full(child.weight.shape, torch.nan, dtype=weight.dtype, device=weight.device)
             if value is not None:
                 data.copy_(value)
             child.weight = nn.Parameter(data, requires_grad=linear.weight.requires_grad)
@@ -94,9 +102,7 @@ class LowRankLinear(nn.Module):
     def product(self) -> torch.Tensor:
         """up @ down, (out_features, in_features), computed in fp32 or better and returned in the factors' dtype."""
         exact = torch.promote_types(self.up.weight.dtype, torch.float32)
-        device_type = self.up.weight.device.type
-        with torch.autocast(device_type=device_type if device_type != "meta" else "cpu", enabled=False):
-            return (self.up.weight.to(exact) @ self.down.weight.to(exact)).to(self.up.weight.dtype)
+        return _multiply(self.up.weight.to(exact), self.down.weight.to(exact)).to(self.up.weight.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.up(self.down(x))
@@ -115,8 +121,13 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The product up @ down, (out_features, in_features), differentiable, made anew at each access; read-only."""
-        return self.up.weight @ self.down.weight
+        """The product up @ down, (out_features, in_features), differentiable; read-only.
+
+        Multiplied out only when its values are asked for: T5 asks for `wo.weight.dtype` three times in each forward.
+        """
+        if torch.compiler.is_compiling():  # the compiler drops a product of which nothing but the dtype is used
+            return _multiply(self.up.weight, self.down.weight)
+        return _Product(self.up.weight, self.down.weight)
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -124,6 +135,52 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, origin={self.origin}"
+
+
+class _Product(torch.Tensor):
+    """up @ down for whoever reads `LowRankLinear.weight`: knows its dtype, shape and device, becomes a plain tensor in any operation."""
+
+    _is_hf_initialized = True
+    """Keeps the `_init_weights` of models such as ModernBERT from filling a throw-away product."""
+
+    _factors: tuple[torch.Tensor, torch.Tensor]
+
+    @staticmethod
+    def __new__(cls, up: torch.Tensor, down: torch.Tensor) -> _Product:
+        product = torch.Tensor._make_wrapper_subclass(
+            cls, (up.shape[0], down.shape[1]), dtype=up.dtype, device=up.device
+        )
+        product._factors = (up, down)
+        return product
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _NEED_NO_VALUES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(cls, lambda product: _multiply(*product._factors), (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return cls.__torch_function__(func, types, args, kwargs)
+
+
+_NEED_NO_VALUES = {
+    *(getattr(torch.Tensor, name).__get__ for name in ("dtype", "shape", "device", "ndim", "is_meta")),
+    *(getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "element_size")),
+}
+
+
+def _multiply(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """up @ down in the factors' own dtype, whatever autocast says."""
+    device_type = up.device.type if up.device.type != "meta" else "cpu"
+    with torch.autocast(device_type=device_type, enabled=False):
+        return up @ down
 
 
 def check_rank(rank: int, in_features: int, out_features: int, name: str = "the layer") -> None:
@@ -143,6 +200,31 @@ def dense_origin(module: nn.Module) -> str:
         if type(module) is cls:
             return name
     raise TypeError(f"only {', '.join(c.__name__ for c in DENSE_TYPES.values())} can be factorized, got {type(module).__name__}")
+
+
+def check_layer(module: nn.Module, name: str = "the layer") -> None:
+    """Raises unless the layer's weight can be factorized: TypeError for another class, ValueError for what the weight is."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor) and is_quantized(weight):
+        raise ValueError(f"{name} is quantized ({weight.dtype}): only floating-point weights can be factorized; exclude it")
+    try:
+        dense_origin(module)
+    except TypeError as error:
+        raise TypeError(f"{name} is a {type(module).__name__}: only nn.Linear and Conv1D can be factorized") from error
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        raise ValueError(
+            f"{name}.weight is computed from other parameters (weight_norm, pruning or the like): make it a plain parameter "
+            "first, or exclude the layer"
+        )
+    if module.weight.is_meta:
+        raise ValueError(f"{name} is on the meta device: load its weights before factorizing it")
+    if not torch.isfinite(module.weight).all():
+        raise ValueError(f"{name}.weight holds NaN or Inf: the model is unchanged; look at the loss and the learning rate")
+
+
+def is_quantized(weight: torch.Tensor) -> bool:
+    """Whether a weight is held in whole numbers or in floats of 8 bits, which no matrix product takes as they are."""
+    return not weight.is_floating_point() or weight.element_size() < 2
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:

@@ -67,7 +67,8 @@ class StableRankTracker:
         for (shape, _), names in groups.items():
             for chunk in _chunks(names, max(1, CHUNK // shape.numel())):
                 pending.append((chunk, self._measure_stack(chunk, weights)))
-        return {name: float(v) for names, values in pending for name, v in zip(names, values.tolist(), strict=True)}
+        found = {name: v for names, values in pending for name, v in zip(names, values.tolist(), strict=True)}
+        return {name: found[name] for name in weights}
 
     @torch.no_grad()
     def _measure_stack(self, names: list[str], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:

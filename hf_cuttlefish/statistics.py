@@ -110,7 +110,8 @@ class MomentCollector:
         self.sums = sums
         self.batches, self.steps = int(flat["batches"]), int(flat["steps"])
         self.terms_total = float(flat["terms_total"])
-        self.losses = flat["losses"].clone() if bool(flat["has_loss"]) else 0.0
+        device = next(iter(self.layers.values())).weight.device
+        self.losses = flat["losses"].to(device, torch.float32) if bool(flat["has_loss"]) else 0.0
 
     def reduce(self, all_reduce: Any, is_main: bool = True) -> None:
         """Sum over processes by `all_reduce(tensor)` (in place); afterwards the main one holds all and the others nothing."""
@@ -130,21 +131,24 @@ class MomentCollector:
         self.batches = int(counts) if is_main else 0
 
     def _count_terms(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """How many terms the batch's loss is a mean of: labels that count, or the Trainer's number of items, or rows."""
+        """How many terms the batch's loss is a mean of: labels that count, or rows; or the Trainer's number of items."""
         if not torch.is_grad_enabled():
             return
-        items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-        if items is not None:
-            self._terms, self._accumulated = items / self.term_divisor, False
-        elif isinstance(labels, torch.Tensor) and labels.ndim >= 2 and not labels.is_floating_point():
-            self._terms = labels.ne(-100).sum()
+        labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+        if isinstance(labels, torch.Tensor) and labels.ndim >= 2 and not labels.is_floating_point():
+            terms: torch.Tensor | float = labels.ne(-100).sum()
         elif isinstance(labels, torch.Tensor) and labels.ndim >= 1:
-            self._terms = len(labels)
+            terms = len(labels)
         else:
             tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim]
-            self._terms = len(tensors[0]) if tensors else 1
+            terms = len(tensors[0]) if tensors else 1
         self.batches += 1
-        self.terms_total = self.terms_total + self._terms
+        self.terms_total = self.terms_total + terms
+        # The Trainer's number of items spans all micro-batches of a step, and it does not divide the loss by their number.
+        # Losses over tokens are sums over that number; losses over rows take their own mean all the same.
+        self._accumulated = items is None
+        over_tokens = isinstance(labels, torch.Tensor) and labels.ndim >= 2
+        self._terms = items / self.term_divisor if items is not None and over_tokens else terms
 
     def _note_loss(self, module: nn.Module, args: tuple, output: Any) -> None:
         if torch.is_grad_enabled():
