@@ -94,9 +94,15 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         name = type(self).__name__
         saved = self._saved or _callback_state(state, name) if state.global_step else None
         self._saved = None
-        self.cuttlefish = Cuttlefish(model, kwargs.get("optimizer"), self.config, total_steps=state.max_steps)
+        self.cuttlefish = Cuttlefish(
+            model,
+            kwargs.get("optimizer"),
+            self.config,
+            total_steps=state.max_steps,
+            loss_factor=float(args.world_size) if args.average_tokens_across_devices else 1.0,
+        )
         if saved:
-            self.cuttlefish.load_state_dict(saved, _load_statistics(args, state))
+            self.cuttlefish.load_state_dict(saved, _load_statistics(args, state) if state.is_world_process_zero else None)
         else:
             self.cuttlefish.start_at(state.global_step)
         # A checkpoint of a run without this callback has no place for its state, and Trainer would fail to save it.
@@ -106,6 +112,15 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.cuttlefish is not None and self.cuttlefish.step():
             control.should_log = True
+            if self.config.switch == "restart":
+                control.should_save = control.should_training_stop = True
+                if state.is_world_process_zero:
+                    logger.info(
+                        "Cuttlefish: training stops here, after the switch (switch='restart'). %s holds the factorized "
+                        "model and the state of the run; the same command with --resume_from_checkpoint %s goes on low rank.",
+                        _checkpoint_folder(args, state),
+                        _checkpoint_folder(args, state),
+                    )
 
     def on_log(
         self,

@@ -70,15 +70,29 @@ class CuttlefishConfig:
         default=None,
         metadata={
             "help": "Largest predicted increase of the training loss at the switch, as a share of the training loss, for "
-            "rule 'loss'; None: the default bound (see hf_cuttlefish.ranks.DEFAULT_LOSS_INCREASE)."
+            "rule 'loss'; None: the default size (see hf_cuttlefish.ranks.CURVATURE_SHARE)."
         },
+    )
+    objective: str = field(
+        default="size",
+        metadata={
+            "help": "'size': whatever gets smaller is factorized. 'speed': only what is measured to be faster here, and the "
+            "price of a rank is time; if nothing is faster, nothing is switched."
+        },
+    )
+    min_speedup: float = field(
+        default=1.05,
+        metadata={"help": "With objective='speed': layers that do not get so many times faster stay dense (the paper: 1.5)."},
     )
     switch_step: int | None = field(
         default=None, metadata={"help": "Switch after exactly this many optimizer steps instead of finding the point."}
     )
-    earliest_switch: float = field(default=0.1, metadata={"help": "Earliest switch, as a share of the run."})
+    earliest_switch: float = field(
+        default=0.3,
+        metadata={"help": "Earliest switch, as a share of the run; earlier costs accuracy at small sizes (docs)."},
+    )
     latest_switch: float = field(
-        default=1 / 3, metadata={"help": "Latest switch, as a share of the run; a warning says when it is what fired."}
+        default=0.4, metadata={"help": "Latest switch, as a share of the run; a warning says when it is what fired."}
     )
     check_steps: int | None = field(
         default=None, metadata={"help": "Measure stable ranks every so many steps; None: 30 times over the whole run."}
@@ -100,6 +114,13 @@ class CuttlefishConfig:
     statistics_tokens: int = field(
         default=1024, metadata={"help": "At most so many tokens per layer and micro-batch enter the statistics."}
     )
+    switch: str = field(
+        default="in_place",
+        metadata={
+            "help": "'in_place': the run goes on in the same process. 'restart' (Trainer): at the switch a checkpoint with the "
+            "factorized weights is written and training stops; resumed from there, it goes on low rank, under any engine."
+        },
+    )
     optimizer_state: str = field(
         default="carry",
         metadata={"help": "'carry' projects the optimizer's moments onto the factors, 'reset' starts them at zero."},
@@ -117,6 +138,8 @@ class CuttlefishConfig:
         self._check_patterns()
         self._check_choice("rank_rule", RANK_RULES)
         self._check_choice("stable_rank_scale", ("auto", "initial", "random_matrix"))
+        self._check_choice("objective", ("size", "speed"))
+        self._check_choice("switch", ("in_place", "restart"))
         self._check_choice("optimizer_state", ("carry", "reset"))
         self._check_choice("on_error", ("raise", "continue"))
         for name in ("rank_ratio", "accumulative_share", "energy_share"):
@@ -127,6 +150,7 @@ class CuttlefishConfig:
         self._check_number("earliest_switch", least=0, most=1)
         self._check_number("latest_switch", above=0, most=1)
         self._check_number("stable_rank_tolerance", above=0)
+        self._check_number("min_speedup", least=1)
         self._check_integer("rank_multiple", least=1)
         self._check_integer("statistics_tokens", least=1)
         for name, least in (("switch_step", 1), ("check_steps", 1), ("statistics_steps", 0)):

@@ -6,24 +6,39 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import optimizer as optimizers
 from .config import CuttlefishConfig
 from .convergence import has_converged
-from .factorization import Decomposition, cut
+from .distributed import Processes, ProcessLostError, is_distributed
+from .factorization import Decomposition, Factors, cut, decompose
 from .history import StableRankHistory
 from .layers import dense_weight
 from .patching import factorize, low_rank_layers
+from .profiling import FlowRecorder, keep_faster, rank_prices
 from .ranks import LayerSpectrum, RankPlan, break_even_rank, needs_no_weights, plan_ranks, spectrum_of
 from .report import FactorizationReport
 from .selection import find_targets, is_meta
 from .spectrum import StableRankTracker
 from .statistics import MomentCollector
-from .wrapper import check_engine
+from .wrapper import (
+    RebuiltDDP,
+    check_can_step,
+    check_ddp,
+    check_not_wrapped,
+    check_optimizer,
+    check_synchronized,
+    find_ddp,
+    forget_compiled,
+    holders,
+    unwrap,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,23 +56,26 @@ class Cuttlefish:
             if cuttlefish.step():
                 print(cuttlefish.report)
 
-    The optimizer and the scheduler stay the same objects; the model changes in place.
+    The optimizer and the scheduler stay the same objects; the model changes in place. Where several processes train it
+    under DDP, all of them make a Cuttlefish and call it at the same steps; the main one decides, and DDP is repaired.
 
     Args:
-        model: the bare model, with weights.
+        model: the model, with weights: bare, or as DDP or torch.compile has wrapped it.
         optimizer: the torch optimizer (or Accelerate's wrapper of it) that trains it.
         config: choices; none are needed.
         total_steps: optimizer steps of the whole run.
         scaler: a GradScaler, if fp16 is used without Accelerate's optimizer wrapper.
+        loss_factor: what the loss is multiplied by before backward where batches say `num_items_in_batch` (the Trainer with
+            average_tokens_across_devices: the number of processes).
 
     Attributes:
         plan: the RankPlan carried out, or None. switch_step: the step of the switch, or None.
         history: [{"step", "layer", "stable_rank"}, ...]. report: FactorizationReport of the switch, or None.
-        reason: why the switch came when it did, or why there is none.
+        reason: why the switch came when it did, or why there is none. model: the bare model.
 
     Raises:
         TypeError, ValueError: bad arguments, patterns without a match, weights on the meta device, an optimizer that does
-            not hold the target weights, an engine that is not supported.
+            not hold the target weights, an engine that is not supported, processes that hold different models or settings.
     """
 
     def __init__(
@@ -68,6 +86,7 @@ class Cuttlefish:
         *,
         total_steps: int,
         scaler: Any = None,
+        loss_factor: float = 1.0,
     ) -> None:
         if isinstance(config, dict):
             config = CuttlefishConfig.from_dict(config)
@@ -79,7 +98,7 @@ class Cuttlefish:
             raise ValueError(f"total_steps is {total_steps}: give the optimizer steps of the whole run, at least 1")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.optimizer, self.scaler, self.loss_factor = optimizer, scaler, loss_factor
         self.config = config or CuttlefishConfig()
         self.total_steps = total_steps
         self.global_step = 0
@@ -92,22 +111,74 @@ class Cuttlefish:
         self._switch_at: int | None = None
         self._finished = False
         self._collector: MomentCollector | None = None
+        self._flow: FlowRecorder | None = None
         self.layers: dict[str, nn.Module] = {}
-        check_engine(model, optimizer)
-        if low_rank_layers(model):
+        self._verify_at: int | None = None
+        self._looked_again = False
+        self.ddp: DistributedDataParallel | None = None
+        self.processes = Processes()
+        error: Exception | None = None
+        try:
+            self.model = unwrap(model)
+            self._look_around()
+            self._find_layers()
+        except Exception as caught:
+            error = caught
+        self._check_same_everywhere(error)
+        if self._finished:
+            return
+        self._measure()
+        self._schedule()
+
+    def _look_around(self) -> None:
+        """Find the engine. DDP may come later (a loop that prepares the model afterwards): the first step looks again."""
+        if low_rank_layers(self.model):
+            return  # nothing will be changed, so any engine is fine
+        check_not_wrapped(self.model)
+        check_optimizer(self.optimizer)
+        self.ddp = find_ddp(self.model)
+        if self.ddp is not None:
+            self.processes = Processes(self.ddp.process_group)
+
+    def _find_layers(self) -> None:
+        if low_rank_layers(self.model):
             self._finish("the model is already factorized")
             return
-        if self.config.switch_step is not None and self.config.switch_step > total_steps:
+        if self.config.switch_step is not None and self.config.switch_step > self.total_steps:
             raise ValueError(
-                f"switch_step is {self.config.switch_step}, but the run has {total_steps} steps: choose one below"
+                f"switch_step is {self.config.switch_step}, but the run has {self.total_steps} steps: choose one below"
             )
-        self.layers = find_targets(model, self.config)
+        self.layers = find_targets(self.model, self.config)
         for name, layer in self.layers.items():
             if is_meta(layer):
                 raise ValueError(f"{name} is on the meta device: load the weights before training")
-        optimizers.check_holds(optimizer, {name: layer.weight for name, layer in self.layers.items()})
-        self._measure()
-        self._schedule()
+        optimizers.check_holds(self.optimizer, {name: layer.weight for name, layer in self.layers.items()})
+        if self.ddp is not None:
+            check_ddp(self.ddp, self.model, self.layers)
+
+    def _check_same_everywhere(self, error: Exception | None) -> None:
+        """Raises `error` if there is one, and on all processes if one of them has one or has another model or setting."""
+        self.processes.agree(error)
+        if self.processes.size == 1:
+            return
+        mine = {
+            "model": [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in self.model.named_parameters()],
+            "target layers": list(self.layers),
+            "config": self.config.to_dict(),
+            "total_steps": self.total_steps,
+            "DDP around the model": self.ddp is not None,
+        }
+        for rank, theirs in enumerate(self.processes.gather(mine)):
+            for what, value in mine.items():
+                if theirs[what] != value:
+                    detail = _first_difference(theirs[what], value)
+                    # Compared with each other, so that every process raises where only one differs.
+                    raise ValueError(
+                        f"the processes disagree on {what}: {detail[0]} on process {rank}, {detail[1]} on process "
+                        f"{self.processes.rank}; give each process the same model, config and number of steps"
+                    )
+        if self.ddp is not None:
+            check_synchronized(self.ddp, self.model, self.processes, "at the start")
 
     # --- what the loop calls ---
 
@@ -117,11 +188,17 @@ class Cuttlefish:
         Raises:
             RuntimeError or ValueError: the switch failed and on_error is "raise". The model is as before.
         """
+        accumulating = getattr(self.optimizer, "gradient_state", None)
+        if accumulating is not None and not accumulating.sync_gradients:
+            return False  # Accelerate's optimizer has not stepped: this was a micro-batch
         self.global_step += 1
+        if is_distributed():
+            self._check_processes()
         if self._finished:
             return False
         if self._collector is not None and self._collector.running:
             self._collector.step()
+        self._watch_flow()
         if self._switch_at is None:
             if self.global_step % self.check_steps == 0:
                 self._measure()
@@ -187,8 +264,11 @@ class Cuttlefish:
         """Call when training ends: removes the hooks, and warns with the reason if there was no switch."""
         if self._collector is not None:
             self._collector.stop()
+        if self._flow is not None:
+            self._flow.stop()
         if self.switch_step is None and not low_rank_layers(self.model):
-            logger.warning(
+            self._say(
+                logging.WARNING,
                 "Cuttlefish: the run ended after %d of %d steps without a switch, and the model is as large as before: %s.",
                 self.global_step,
                 self.total_steps,
@@ -218,7 +298,8 @@ class Cuttlefish:
         """Go on where `state_dict` was taken. The model must hold that checkpoint's weights already.
 
         Args:
-            statistics: what `statistics_state` gave then; without it the gathering starts anew, and the switch comes later.
+            statistics: what `statistics_state` gave then (asked for on the main process only); without it the gathering
+                starts anew, and the switch comes later.
 
         Raises:
             ValueError: a state written by a newer version, or one that does not fit the model.
@@ -253,22 +334,30 @@ class Cuttlefish:
         self._history.ranks = dict(sorted(self._history.ranks.items(), key=lambda item: order.get(item[0], -1)))
         self._tracker.forget()
         if state["gathering"] and not self._finished and self._switch_at is not None:
-            if statistics is None:
+            steps = self.processes.from_main(lambda: None if statistics is None else int(statistics["steps"]))
+            if steps is None:
                 self._switch_at = max(self._switch_at, min(self.global_step + self.statistics_steps, self.total_steps))
-                logger.warning(
+                self._say(
+                    logging.WARNING,
                     "Cuttlefish: the checkpoint lies among the steps that gather statistics, and its statistics are not at "
                     "hand: gathering starts anew, and the switch comes at step %d.",
                     self._switch_at,
                 )
             self._schedule()
-            if statistics is not None and self._collector is not None:
-                self._collector.load_state_dict(statistics)
+            if steps is not None and self._collector is not None:
+                if statistics is not None and self.processes.is_main:
+                    self._collector.load_state_dict(statistics)
+                self._collector.steps = steps
 
     def statistics_state(self) -> dict[str, torch.Tensor] | None:
-        """The statistics gathered so far, as tensors for safetensors; None while none are being gathered."""
+        """The statistics gathered so far, as tensors for safetensors; None while none are being gathered.
+
+        Call on all processes: they are summed, and the main one gets them all (the others None).
+        """
         if self._collector is None or not self._collector.running:
             return None
-        return self._collector.state_dict()
+        self._collector.reduce(self.processes)
+        return self._collector.state_dict() if self.processes.is_main else None
 
     def note_save(self) -> None:
         """Call when a checkpoint has been written: the next check starts cold, as it will in a run resumed from there."""
@@ -279,9 +368,46 @@ class Cuttlefish:
     def _finish(self, reason: str) -> None:
         self._finished, self.reason = True, reason
 
+    def _check_processes(self) -> None:
+        """Before the first step has passed nobody else is bound to have come to the model; afterwards someone must have."""
+        if self._verify_at is not None and self.global_step >= self._verify_at:
+            self._verify_at = None
+            check_synchronized(self.ddp, self.model, self.processes, f"after the switch at step {self.switch_step}")
+        if self._finished:
+            return
+        if self.ddp is None and not self._looked_again:
+            self._looked_again = True
+            if self.processes.size != Processes().size:
+                raise RuntimeError("torch.distributed was set up after Cuttlefish was made: make it afterwards")
+            self._look_around()
+            if self.ddp is not None:
+                check_ddp(self.ddp, self.model, self.layers)
+                check_synchronized(self.ddp, self.model, self.processes, "after the first step")
+            elif self.processes.size > 1:
+                raise RuntimeError(
+                    f"{self.processes.size} processes train this model, but no DistributedDataParallel is around it (around "
+                    f"it: {', '.join(holders(self.model)) or 'nothing'}). What exchanges the gradients is not known, and "
+                    "replicas could drift apart in silence: wrap the model by DDP (accelerator.prepare(model); without a GPU "
+                    "Accelerate does so only with Accelerator(cpu=True) or ACCELERATE_USE_CPU=true)"
+                )
+        if self.ddp is not None:
+            check_can_step(self.ddp)
+
     def _measure(self) -> None:
-        ranks = self._tracker.measure({name: dense_weight(layer) for name, layer in self.layers.items()})
+        ranks = self.processes.from_main(
+            lambda: self._tracker.measure({name: dense_weight(layer) for name, layer in self.layers.items()})
+        )
         self._history.append(self.global_step, ranks)
+
+    def _watch_flow(self) -> None:
+        """See in early steps what has to be timed at the switch; not in the first two, in which a compiler is at work."""
+        if self.config.objective != "speed" or (self._flow is None and self.global_step < 2 and self.latest_step > 8):
+            return
+        if self._flow is None:
+            self._flow = FlowRecorder(self.model, self.layers)
+            self._flow.start()
+        elif not self._flow.done:
+            self._flow.step()
 
     def _decide(self) -> None:
         if self.config.switch_step is not None:
@@ -310,25 +436,32 @@ class Cuttlefish:
         if self._collector is not None:
             scaler = self.scaler or getattr(self.optimizer, "scaler", None)
             self._collector.loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
+            self._collector.loss_factor = self.loss_factor
 
     def _try_switch(self) -> bool:
         collector, self._collector = self._collector, None
         if collector is not None:
             collector.stop()
+        if self._flow is not None:
+            self._flow.stop()
         try:
             switched = self._switch(collector)
+        except ProcessLostError:
+            raise  # there is no going on, whatever on_error says
         except Exception as error:
             self._finish(f"the switch failed: {error}")
             if self.config.on_error == "raise":
                 raise
-            logger.warning(
+            self._say(
+                logging.WARNING,
                 "Cuttlefish: the switch at step %d failed and training goes on full rank, the model as before: %s",
                 self.global_step,
                 error,
             )
             return False
         if self.reason == "latest_switch" and switched:
-            logger.warning(
+            self._say(
+                logging.WARNING,
                 "Cuttlefish: the stable ranks had not converged by step %d, the latest switch point (latest_switch=%.2f of "
                 "the run); switched all the same.",
                 self.global_step,
@@ -337,10 +470,44 @@ class Cuttlefish:
         return switched
 
     def _switch(self, collector: MomentCollector | None) -> bool:
+        """The main process decides; all of them carry the same plan out, with the same factors, or none does."""
         clock = time.perf_counter()
+        check_synchronized(self.ddp, self.model, self.processes, "before the switch")
+        if collector is not None:
+            collector.reduce(self.processes)
+        gathered = time.perf_counter()
+        factors: dict[str, Factors] = {}
+
+        def decide() -> tuple[RankPlan, list[str]]:
+            plan, found = self._choose(collector)
+            factors.update(found)
+            return plan, [name for name, f in found.items() if f.bias_shift is not None]
+
+        plan, shifted = self.processes.from_main(decide)
+        planned = time.perf_counter()
+        if not plan:
+            smaller = "no layer would get smaller at the ranks that it needs"
+            self._finish(plan.notes[-1] if self.config.objective == "speed" and plan.notes else smaller)
+            self._say(
+                logging.WARNING, "Cuttlefish: no switch at step %d: %s.\n%s", self.global_step, self.reason, plan.summary()
+            )
+            return False
+        factors = self._share(plan, factors, shifted)
+        report = self._carry_out(plan, factors)
+        finished = time.perf_counter()
+        report.seconds = {"statistics": gathered - clock, "ranks": planned - gathered, "total": finished - clock}
+        report.step = self.switch_step = self.global_step
+        self.plan, self.report = plan, report
+        self._finished = True
+        self._verify_at = self.global_step + 1
+        self.layers = {}
+        self._say(logging.INFO, "%s (%s)\n%s", report.headline(), self.reason, "\n".join(str(report).splitlines()[1:]))
+        return True
+
+    def _choose(self, collector: MomentCollector | None) -> tuple[RankPlan, dict[str, Factors]]:
+        """The plan, and the factors of its layers where the rule has worked them out."""
         statistics = collector.moments() if collector is not None else {}
         loss = collector.mean_loss() if collector is not None else None
-        gathered = time.perf_counter()
         initial = {name: values[0] for name, values in self._history.ranks.items()} if self._history.steps[:1] == [0] else {}
         spectra: dict[str, LayerSpectrum] = {}
         parts: dict[str, Decomposition] = {}
@@ -352,18 +519,104 @@ class Cuttlefish:
             spectra[name], d = spectrum_of(name, layer, self.config, statistics.pop(name, None), initial.get(name))
             most = max(break_even_rank(n_in, n_out), max(self.config.rank_pattern.values(), default=1))
             parts[name] = d.shortened(min(most, n_in, n_out), torch.promote_types(layer.weight.dtype, torch.float32))
+        if self._flow is not None and self.config.rank_rule == "loss":
+            sizes = {name: s.in_features + s.out_features for name, s in spectra.items()}
+            prices = rank_prices(self._flow.groups(), sizes, bool(self._flow.compiled))
+            spectra = {name: replace(s, price=prices[name]) for name, s in spectra.items()}
         plan = plan_ranks(spectra, self.config, loss)
-        planned = time.perf_counter()
-        if not plan:
-            self._finish("no layer would get smaller at the ranks that it needs")
-            logger.warning("Cuttlefish: no switch at step %d: %s.\n%s", self.global_step, self.reason, plan.summary())
-            return False
+        if self._flow is not None:
+            plan = keep_faster(plan, self._flow, self.config.min_speedup)
         factors = {name: cut(parts.pop(name), plan[name]) for name in plan if name in parts}
-        report = factorize(self.model, plan, self.optimizer, factors=factors, optimizer_state=self.config.optimizer_state)
-        report.seconds = {"statistics": gathered - clock, "ranks": planned - gathered, "total": time.perf_counter() - clock}
-        report.step = self.switch_step = self.global_step
-        self.plan, self.report = plan, report
-        self._finished = True
-        self.layers = {}
-        logger.info("%s (%s)\n%s", report.headline(), self.reason, "\n".join(str(report).splitlines()[1:]))
-        return True
+        if self.processes.size > 1:  # all that is left to do is the same everywhere, but for the singular vectors
+            for name in plan:
+                if name not in factors:
+                    factors[name] = cut(decompose(dense_weight(self.layers[name])), plan[name])
+        return plan, factors
+
+    def _share(self, plan: RankPlan, factors: dict[str, Factors], shifted: list[str]) -> dict[str, Factors]:
+        """The main process's factors on all of them, sent layer by layer."""
+        if self.processes.size == 1:
+            return factors
+        for name, rank in plan.items():
+            weight = dense_weight(self.layers[name])
+            exact = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
+            m, n = weight.shape
+            shapes = {"down": (rank, n), "up": (m, rank)} | ({"bias_shift": (m,)} if name in shifted else {})
+            parts = {}
+            for part, shape in shapes.items():
+                parts[part] = torch.empty(shape, **exact)
+                if self.processes.is_main:
+                    parts[part].copy_(getattr(factors[name], part))
+                self.processes.broadcast_(parts[part])
+            factors[name] = Factors(**parts)
+        return factors
+
+    def _carry_out(self, plan: RankPlan, factors: dict[str, Factors]) -> FactorizationReport:
+        """Factorize and repair DDP on all processes, or put everything back on all of them."""
+        told = False
+
+        def confirm() -> None:
+            nonlocal told
+            told = True
+            self.processes.agree()
+            if self.ddp is None:
+                return
+            rebuilt, error = None, None
+            try:
+                rebuilt = RebuiltDDP(self.ddp)
+            except Exception as caught:
+                error = caught
+            try:
+                self.processes.agree(error)
+            except BaseException:
+                if rebuilt is not None:
+                    rebuilt.undo()
+                raise
+            if rebuilt is not None:
+                rebuilt.finish()
+
+        try:
+            report = factorize(
+                self.model,
+                plan,
+                self.optimizer,
+                factors=factors,
+                optimizer_state=self.config.optimizer_state,
+                confirm=confirm,
+            )
+        except Exception as error:
+            if not told:
+                self.processes.agree(error)
+            raise
+        self._share_optimizer_state(plan)
+        forget_compiled(self.model)
+        return report
+
+    def _share_optimizer_state(self, plan: RankPlan) -> None:
+        """The projected state comes out of matrix products, which need not round the same on every device."""
+        if self.processes.size == 1:
+            return
+        state = optimizers.inner_optimizer(self.optimizer).state
+        for name in plan:
+            for parameter in (self.model.get_submodule(name).down.weight, self.model.get_submodule(name).up.weight):
+                for _, value in sorted(state.get(parameter, {}).items()):
+                    if isinstance(value, torch.Tensor) and value.ndim > 0:
+                        self.processes.broadcast_(value)
+
+    def _say(self, level: int, message: str, *values: Any) -> None:
+        """One log line of the run, not one of each process."""
+        if self.processes.is_main:
+            logger.log(level, message, *values)
+
+
+def _first_difference(a: Any, b: Any) -> tuple[str, str]:
+    """Where two values begin to differ, as short text."""
+    if isinstance(a, list) and isinstance(b, list):
+        for x, y in zip(a, b, strict=False):
+            if x != y:
+                return str(x), str(y)
+        return f"{len(a)} entries", f"{len(b)} entries"
+    if isinstance(a, dict) and isinstance(b, dict):
+        key = next(k for k in {**a, **b} if a.get(k) != b.get(k))
+        return f"{key}={a.get(key)!r}", f"{key}={b.get(key)!r}"
+    return str(a), str(b)

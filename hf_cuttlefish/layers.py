@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
-DENSE_TYPES: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv1D": Conv1D}
+from .factorization import factor_weight
+
+DenseLayer = nn.Linear | Conv1D
+DENSE_TYPES: dict[str, type[DenseLayer]] = {"Linear": nn.Linear, "Conv1D": Conv1D}
 """Classes that can be factorized, by the name that a `LowRankLinear` remembers as its `origin`."""
 
 
 class LowRankLinear(nn.Module):
-    """y = up(down(x)) + bias, in the place of an `nn.Linear` (or GPT-2's `Conv1D`) of shape (out_features, in_features).
+    """y = up(down(x)) + bias, in the place of an `nn.Linear` (or GPT-2's `Conv1D`) of (out_features, in_features).
 
     `down` maps in_features -> rank without a bias, `up` maps rank -> out_features and holds the bias. Both are ordinary
     `nn.Linear` children, so that initialization, PEFT, quantizers and exporters understand them.
@@ -49,7 +52,7 @@ class LowRankLinear(nn.Module):
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, rank: int) -> LowRankLinear:
+    def from_linear(cls, linear: DenseLayer, rank: int) -> LowRankLinear:
         """The best rank-`rank` stand-in of a dense layer (plain SVD, sqrt of the singular values on both sides).
 
         The bias is the same Parameter object; dtype, device, requires_grad and training mode are kept.
@@ -58,8 +61,6 @@ class LowRankLinear(nn.Module):
             TypeError: `linear` is no nn.Linear or Conv1D, or the rank is no whole number.
             ValueError: rank out of range, or weights that are quantized, not finite or on the meta device.
         """
-        from .factorization import factor_weight
-
         check_layer(linear)
         weight = dense_weight(linear)
         check_rank(rank, weight.shape[1], weight.shape[0])
@@ -67,7 +68,9 @@ class LowRankLinear(nn.Module):
         return cls.standing_for(linear, factors.down, factors.up)
 
     @classmethod
-    def standing_for(cls, linear: nn.Module, down: torch.Tensor | None, up: torch.Tensor | None, rank: int = 0) -> LowRankLinear:
+    def standing_for(
+        cls, linear: DenseLayer, down: torch.Tensor | None, up: torch.Tensor | None, rank: int = 0
+    ) -> LowRankLinear:
         """A layer with the given factors, down (rank, in) and up (out, rank), and everything else taken from `linear`.
 
         With no factors (then `rank` is needed) the weights are NaN until they are loaded: what is forgotten shows.
@@ -77,18 +80,17 @@ class LowRankLinear(nn.Module):
         rank = down.shape[0] if down is not None else rank
         layer = cls(in_features, out_features, rank, False, dense_origin(linear), device="meta", dtype=weight.dtype)
         for child, value in ((layer.down, down), (layer.up, up)):
-            data = torch.full(child.weight.shape, torch.nan, dtype=weight.dtype, device=weight.device)
-            if value is not None:
-                data.copy_(value)
+            data = torch.empty(child.weight.shape, dtype=weight.dtype, device=weight.device)
+            data.fill_(torch.nan) if value is None else data.copy_(value)
             child.weight = nn.Parameter(data, requires_grad=linear.weight.requires_grad)
         layer.up.bias = bias
         return layer.train(linear.training)
 
-    def to_dense(self) -> nn.Module:
-        """The dense layer of the class this one came from, its weight the product of the factors (computed in fp32 or better)."""
+    def to_dense(self) -> DenseLayer:
+        """The dense layer of the class this one came from, with the factors' product (computed in fp32 or better)."""
         weight = self.product()
         if self.origin == "Conv1D":
-            dense: nn.Module = Conv1D.__new__(Conv1D)
+            dense: DenseLayer = Conv1D.__new__(Conv1D)
             nn.Module.__init__(dense)
             dense.nf, dense.nx = self.out_features, self.in_features
             weight = weight.T.contiguous()
@@ -105,18 +107,22 @@ class LowRankLinear(nn.Module):
         return _multiply(self.up.weight.to(exact), self.down.weight.to(exact)).to(self.up.weight.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features)."""
         return self.up(self.down(x))
 
     @property
     def rank(self) -> int:
+        """Inner size of the pair."""
         return self.down.out_features
 
     @property
     def in_features(self) -> int:
+        """Of the layer that this one stands for."""
         return self.down.in_features
 
     @property
     def out_features(self) -> int:
+        """Of the layer that this one stands for."""
         return self.up.out_features
 
     @property
@@ -131,14 +137,18 @@ class LowRankLinear(nn.Module):
 
     @property
     def bias(self) -> nn.Parameter | None:
+        """Of `up`: the dense layer's own Parameter, or None."""
         return self.up.bias
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, origin={self.origin}"
+        """What `print(model)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, origin={self.origin}"
+        )
 
 
 class _Product(torch.Tensor):
-    """up @ down for whoever reads `LowRankLinear.weight`: knows its dtype, shape and device, becomes a plain tensor in any operation."""
+    """What `LowRankLinear.weight` gives: a dtype, a shape and a device, and up @ down in any operation."""
 
     _is_hf_initialized = True
     """Keeps the `_init_weights` of models such as ModernBERT from filling a throw-away product."""
@@ -164,7 +174,7 @@ class _Product(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return cls.__torch_function__(func, types, args, kwargs)
@@ -195,31 +205,37 @@ def check_rank(rank: int, in_features: int, out_features: int, name: str = "the 
 
 
 def dense_origin(module: nn.Module) -> str:
-    """"Linear" or "Conv1D"; raises TypeError for any other class (subclasses too: they may compute something else)."""
+    """ "Linear" or "Conv1D"; raises TypeError for any other class (subclasses too: they may compute something else)."""
     for name, cls in DENSE_TYPES.items():
         if type(module) is cls:
             return name
-    raise TypeError(f"only {', '.join(c.__name__ for c in DENSE_TYPES.values())} can be factorized, got {type(module).__name__}")
+    raise TypeError(
+        f"only {', '.join(c.__name__ for c in DENSE_TYPES.values())} can be factorized, got {type(module).__name__}"
+    )
 
 
 def check_layer(module: nn.Module, name: str = "the layer") -> None:
-    """Raises unless the layer's weight can be factorized: TypeError for another class, ValueError for what the weight is."""
+    """Raises unless the layer can be factorized: TypeError for its class, ValueError for what its weight is."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.Tensor) and is_quantized(weight):
-        raise ValueError(f"{name} is quantized ({weight.dtype}): only floating-point weights can be factorized; exclude it")
+        raise ValueError(
+            f"{name} is quantized ({weight.dtype}): only floating-point weights can be factorized; exclude it"
+        )
     try:
         dense_origin(module)
     except TypeError as error:
         raise TypeError(f"{name} is a {type(module).__name__}: only nn.Linear and Conv1D can be factorized") from error
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+    if not isinstance(weight, nn.Parameter):
         raise ValueError(
-            f"{name}.weight is computed from other parameters (weight_norm, pruning or the like): make it a plain parameter "
-            "first, or exclude the layer"
+            f"{name}.weight is computed from other parameters (weight_norm, pruning or the like): make it a plain "
+            "parameter first, or exclude the layer"
         )
-    if module.weight.is_meta:
+    if weight.is_meta:
         raise ValueError(f"{name} is on the meta device: load its weights before factorizing it")
-    if not torch.isfinite(module.weight).all():
-        raise ValueError(f"{name}.weight holds NaN or Inf: the model is unchanged; look at the loss and the learning rate")
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"{name}.weight holds NaN or Inf: the model is unchanged; look at the loss and the learning rate"
+        )
 
 
 def is_quantized(weight: torch.Tensor) -> bool:
@@ -229,5 +245,6 @@ def is_quantized(weight: torch.Tensor) -> bool:
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
     """The weight of an nn.Linear or Conv1D as (out_features, in_features), a view, detached."""
-    weight = module.weight.detach()
-    return weight.T if dense_origin(module) == "Conv1D" else weight
+    origin = dense_origin(module)
+    weight = cast(torch.Tensor, module.weight).detach()
+    return weight.T if origin == "Conv1D" else weight

@@ -5,19 +5,20 @@ from __future__ import annotations
 import difflib
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import optimizer as optimizers
 from .factorization import Factors, LayerMoments, cut, decompose
-from .layers import DENSE_TYPES, LowRankLinear, check_rank, dense_origin, dense_weight
+from .layers import DENSE_TYPES, DenseLayer, LowRankLinear, check_layer, check_rank, dense_origin, dense_weight
 from .ranks import RankDecision, RankPlan
 from .report import FactorizationReport, block_containers, count_parameters
 from .selection import skipped_parameters
-from .wrapper import check_not_wrapped
+from .wrapper import check_no_ddp, check_not_wrapped, repair_ddp
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ def factorize(
     statistics: Mapping[str, LayerMoments] | None = None,
     factors: Mapping[str, Factors] | None = None,
     optimizer_state: str = "carry",
+    confirm: Callable[[], None] | None = None,
 ) -> FactorizationReport:
     """Replace each layer of `plan` by a LowRankLinear, in place, all or nothing.
 
@@ -47,20 +49,26 @@ def factorize(
             input's part goes into the bias. Plain SVD without.
         factors: ready-made factors of the layers instead.
         optimizer_state: "carry" or "reset".
+        confirm: called when everything has changed; what it raises puts everything back. It has to repair the wrapper
+            and to hear that the other processes are as far, where there are any (`Cuttlefish` gives one).
 
     Returns:
         A report with parameter counts; `str(report)` is a table.
 
     Raises:
-        TypeError: the plan is no mapping, or a named module is no nn.Linear or Conv1D.
-        ValueError: an unknown, already factorized, tied, quantized or meta layer; a rank out of range; a plan written for
-            another shape; weights that are not finite; an optimizer that does not hold the weights.
+        TypeError: the plan is no mapping, a rank no whole number, or a named module no nn.Linear or Conv1D.
+        ValueError: an unknown, already factorized, tied, quantized or meta layer; a rank out of range; a plan or
+            factors made for another shape; weights that are not finite; an optimizer that does not hold the weights; a
+            model whose config says that it is quantized; a model inside DDP, without `confirm`.
     """
     started = time.perf_counter()
-    check_not_wrapped(model)
+    _check_model(model)
+    if confirm is None:
+        check_no_ddp(model)
     layers = _validate(model, plan)
+    _check_free(model)
     if optimizer is not None:
-        optimizers.check_holds(optimizer, {name: layer.weight for name, layer in layers.items()})
+        optimizers.check_holds(optimizer, {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()})
     before = _sizes(model, layers, plan)
     ready = dict(factors or {})
     for name, layer in layers.items():
@@ -69,24 +77,22 @@ def factorize(
                 ready[name] = cut(decompose(dense_weight(layer), (statistics or {}).get(name)), plan[name])
             except ValueError as error:
                 raise ValueError(f"{name} cannot be factorized: {error}") from error
-    for name, f in ready.items():
-        if not all(bool(torch.isfinite(t).all()) for t in (f.down, f.up, f.bias_shift) if t is not None):
-            raise ValueError(f"the factors of {name} hold NaN or Inf; the model is unchanged")
-    pairs = {name: LowRankLinear.standing_for(layer, ready[name].down, ready[name].up) for name, layer in layers.items()}
-    parameters = [
-        optimizers.FactorParameters(
-            name, layer.weight, pairs[name].down.weight, pairs[name].up.weight, dense_origin(layer) == "Conv1D"
-        )
-        for name, layer in layers.items()
-    ]
+    for name, layer in layers.items():
+        _check_factors(name, layer, ready[name], plan[name])
+    rank_plan = plan if isinstance(plan, RankPlan) else _as_plan(plan, layers)
+    pairs = {
+        name: LowRankLinear.standing_for(layer, ready[name].down, ready[name].up) for name, layer in layers.items()
+    }
+    parameters = [_replacement(name, layer, pairs[name]) for name, layer in layers.items()]
     edit = None if optimizer is None else optimizers.prepare(optimizer, parameters, optimizer_state)
     factored = time.perf_counter()
-    _commit(model, layers, pairs, ready, edit, parameters)
-    rank_plan = plan if isinstance(plan, RankPlan) else _as_plan(plan, layers)
+    _commit(model, layers, pairs, ready, edit, parameters, confirm)
     after = _sizes(model, layers, plan)
     return FactorizationReport(
         rank_plan,
-        *(size for b, a in zip(before, after, strict=True) for size in (b, a)),
+        *(before[0], after[0]),
+        *(before[1], after[1]),
+        *(before[2], after[2]),
         seconds={"factors": factored - started, "patch": time.perf_counter() - factored},
         optimizer="no optimizer" if edit is None else edit.summary,
         skipped=skipped_parameters(model),
@@ -101,10 +107,12 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no factorized layer.
     """
-    check_not_wrapped(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    _check_model(model)
+    layers = low_rank_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no factorized layer to merge")
+    if "" in layers:
+        raise ValueError("this is a LowRankLinear and not a model that holds some: use layer.to_dense()")
     _swap(model, {id(layer): _keep_hooks(layer, layer.to_dense()) for layer in layers.values()})
     write_structure(model)
     return model
@@ -116,117 +124,169 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 
 
 def restructure(model: nn.Module, ranks: Mapping[str, int | None]) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Give layers the structure that weights about to be loaded have: a rank, or None for dense. Their values are empty.
+    """Give layers the structure that weights about to be loaded have: a rank, or None for dense. Values are to come.
 
     Returns name -> (old module, new module), for an optimizer that has to follow.
 
     Raises:
         ValueError: a name that is no such layer, or a rank out of range; nothing is changed then.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     changes: dict[str, tuple[nn.Module, nn.Module]] = {}
+    new_of: dict[int, nn.Module] = {}
     for name, rank in ranks.items():
         module = modules.get(name)
+        new: nn.Module
         if isinstance(module, LowRankLinear):
-            if rank == module.rank:
+            if rank == module.rank or id(module) in new_of:
                 continue
             dense = module.to_dense()
             new = dense if rank is None else LowRankLinear.standing_for(dense, None, None, _checked(rank, dense, name))
-            if rank is not None:
-                new.up.bias = module.bias
-        elif module is not None and type(module) in DENSE_TYPES.values():
-            if rank is None:
+        elif isinstance(module, DenseLayer) and type(module) in DENSE_TYPES.values():
+            if rank is None or id(module) in new_of:
                 continue
             new = LowRankLinear.standing_for(module, None, None, _checked(rank, module, name))
         else:
             kind = "there is no such module" if module is None else f"it is a {type(module).__name__}"
             raise ValueError(f"the weights hold factors of {name!r}, but in this {type(model).__name__} {kind}")
-        changes[name] = (module, _keep_hooks(module, new))
-    _swap(model, {id(old): new for old, new in changes.values()})
+        new_of[id(module)] = new
+        changes[name] = (module, new)
+    for old, changed in changes.values():
+        _keep_hooks(old, changed)
+    _swap(model, new_of)
     write_structure(model)
+    if changes:
+        repair_ddp(model)
     return changes
 
 
 def write_structure(model: nn.Module) -> None:
-    """Note the ranks in `model.config`, where `from_pretrained` finds them; remove the note if no layer is factorized."""
-    config = getattr(model, "config", None)
-    if config is None or isinstance(config, dict):
-        return
-    ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
-    current = getattr(config, "quantization_config", None)
-    if ranks:
-        config.quantization_config = {"quant_method": QUANT_METHOD, "version": STRUCTURE_VERSION, "ranks": ranks}
-    elif current is not None and _method_of(current) == QUANT_METHOD:
-        del config.quantization_config
+    """Note the ranks in `model.config`, where `from_pretrained` finds them; remove the note if no layer is factorized.
+
+    Models inside the model that have a config of their own (CLIP's text model) get theirs, so that they load alone too.
+    """
+    for prefix, config in _configs(model):
+        layers = low_rank_layers(model.get_submodule(prefix))
+        if layers:
+            ranks = {name: layer.rank for name, layer in layers.items()}
+            config.quantization_config = {"quant_method": QUANT_METHOD, "version": STRUCTURE_VERSION, "ranks": ranks}
+        elif _method_of(getattr(config, "quantization_config", None)) == QUANT_METHOD:
+            del config.quantization_config
 
 
-def _validate(model: nn.Module, plan: Mapping[str, int]) -> dict[str, nn.Module]:
+def _configs(model: nn.Module) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """The config of the model and of each model inside it, with the name of the module that it describes, each once."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None) if module is model or isinstance(module, PreTrainedModel) else None
+        if isinstance(config, PreTrainedConfig) and id(config) not in seen:
+            seen.add(id(config))
+            yield name, config
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_not_wrapped(model)
+
+
+def _check_free(model: nn.Module) -> None:
+    for _, config in _configs(model):
+        note = getattr(config, "quantization_config", None)
+        if note is not None and _method_of(note) != QUANT_METHOD:
+            raise ValueError(
+                f"the model is quantized ({_method_of(note)!s}), and its config has room for one structure: "
+                "factorize it before it is quantized"
+            )
+
+
+def _check_factors(name: str, layer: DenseLayer, factors: Factors, rank: int) -> None:
+    m, n = dense_weight(layer).shape
+    if factors.down.shape != (rank, n) or factors.up.shape != (m, rank):
+        raise ValueError(
+            f"the factors of {name} have the shapes {tuple(factors.up.shape)} and {tuple(factors.down.shape)}: "
+            f"rank {rank} of a layer of shape {(m, n)} needs {(m, rank)} and {(rank, n)}"
+        )
+    parts = [t for t in (factors.down, factors.up, factors.bias_shift) if t is not None]
+    if not all(bool(torch.isfinite(t.to(layer.weight.dtype)).all()) for t in parts):
+        raise ValueError(f"the factors of {name} hold NaN or Inf; the model is unchanged")
+
+
+def _validate(model: nn.Module, plan: Mapping[str, int]) -> dict[str, DenseLayer]:
     """The layers of the plan by name, each once. Raises before anything is touched (see `factorize`)."""
     if not isinstance(plan, Mapping):
         raise TypeError(f"plan must be a RankPlan or a dict {{module name: rank}}, got {type(plan).__name__}")
     if not plan:
         raise ValueError("the plan factorizes no layer: every target stays dense, so there is nothing to do")
     modules = dict(model.named_modules(remove_duplicate=False))
+    decisions = plan.decisions if isinstance(plan, RankPlan) else {}
+    for name in [*plan, *decisions]:
+        if name not in modules:
+            close = difflib.get_close_matches(str(name), list(modules), n=3)
+            raise ValueError(
+                f"the plan names {name!r}, which is no module of {type(model).__name__}; close names: {close}"
+            )
     owners: dict[int, set[int]] = {}
-    for module in model.modules():
+    inner: dict[int, str] = {}
+    for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), set()).add(id(module))
-    chosen: dict[str, nn.Module] = {}
+        if isinstance(module, LowRankLinear):
+            inner |= {id(module): name, id(module.down): name, id(module.up): name}
+    chosen: dict[str, DenseLayer] = {}
     seen: dict[int, str] = {}
     for name, rank in plan.items():
-        module = modules.get(name)
-        if module is None:
-            close = difflib.get_close_matches(str(name), list(modules), n=3)
-            raise ValueError(f"the plan names {name!r}, which is no module of {type(model).__name__}; close names: {close}")
-        if isinstance(module, LowRankLinear):
-            raise ValueError(f"{name} is already factorized (rank {module.rank}); merge(model) first to change its rank")
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.Tensor) and not weight.is_floating_point():
-            raise ValueError(f"{name} is quantized ({weight.dtype}): only floating-point weights can be factorized")
-        if type(module) not in DENSE_TYPES.values():
-            raise TypeError(f"{name} is a {type(module).__name__}: only nn.Linear and Conv1D can be factorized")
-        if weight.is_meta:
-            raise ValueError(f"{name} is on the meta device: load its weights before factorizing it")
+        module = modules[name]
+        if id(module) in inner:
+            rank = low_rank_layers(model)[inner[id(module)]].rank
+            raise ValueError(
+                f"{inner[id(module)]} is already factorized (rank {rank}); merge(model) first to change its rank"
+            )
+        if module is model:
+            raise ValueError(
+                "the model is itself a layer, and cannot be replaced in place: use LowRankLinear.from_linear(layer)"
+            )
+        check_layer(module, name)
         out_features, in_features = dense_weight(module).shape
         check_rank(rank, in_features, out_features, name)
-        decision = plan.decisions.get(name) if isinstance(plan, RankPlan) else None
+        decision = decisions.get(name)
         if decision is not None and (decision.in_features, decision.out_features) != (in_features, out_features):
             raise ValueError(
-                f"the plan was written for another model: {name} is ({decision.out_features}, {decision.in_features}) there "
-                f"and ({out_features}, {in_features}) here"
+                f"the plan was written for another model: {name} is ({decision.out_features}, {decision.in_features}) "
+                f"there and ({out_features}, {in_features}) here"
             )
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{name}.weight holds NaN or Inf: the model is unchanged; look at the loss and the learning rate")
-        if len(owners[id(weight)]) > 1:
-            raise ValueError(f"{name}.weight is tied to another module: factorizing it would untie them; exclude it")
+        for part in ("weight", "bias"):
+            if len(owners.get(id(getattr(module, part)), ())) > 1:
+                raise ValueError(f"{name}.{part} is tied to another module, which would change with it: exclude it")
         if id(module) in seen:
             if plan[seen[id(module)]] != rank:
-                raise ValueError(f"{seen[id(module)]} and {name} are one module, but the plan gives them different ranks")
+                raise ValueError(
+                    f"{seen[id(module)]} and {name} are one module, but the plan gives them different ranks"
+                )
             continue
         seen[id(module)] = name
-        chosen[name] = module
+        chosen[name] = cast(DenseLayer, module)
     return chosen
 
 
 def _commit(
     model: nn.Module,
-    layers: dict[str, nn.Module],
+    layers: Mapping[str, DenseLayer],
     pairs: dict[str, LowRankLinear],
     factors: Mapping[str, Factors],
     edit: optimizers.OptimizerEdit | None,
     parameters: list[optimizers.FactorParameters],
+    confirm: Callable[[], None] | None,
 ) -> None:
     """Swap modules, optimizer and config; on any error put everything back and raise it."""
     held = set() if edit is None else {id(p) for g in edit.optimizer.param_groups for p in g["params"]}
     biases = {name: layer.bias.detach().clone() for name, layer in layers.items() if layer.bias is not None}
-    config = getattr(model, "config", None)
-    had = getattr(config, "quantization_config", None)
     grads = [(layer, layer.weight.grad) for layer in layers.values()]
+    notes = [(config, getattr(config, "quantization_config", None)) for _, config in _configs(model)]
     swapped = {id(layer): pairs[name] for name, layer in layers.items()}
-    done: list[str] = []
+    optimizer_touched = False
     try:
-        done.append("modules")
         _swap(model, swapped)
         with torch.no_grad():
             for name, layer in layers.items():
@@ -236,25 +296,26 @@ def _commit(
                     layer.bias.add_(shift.to(layer.bias))
                 layer.weight.grad = None
         if edit is not None:
-            done.append("optimizer")
+            optimizer_touched = True
             edit.apply()
             optimizers.check_in_step(model, edit.optimizer, held, parameters)
-        done.append("config")
         write_structure(model)
+        if confirm is not None:
+            confirm()
     except BaseException:
-        if "config" in done and config is not None:
-            if had is not None:
-                config.quantization_config = had
-            elif hasattr(config, "quantization_config"):
-                del config.quantization_config
-        if "optimizer" in done and edit is not None:
-            edit.undo()
         _swap(model, {id(pairs[name]): layer for name, layer in layers.items()})
         with torch.no_grad():
             for name, bias in biases.items():
                 layers[name].bias.copy_(bias)
         for layer, grad in grads:
             layer.weight.grad = grad
+        for config, note in notes:
+            if note is not None:
+                config.quantization_config = note
+            elif hasattr(config, "quantization_config"):
+                del config.quantization_config
+        if edit is not None and optimizer_touched:
+            edit.undo()
         raise
 
 
@@ -273,12 +334,20 @@ def _keep_hooks(old: nn.Module, new: nn.Module) -> nn.Module:
         "_forward_pre_hooks",
         "_backward_hooks",
         "_backward_pre_hooks",
+        "_is_full_backward_hook",
         "_forward_hooks_with_kwargs",
         "_forward_pre_hooks_with_kwargs",
         "_forward_hooks_always_called",
     ):
         setattr(new, table, getattr(old, table))
     return new
+
+
+def _replacement(name: str, layer: DenseLayer, pair: Any) -> optimizers.FactorParameters:
+    weight: Any = layer.weight
+    return optimizers.FactorParameters(
+        name, weight, pair.down.weight, pair.up.weight, transposed=dense_origin(layer) == "Conv1D"
+    )
 
 
 def _sizes(model: nn.Module, layers: Mapping[str, Any], plan: Mapping[str, int]) -> tuple[int, int, int]:
@@ -289,7 +358,7 @@ def _sizes(model: nn.Module, layers: Mapping[str, Any], plan: Mapping[str, int])
         if isinstance(module, LowRankLinear):
             targets += module.down.weight.numel() + module.up.weight.numel()
         else:
-            targets += module.weight.numel()
+            targets += dense_weight(module).numel()
     return count_parameters(model), targets, count_parameters(model, block_containers(model, names))
 
 
@@ -309,8 +378,3 @@ def _checked(rank: int, dense: nn.Module, name: str) -> int:
 
 def _method_of(config: Any) -> Any:
     return config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-
-
-def dense_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every layer that could be factorized by class alone."""
-    return ((n, m) for n, m in model.named_modules() if type(m) in DENSE_TYPES.values())

@@ -34,7 +34,8 @@ def plot_stable_ranks(
 ) -> Figure:
     """Draw the stable ranks over the training steps, a line for each kind of projection.
 
-    The line is the median over the layers of that kind, the band reaches from their lower to their upper quartile.
+    The line is the median over the layers of that kind, the band reaches from their lower to their upper quartile. A
+    fine-tune moves stable ranks by little, so a second panel shows their change since the first measurement.
 
     Args:
         history: records with `step` (optimizer steps so far), `layer` (module name) and `stable_rank`, as in
@@ -54,14 +55,43 @@ def plot_stable_ranks(
     if not records:
         raise ValueError("the history is empty: no stable rank was measured, so there is nothing to draw")
     kinds = {name: kind for name, (_, kind) in _places(record["layer"] for record in records).items()}
-    curves: dict[str, dict[int, list[float]]] = {}  # kind -> step -> stable ranks of its layers
-    for record in records:
-        by_step = curves.setdefault(kinds[record["layer"]], {})
-        by_step.setdefault(int(record["step"]), []).append(float(record["stable_rank"]))
+    measured = [(kinds[r["layer"]], r["layer"], int(r["step"]), float(r["stable_rank"])) for r in records]
+    first: dict[str, float] = {}
+    for _, layer, _, value in measured:
+        first.setdefault(layer, value)
+    changes = [(kind, layer, step, 100 * (value / first[layer] - 1)) for kind, layer, step, value in measured]
 
-    figure = _new_figure(height=4.6)
-    axes = figure.add_subplot()
-    ends = []
+    figure = _new_figure(height=6.2)
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
+    ends = _draw_medians(upper, measured)
+    _draw_medians(lower, changes)
+    upper.set_ylim(bottom=0)
+    upper.margins(x=0)
+    if switch_step is not None:
+        _mark_switch(upper, lower, switch_step)
+    upper.set_ylabel(r"stable rank   $\|W\|_F^2 \,/\, \sigma_1^2$")
+    lower.set_ylabel("change since the\nfirst measurement, %")
+    lower.set_xlabel("optimizer step")
+    note = "for each projection: median and quartiles over the layers"
+    _headline(upper, title or "Stable ranks during training", note)
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.9")
+        axes.set_axisbelow(True)
+    _label_ends(upper, ends)
+    return _save(figure, path)
+
+
+def _draw_medians(axes: Axes, values: Iterable[tuple[str, str, int, float]]) -> list[tuple[float, float, str, str]]:
+    """For values (kind, layer, step, value): a line of medians and a band of quartiles for each kind.
+
+    Returns:
+        (last step, median there, kind, colour) of each line.
+    """
+    curves: dict[str, dict[int, list[float]]] = {}  # kind -> step -> values of its layers
+    for kind, _, step, value in values:
+        curves.setdefault(kind, {}).setdefault(step, []).append(value)
+    ends: list[tuple[float, float, str, str]] = []
     for index, (kind, by_step) in enumerate(curves.items()):
         colour, dashes = COLOURS[index % len(COLOURS)], ("-", "--", ":")[index // len(COLOURS) % 3]
         steps = sorted(by_step)
@@ -71,20 +101,7 @@ def plot_stable_ranks(
         marker = "o" if len(steps) < 3 else None
         axes.plot(steps, medians, dashes, color=colour, lw=2, marker=marker, solid_capstyle="round")
         ends.append((steps[-1], medians[-1], kind, colour))
-
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0)
-    if switch_step is not None:
-        _mark_switch(axes, switch_step)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel(r"stable rank   $\|W\|_F^2 \,/\, \sigma_1^2$")
-    note = "for each projection: median and quartiles over the layers"
-    _headline(axes, title or "Stable ranks during training", note)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="0.9")
-    axes.set_axisbelow(True)
-    _label_ends(axes, ends)
-    return _save(figure, path)
+    return ends
 
 
 def plot_ranks(plan: Mapping[str, int], path: str | Path | None = None) -> Figure:
@@ -209,12 +226,13 @@ def _headline(axes: Axes, title: str, note: str) -> None:
         axes.annotate(note, **just_above, color="0.35", fontsize=10)  # type: ignore[arg-type]
 
 
-def _mark_switch(axes: Axes, switch_step: int) -> None:
-    """A labelled vertical line where the layers were factorized."""
+def _mark_switch(axes: Axes, below: Axes, switch_step: int) -> None:
+    """A vertical line through both axes where the layers were factorized, labelled in the first."""
     left, right = axes.get_xlim()
     axes.set_xlim(left, max(right, switch_step))
     left, right = axes.get_xlim()
-    axes.axvline(switch_step, color="black", lw=1.2, ls=(0, (4, 3)), zorder=1)
+    for each in (axes, below):
+        each.axvline(switch_step, color="black", lw=1.2, ls=(0, (4, 3)), zorder=1, clip_on=False)
     on_the_right_half = switch_step > (left + right) / 2
     axes.annotate(
         f"switch to low rank,\nafter step {switch_step}",
@@ -250,7 +268,15 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
             va="center",
             color=colour,
             fontsize=10,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "lw": 0.8,
+                "alpha": 0.6,
+                "shrinkA": 0,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),
+            }
             if x < right or abs(height - y) > gap / 4
             else None,
             annotation_clip=False,

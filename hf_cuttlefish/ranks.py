@@ -19,8 +19,16 @@ from .layers import check_rank, dense_weight
 from .selection import find_targets, matches
 
 PLAN_VERSION = 1
-DEFAULT_LOSS_INCREASE = 0.01
-"""Default of `max_loss_increase`: see docs/how-it-works.md for the measurements behind it."""
+CURVATURE_SHARE = 1e-3
+"""Default size of rule "loss": the smallest model whose predicted loss increase is at most this share of what dropping all
+target layers would cost by the same formula. A share of that sum, and not of the training loss, because while a new head
+is still small all gradients are: over two data sets and switches from 3% to 25% of the run, the predicted increase of a
+cut to a third was 0.035% to 0.19% of the sum, and 0.02% to 0.8% of the loss (docs/how-it-works.md)."""
+
+
+RANK_FLOOR = 0.5
+"""Rule "loss" gives no layer less than this share of the rank that an even spread of the same size would give it: the
+prediction knows what a layer does now, not what it will have to learn (docs/how-it-works.md has the comparison)."""
 
 
 def break_even_rank(in_features: int, out_features: int) -> int:
@@ -43,6 +51,7 @@ class LayerSpectrum:
         loss_spectrum: singular values of K^T W L (see `factorization`), or None without statistics.
         tokens: tokens of an example that reach the loss through this layer.
         initial_stable_rank: of the weights that the run started from, or None.
+        price: of one unit of rank, in any currency that is the same for all layers (measured time); None: m + n parameters.
     """
 
     in_features: int
@@ -51,6 +60,7 @@ class LayerSpectrum:
     loss_spectrum: torch.Tensor | None = None
     tokens: float = 1.0
     initial_stable_rank: float | None = None
+    price: float | None = None
 
     @property
     def full_rank(self) -> int:
@@ -368,10 +378,10 @@ def ratio_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, n
 
 
 def loss_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, notes: list[str]) -> dict[str, float]:
-    """One threshold for the whole model on predicted loss per parameter, tokens * s^2 / 2 / (m + n).
+    """One threshold for the whole model on predicted loss per parameter (or other price of rank), tokens * s^2 / 2 / (m + n).
 
-    The size follows from `target_ratio`, or from `max_loss_increase` times the training loss. Layers without statistics
-    get rank_ratio; so do all layers if there are none.
+    The size follows from `target_ratio`, from `max_loss_increase` times the training loss, or from `CURVATURE_SHARE`.
+    Layers without statistics get rank_ratio; so do all layers if there are none.
     """
     known = {n: s for n, s in spectra.items() if s.loss_spectrum is not None}
     missing = {n: s for n, s in spectra.items() if s.loss_spectrum is None}
@@ -382,12 +392,17 @@ def loss_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, no
     if not known:
         return wanted
     scores = {
-        n: (s.loss_spectrum.square() * (s.tokens / 2 / (s.in_features + s.out_features))).tolist()  # type: ignore[union-attr]
+        n: (s.loss_spectrum.square() * (s.tokens / 2 / (s.price or s.in_features + s.out_features))).tolist()  # type: ignore[union-attr]
         for n, s in known.items()
     }
 
+    dense_size = sum(s.in_features * s.out_features for s in known.values())
+
     def at(threshold: float) -> dict[str, float]:
-        return {n: max(1.0, _count_above(scores[n], threshold)) for n in known}
+        needs = {n: _count_above(scores[n], threshold) for n in known}
+        kept = sum(min(needs[n] * (s.in_features + s.out_features), s.in_features * s.out_features) for n, s in known.items())
+        even = RANK_FLOOR * kept / dense_size
+        return {n: max(1.0, need, even * break_even_rank(known[n].in_features, known[n].out_features)) for n, need in needs.items()}
 
     def measure(threshold: float) -> tuple[float, float]:
         """Kept share of the parameters and predicted loss increase at a threshold, after alignment and break-even."""
@@ -398,7 +413,7 @@ def loss_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, no
             size = s.in_features * s.out_features
             kept += size if rank is None else rank * (s.in_features + s.out_features)
             increase += 0.0 if rank is None else _dropped(s, rank) or 0.0
-        return kept / sum(s.in_features * s.out_features for s in known.values()), increase
+        return kept / dense_size, increase
 
     if config.target_ratio is not None:
         fits = lambda t: measure(t)[0] <= config.target_ratio  # noqa: E731
@@ -435,12 +450,11 @@ RULES: dict[str, Rule] = {
 
 
 def _loss_bound(known: Spectra, config: CuttlefishConfig, loss: float | None, notes: list[str]) -> float:
-    share = config.max_loss_increase if config.max_loss_increase is not None else DEFAULT_LOSS_INCREASE
-    if loss is None or not math.isfinite(loss) or loss <= 0:
-        # Without a loss to compare with: the loss that vanishing of all target layers would cost, by the same formula.
-        loss = sum(_dropped(s, 0) or 0.0 for s in known.values())
-        notes.append("the model returned no loss: max_loss_increase is taken as a share of the summed curvature")
-    return share * loss
+    if config.max_loss_increase is not None:
+        if loss is not None and math.isfinite(loss) and loss > 0:
+            return config.max_loss_increase * loss
+        notes.append("max_loss_increase is not used: the model returned no loss to compare with; the default size holds")
+    return CURVATURE_SHARE * sum(_dropped(s, 0) or 0.0 for s in known.values())
 
 
 def _ratio_rank(s: LayerSpectrum, ratio: float, multiple: int) -> float:

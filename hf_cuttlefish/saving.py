@@ -7,23 +7,28 @@ safetensors is read, and no rank is believed before it is held against the layer
 
 from __future__ import annotations
 
+import copy
 import logging
+import re
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import optimizer as optimizers
-from .layers import DENSE_TYPES, LowRankLinear
+from .layers import DENSE_TYPES, LowRankLinear, dense_origin, dense_weight
 from .patching import QUANT_METHOD, STRUCTURE_VERSION, low_rank_layers, restructure, write_structure
 
 logger = logging.getLogger(__name__)
 
-_OPTIMIZERS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_OPTIMIZERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+_DISAGREE = "config.json and the tensors belong to different models"
 
 
 class CuttlefishStructure(QuantizationConfigMixin):
@@ -33,7 +38,9 @@ class CuttlefishStructure(QuantizationConfigMixin):
         ValueError: a newer version, or ranks that are no {name: whole number of at least 1}.
     """
 
-    def __init__(self, ranks: Any = None, version: Any = STRUCTURE_VERSION, quant_method: str = QUANT_METHOD, **other: Any):
+    def __init__(
+        self, ranks: Any = None, version: Any = STRUCTURE_VERSION, quant_method: str = QUANT_METHOD, **other: Any
+    ):
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise ValueError(f"config.json: the factorized structure has version {version!r}, not a whole number")
         if version > STRUCTURE_VERSION:
@@ -42,13 +49,15 @@ class CuttlefishStructure(QuantizationConfigMixin):
                 f"{STRUCTURE_VERSION}: upgrade with `pip install -U hf-cuttlefish`"
             )
         if not isinstance(ranks, Mapping) or not ranks:
-            raise ValueError(f"config.json: the factorized structure needs ranks {{module name: rank}}, got {ranks!r:.80}")
+            raise ValueError(
+                f"config.json: the factorized structure needs ranks {{module name: rank}}, got {ranks!r:.80}"
+            )
         for name, rank in ranks.items():
             if not isinstance(name, str) or isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"config.json: rank of {name!r} is {rank!r}: it must be a whole number of at least 1")
         if other:
             raise ValueError(f"config.json: the factorized structure has unknown fields {sorted(other)}")
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]
         self.version = version
         self.ranks = dict(ranks)
 
@@ -57,14 +66,18 @@ class CuttlefishLoader(HfQuantizer):
     """Builds the structure for `from_pretrained`. Registered as a quantizer: that is the door transformers offers."""
 
     requires_calibration = False
+    quantization_config: CuttlefishStructure
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
+    ) -> None:
         ranks = names_in(model, self.quantization_config.ranks)
         if not ranks:
             raise ValueError(
                 f"config.json names {len(self.quantization_config.ranks)} factorized layers, such as "
                 f"{next(iter(self.quantization_config.ranks))!r}, and {type(model).__name__} has none of them"
             )
+        _check_files(model, ranks, checkpoint_files or ())
         restructure(model, ranks)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -81,18 +94,21 @@ class CuttlefishLoader(HfQuantizer):
         for name, layer in low_rank_layers(model).items():
             for child in ("down", "up"):
                 weight = getattr(layer, child).weight
-                if any(flags) and not getattr(weight, "_is_hf_initialized", False):
+                missing = not getattr(weight, "_is_hf_initialized", False) and not weight.is_meta  # meta: left on disk
+                if any(flags) and missing:
                     raise ValueError(
                         f"config.json says that {name} is factorized at rank {layer.rank}, but the weights hold no "
-                        f"{name}.{child}.weight: config.json and the tensors belong to different models"
+                        f"{name}.{child}.weight: {_DISAGREE}"
                     )
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether the model can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """Whether a Trainer may train the model."""
         return True
 
 
@@ -111,15 +127,8 @@ def names_in(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
 
     Layers of a head that this class does not have are left out.
     """
-    prefix = f"{getattr(model, 'base_model_prefix', '') or ''}."
-    modules = dict(model.named_modules())
-    found = {}
-    for name, rank in ranks.items():
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if type(modules.get(candidate)) in DENSE_TYPES.values() or isinstance(modules.get(candidate), LowRankLinear):
-                found[candidate] = rank
-                break
-    return found
+    find = _finder(model)
+    return {own: rank for name, rank in ranks.items() if (own := find(name)) is not None}
 
 
 def follow_checkpoints(model: nn.Module, optimizer: Any = None) -> None:
@@ -129,58 +138,187 @@ def follow_checkpoints(model: nn.Module, optimizer: Any = None) -> None:
     optimizer that exists already (given to the Trainer by the user) follows too.
     """
     if optimizer is not None:
-        _OPTIMIZERS[model] = optimizer
+        _OPTIMIZERS[model] = weakref.ref(optimizer)
     if not getattr(model, "_cuttlefish_follows", False):
         model.register_load_state_dict_pre_hook(_follow)
         model._cuttlefish_follows = True  # type: ignore[assignment]
+    write_structure(model)  # a dense model made from a factorized one's config must not be saved with its note
+
+
+def _finder(model: nn.Module) -> Callable[[str], str | None]:
+    """A function that gives a saved layer's name in this model (see `names_in`), or None."""
+    prefix = f"{getattr(model, 'base_model_prefix', '') or ''}."
+
+    def find(name: str) -> str | None:
+        candidates = (name, name.removeprefix(prefix), prefix + name)
+        return next((candidate for candidate in candidates if _is_layer(model, candidate)), None)
+
+    return find
+
+
+def _check_files(model: nn.Module, ranks: Mapping[str, int], files: Iterable[str]) -> None:
+    """Hold config.json's ranks against the names and shapes in the files' headers, before anything is allocated.
+
+    Raises ValueError for another rank, or factors of a layer that config.json does not name. Factors that are missing
+    are found after the loading, under whatever name they may come.
+    """
+    find = _finder(model)
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as opened:
+            keys = [key for key in opened.keys() if key.endswith((".down.weight", ".up.weight"))]  # noqa: SIM118 (no dict)
+            for key, renamed in _renamed(model, keys):
+                layer, _, part = renamed.removesuffix(".weight").rpartition(".")
+                name = find(layer)
+                if name is None:
+                    continue
+                found = opened.get_slice(key).get_shape()[0 if part == "down" else 1]
+                if name not in ranks:
+                    raise ValueError(
+                        f"the weights hold factors of {name} (rank {found}), and config.json does not say that it is "
+                        f"factorized: {_DISAGREE}"
+                    )
+                if found != ranks[name]:
+                    raise ValueError(
+                        f"config.json says that {name} has rank {ranks[name]}, and the weights hold rank {found}: "
+                        f"{_DISAGREE}"
+                    )
 
 
 def _follow(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
-    if prefix:  # called on a child by a parent's load: names would not be ours
-        return
-    _rename(module, state_dict)
-    wanted: dict[str, int | None] = {}
+    """Before the tensors of a whole file, or of one shard, which may hold one factor of a layer and not the other."""
+    _rename(module, state_dict, prefix)
+    shapes: dict[str, dict[str, torch.Size]] = {}
     for key, tensor in state_dict.items():
-        name, _, ending = key.rpartition(".down.weight")
-        if name and not ending and tensor.ndim == 2 and _is_layer(module, name):
-            wanted[name] = tensor.shape[0]
-        elif key.endswith(".weight") and isinstance(_get(module, key.removesuffix(".weight")), LowRankLinear):
-            wanted[key.removesuffix(".weight")] = None
+        name, part = _split(module, key.removeprefix(prefix)) if key.startswith(prefix) else (None, "")
+        if name is not None:
+            shapes.setdefault(name, {})[part] = tensor.shape
+    wanted: dict[str, int | None] = {}
+    for name, parts in shapes.items():
+        rank, layer = _structure(name, parts), module.get_submodule(name)
+        if rank == (layer.rank if isinstance(layer, LowRankLinear) else None):
+            continue
+        _check_shapes(name, layer, rank, parts)
+        wanted[name] = rank
     changes = restructure(module, wanted) if wanted else {}
-    optimizer = _OPTIMIZERS.get(module)
+    _rename_biases(module, state_dict, prefix)
+    optimizer = _OPTIMIZERS[module]() if module in _OPTIMIZERS else None
     if changes and optimizer is not None:
         optimizers.follow(optimizer, changes.values())
 
 
-def _rename(module: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
-    """Undo the legacy names that `save_pretrained` writes for some models (ViT, DeiT, BEiT, Swin).
+def _rename_biases(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
+    """A shard may hold a layer's bias and neither of its factors: it goes to where the bias is now, and stays there."""
+    for key in [key for key in state_dict if key.startswith(prefix) and key.endswith(".bias")]:
+        name = key.removeprefix(prefix).removesuffix(".bias").removesuffix(".up")
+        if _is_layer(module, name):
+            new = f"{prefix}{name}{'.up' if isinstance(_get(module, name), LowRankLinear) else ''}.bias"
+            if new != key:
+                state_dict[new] = state_dict.pop(key)
 
-    transformers 5 renames on `from_pretrained`, but a Trainer's resume loads the raw names and drops the weights
+
+def _split(module: nn.Module, key: str) -> tuple[str | None, str]:
+    """The layer whose weight the key names, and which part: "down", "up" or "dense". (None, "") for any other key."""
+    for part, ending in (("down", ".down.weight"), ("up", ".up.weight"), ("dense", ".weight")):
+        name = key.removesuffix(ending)
+        if name != key and _is_layer(module, name):
+            return name, part
+    return None, ""
+
+
+def _structure(name: str, parts: Mapping[str, torch.Size]) -> int | None:
+    """The rank that one layer's tensors have, None for dense. Raises ValueError where they contradict each other."""
+    ranks = {None if part == "dense" else shape[0 if part == "down" else -1] for part, shape in parts.items()}
+    if len(ranks) > 1:
+        shapes = {part: tuple(shape) for part, shape in parts.items()}
+        raise ValueError(f"the weights of {name} do not fit together: {shapes}")
+    return ranks.pop()
+
+
+def _check_shapes(name: str, layer: nn.Module, rank: int | None, parts: Mapping[str, torch.Size]) -> None:
+    """Raises ValueError, before the layer is touched, for tensors that belong to a layer of another size."""
+    if isinstance(layer, LowRankLinear):
+        m, n, transposed = layer.out_features, layer.in_features, layer.origin == "Conv1D"
+    else:
+        (m, n), transposed = dense_weight(layer).shape, dense_origin(layer) == "Conv1D"
+    fitting = {"down": (rank, n), "up": (m, rank), "dense": (n, m) if transposed else (m, n)}
+    for part, shape in parts.items():
+        if tuple(shape) != fitting[part]:
+            tensor = f"{name}.weight" if part == "dense" else f"{name}.{part}.weight"
+            raise ValueError(
+                f"{tensor} has the shape {tuple(shape)}, and this model needs {fitting[part]}; nothing is loaded"
+            )
+
+
+def _rename(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
+    """Undo the legacy names and layouts that `save_pretrained` writes for some models (ViT, DeiT, BEiT, Swin, experts).
+
+    transformers 5 does so on `from_pretrained`, but a Trainer's resume loads the raw names and drops the weights
     (huggingface/transformers issues 43701 and 48805).
     """
-    own = set(module.state_dict().keys())
-    strange = [key for key in state_dict if key not in own and not _names_factor(module, key)]
-    if not strange:
-        return
-    for old, new in _module_names(module, strange):
-        if new != old and new not in state_dict and (new in own or _names_factor(module, new)):
-            state_dict[new] = state_dict.pop(old)
+    own = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    keys = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+    strange = [key for key in keys if key not in own and not _names_factor(module, key)]
+    left = []
+    for old, new in _renamed(module, strange):
+        if new != old and prefix + new not in state_dict and (new in own or _names_factor(module, new)):
+            state_dict[prefix + new] = state_dict.pop(prefix + old)
+        else:
+            left.append((old, new))
+    for olds, values in _converted(module, left, {old: state_dict[prefix + old] for old, _ in left}):
+        if not values or any(own.get(name) != value.shape for name, value in values.items()):
+            logger.warning(
+                "Cuttlefish: %s and %d more of the checkpoint's tensors are not loaded, because the others that they "
+                "belong together with are in another file; load it with from_pretrained first.",
+                olds[0],
+                len(olds) - 1,
+            )
+            continue
+        for old in olds:
+            del state_dict[prefix + old]
+        state_dict.update({prefix + name: value for name, value in values.items()})
 
 
-def _module_names(module: nn.Module, keys: Iterable[str]) -> Iterable[tuple[str, str]]:
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-    except ImportError:  # before these existed, names were the same on both sides
-        return
-    if not hasattr(module, "config"):
-        return
-    renamings = [t for t in get_model_conversion_mapping(module) if type(t) is WeightRenaming]
+def _renamed(module: nn.Module, keys: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each key of a file with the name that `from_pretrained` gives it in this model."""
+    renamings = [t for t in _conversions(module) if hasattr(t, "rename_source_key") and not hasattr(t, "operations")]
     for key in keys:
         new = key
         for renaming in renamings:
             new, _ = renaming.rename_source_key(new)
         yield key, new
+
+
+def _converted(
+    module: nn.Module, keys: Iterable[tuple[str, str]], tensors: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[list[str], dict[str, torch.Tensor]]]:
+    """What `from_pretrained` puts together (experts to one stack): (keys of a file, resulting tensors by name)."""
+    converters = [t for t in _conversions(module) if hasattr(t, "operations")]
+    groups: dict[str, tuple[Any, list[str]]] = {}
+    for old, new in sorted(keys, key=lambda pair: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", pair[1])]):
+        for converter in converters:
+            name, pattern = converter.rename_source_key(new)
+            if pattern is not None:
+                own, olds = groups.setdefault(name, (copy.deepcopy(converter), []))
+                own.add_tensor(name, old, pattern, tensors[old])
+                olds.append(old)
+                break
+    for name, (converter, olds) in groups.items():
+        try:
+            values = converter.convert(name, model=module, config=module.config)
+        except Exception:  # whatever a conversion makes of an incomplete set
+            values = {}
+        yield olds, {key: value[0] if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _conversions(module: nn.Module) -> list[Any]:
+    """How `from_pretrained` changes names and layouts for this model; nothing before transformers knew such changes."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:
+        return []
+    return list(get_model_conversion_mapping(module)) if isinstance(module, PreTrainedModel) else []
 
 
 def _names_factor(module: nn.Module, key: str) -> bool:

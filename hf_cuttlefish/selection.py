@@ -5,40 +5,46 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
 from .config import CuttlefishConfig
-from .layers import DENSE_TYPES, LowRankLinear
+from .layers import DENSE_TYPES, DenseLayer, LowRankLinear, is_quantized
 
 
-def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> dict[str, nn.Module]:
+def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> dict[str, DenseLayer]:
     """The layers to watch and to factorize: module name -> nn.Linear or Conv1D, in the order of `named_modules`.
 
     "all-linear" takes every nn.Linear and Conv1D inside a repeated block (a child of an nn.ModuleList, or of an
     nn.Sequential whose children are of one class) of the base model. Never taken, whatever the pattern says: embeddings
-    and output embeddings, tied weights, layers inside a LowRankLinear. A module registered under several names is
-    taken once, under its first name.
+    and output embeddings, a PreTrainedModel's head (what lies outside its base model), tied weights, weights computed
+    from other parameters, layers inside a LowRankLinear. A module registered under several names is taken once, under
+    its first name. (`factorize(model, {name: rank})` obeys for a layer of a head, too.)
 
     Args:
-        model: any module; a PreTrainedModel's heads (what lies outside its base model) are left out of "all-linear".
+        model: any module.
         config: its target_modules, exclude_modules and rank_pattern are read.
 
     Raises:
         ValueError: a pattern that matches no layer that could be factorized, with the closest names.
-        TypeError: a target is quantized (packed weights cannot be factorized).
+        TypeError: the model is no module, or a target is quantized (packed weights cannot be factorized).
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     config = config or CuttlefishConfig()
     candidates = dict(_candidates(model))
     if config.target_modules == "all-linear":
         inside = _block_names(model)
-        chosen = {name: module for name, module in candidates.items() if name in inside}
+        # A layer with one input or output (the gate of a shared expert) has no rank at which it would be smaller.
+        chosen = {
+            name: module for name, module in candidates.items() if name in inside and min(module.weight.shape) > 1
+        }
         if not chosen:
             raise ValueError(
                 "target_modules='all-linear' finds no nn.Linear or Conv1D inside a repeated block of "
-                f"{type(model).__name__}{_why_none(model)}: name the layers with target_modules=[...]"
+                f"{type(model).__name__}: {_why_none(model)}"
             )
     else:
         chosen = _matching(model, candidates, config.target_modules, "target_modules")
@@ -51,8 +57,10 @@ def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> di
         if not any(matches(pattern, name) for name in chosen):
             raise ValueError(f"rank_pattern {pattern!r} matches none of the target layers; {_closest(pattern, chosen)}")
     for name, module in chosen.items():
-        if not module.weight.is_floating_point():
-            raise TypeError(f"{name} holds {module.weight.dtype} weights: a quantized layer cannot be factorized; exclude it")
+        if is_quantized(module.weight):
+            raise TypeError(
+                f"{name} holds {module.weight.dtype} weights: a quantized layer cannot be factorized; exclude it"
+            )
     return chosen
 
 
@@ -70,18 +78,22 @@ def skipped_parameters(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Layers of a class that can be factorized, whose weight is nobody else's and no (output) embedding."""
+def _candidates(model: nn.Module) -> Iterator[tuple[str, DenseLayer]]:
+    """Layers of a class that can be factorized, in no head, whose weight is their own and no (output) embedding."""
+    prefix = _base_prefix(model)
     banned = {id(m) for m in _embeddings(model)}
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     tied = _tied_names(model)
     inner = {id(child) for m in model.modules() if isinstance(m, LowRankLinear) for child in m.children()}
     for name, module in model.named_modules():
-        if type(module) not in DENSE_TYPES.values() or id(module) in banned or id(module) in inner:
+        if not isinstance(module, DenseLayer) or type(module) not in DENSE_TYPES.values():
             continue
-        if owners[id(module.weight)] > 1 or f"{name}.weight" in tied:
+        if id(module) in banned or id(module) in inner:
             continue
-        if name:
+        weight = module._parameters.get("weight")  # None where weight_norm or pruning computes it
+        if weight is None or owners[id(weight)] > 1 or f"{name}.weight" in tied:
+            continue
+        if name and (not prefix or name.startswith(prefix + ".")):
             yield name, module
 
 
@@ -113,7 +125,9 @@ def _block_names(model: nn.Module) -> set[str]:
             continue
         blocks += [f"{name}.{child}." if name else f"{child}." for child in module._modules]
     return {
-        name for name, _ in model.named_modules() if any(name.startswith(b) or name == b[:-1] for b in _outermost(blocks))
+        name
+        for name, _ in model.named_modules()
+        if any(name.startswith(b) or name == b[:-1] for b in _outermost(blocks))
     }
 
 
@@ -144,8 +158,8 @@ def _base_prefix(model: nn.Module) -> str:
 
 
 def _matching(
-    model: nn.Module, candidates: dict[str, nn.Module], wanted: str | list[str], field: str
-) -> dict[str, nn.Module]:
+    model: nn.Module, candidates: dict[str, DenseLayer], wanted: str | list[str], field: str
+) -> dict[str, DenseLayer]:
     def hit(pattern: str, name: str, is_regex: bool) -> bool:
         return re.fullmatch(pattern, name) is not None if is_regex else name == pattern or name.endswith("." + pattern)
 
@@ -156,18 +170,21 @@ def _matching(
         names = {name for name in candidates if hit(pattern, name, is_regex)}
         if not names:
             others = [name for name, _ in model.named_modules() if name and hit(pattern, name, is_regex)]
+            if others and field == "exclude_modules":
+                continue  # never taken anyway
             if others:
                 kind = type(model.get_submodule(others[0])).__name__
                 raise ValueError(
-                    f"{field} {pattern!r} matches only modules that cannot be factorized, such as {others[0]} ({kind}): "
-                    "embeddings, heads with tied weights, norms, containers and already factorized layers stay as they are"
+                    f"{field} {pattern!r} matches only modules that cannot be factorized, such as {others[0]} "
+                    f"({kind}): embeddings, heads, tied weights, norms, containers and already factorized layers stay "
+                    "as they are"
                 )
             raise ValueError(f"{field} {pattern!r} matches no module; {_closest(pattern, candidates)}")
         found |= names
     return {name: module for name, module in candidates.items() if name in found}
 
 
-def _closest(pattern: str, names: dict[str, nn.Module] | dict[str, int]) -> str:
+def _closest(pattern: str, names: Iterable[str]) -> str:
     endings: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
@@ -180,7 +197,13 @@ def _closest(pattern: str, names: dict[str, nn.Module] | dict[str, int]) -> str:
 
 def _why_none(model: nn.Module) -> str:
     done = sum(isinstance(m, LowRankLinear) for m in model.modules())
-    return f" ({done} layers are already factorized)" if done else ""
+    if done:
+        return f"{done} layers are already factorized"
+    dense = tuple(DENSE_TYPES.values())
+    kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, dense) and type(m) not in dense})
+    if kinds:
+        return f"its layers are of the classes {', '.join(kinds)}, which may compute something else and stay dense"
+    return "name the layers with target_modules=[...]"
 
 
 def is_meta(module: nn.Module) -> bool:

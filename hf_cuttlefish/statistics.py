@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .distributed import Processes
 from .factorization import LayerMoments
 from .layers import dense_origin, dense_weight
 
@@ -37,8 +38,11 @@ class MomentCollector:
         self.steps = 0
         self.loss_scale = 1.0
         """Factor on the loss at backward (a GradScaler's scale), set before each step; undone here."""
-        self.term_divisor = 1.0
-        """Processes over which `num_items_in_batch` was summed; see `_count_terms`."""
+        self.loss_factor = 1.0
+        """Factor on the loss at backward where the batch's `num_items_in_batch` is given: with average_tokens_across_devices
+        the Trainer counts items over all processes and multiplies each one's loss by their number."""
+        self.processes = 1
+        """Over how many `batches` are summed; see `reduce`."""
         self.terms_total: torch.Tensor | float = 0.0
         self.losses: torch.Tensor | float = 0.0
         self._terms: torch.Tensor | float = 1.0
@@ -76,7 +80,7 @@ class MomentCollector:
         if not self.sums:
             return {}
         # A loss divided by the number of accumulation steps is larger than what backward saw.
-        unscale = (self.batches / self.steps if self.steps and self._accumulated else 1.0) ** 2
+        unscale = (self.batches / self.steps / self.processes if self.steps and self._accumulated else 1.0) ** 2
         examples = float(self.terms_total)
         result = {}
         for name, s in self.sums.items():
@@ -113,22 +117,28 @@ class MomentCollector:
         device = next(iter(self.layers.values())).weight.device
         self.losses = flat["losses"].to(device, torch.float32) if bool(flat["has_loss"]) else 0.0
 
-    def reduce(self, all_reduce: Any, is_main: bool = True) -> None:
-        """Sum over processes by `all_reduce(tensor)` (in place); afterwards the main one holds all and the others nothing."""
+    @torch.no_grad()
+    def reduce(self, processes: Processes) -> None:
+        """Sum over processes; afterwards the main one holds all and the others nothing, so that it can be done again."""
+        if processes.size == 1:
+            return
+        self.processes = processes.size
         device = next(iter(self.layers.values())).weight.device
         for name in self.layers:
-            for value in self._sums_of(name).values():
-                all_reduce(value)
-                if not is_main:
+            for _, value in sorted(self._sums_of(name).items()):  # loaded sums are in another order than new ones
+                processes.sum_(value)
+                if not processes.is_main:
                     value.zero_()
-        for key in ("terms_total", "losses"):
-            value = torch.as_tensor(getattr(self, key), dtype=torch.float32).to(device)
-            all_reduce(value)
-            if key == "terms_total" or not isinstance(self.losses, float):
-                setattr(self, key, value if is_main else value * 0)
-        counts = torch.tensor([float(self.batches)], device=device)
-        all_reduce(counts)
-        self.batches = int(counts) if is_main else 0
+        has_loss = not isinstance(self.losses, float)
+        totals = torch.tensor(
+            [float(self.terms_total), float(self.losses), self.batches, has_loss], dtype=torch.float64, device=device
+        )
+        processes.sum_(totals)
+        terms, losses, batches, with_loss = totals.tolist()
+        share = 1 if processes.is_main else 0
+        self.terms_total, self.batches = terms * share, int(batches) * share
+        if with_loss:
+            self.losses = torch.tensor(losses * share, dtype=torch.float32, device=device)
 
     def _count_terms(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """How many terms the batch's loss is a mean of: labels that count, or rows; or the Trainer's number of items."""
@@ -148,7 +158,9 @@ class MomentCollector:
         # Losses over tokens are sums over that number; losses over rows take their own mean all the same.
         self._accumulated = items is None
         over_tokens = isinstance(labels, torch.Tensor) and labels.ndim >= 2
-        self._terms = items / self.term_divisor if items is not None and over_tokens else terms
+        self._terms = items if items is not None and over_tokens else terms
+        if items is not None:
+            self._terms = self._terms / self.loss_factor
 
     def _note_loss(self, module: nn.Module, args: tuple, output: Any) -> None:
         if torch.is_grad_enabled():

@@ -33,6 +33,7 @@ def test_round_trip():
         ({"stable_rank_tolerance": 0}, ValueError, "stable_rank_tolerance"),
         ({"rank_multiple": 0}, ValueError, "rank_multiple is 0"),
         ({"optimizer_state": "keep"}, ValueError, "'keep'.*carry, reset"),
+        ({"switch": "inplace"}, ValueError, "did you mean 'in_place'"),
         ({"stable_rank_scale": "w0"}, ValueError, "stable_rank_scale"),
         ({"on_error": "ignore"}, ValueError, "on_error"),
         ({"target_modules": []}, ValueError, "empty"),

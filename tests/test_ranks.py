@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_cuttlefish import CuttlefishConfig, RankPlan, estimate_ranks, factorize
+from hf_cuttlefish import CuttlefishConfig, RankPlan, estimate_ranks, factorize, ranks
 from hf_cuttlefish.ranks import (
     RULES,
     LayerSpectrum,
@@ -95,8 +95,9 @@ def test_ratio_needs_no_weights():
     assert dict(plan) == {f"layers.{i}.p{j}": 192 for i in range(2) for j in range(3)}
 
 
-def test_one_threshold_for_the_whole_model():
+def test_one_threshold_for_the_whole_model(monkeypatch):
     """Layers whose directions matter ten times less get the ranks that one common threshold gives them."""
+    monkeypatch.setattr(ranks, "RANK_FLOOR", 0.0)
     s = spectra(3)
     config = CuttlefishConfig(target_ratio=0.4, rank_multiple=1)
     plan = plan_ranks(s, config)
@@ -110,6 +111,15 @@ def test_one_threshold_for_the_whole_model():
     assert best_dropped <= worst_kept
     total = sum(2.5 * float(dropped[n][plan[n] :].sum()) for n in s)
     assert plan.predicted_loss_increase == pytest.approx(total)
+
+
+def test_no_layer_falls_below_its_floor():
+    """The layer that hardly matters now still gets half of what an even spread of the same size would give it."""
+    s = {**spectra(3, 256, 256, decay=0.98), "layers.9.a": LayerSpectrum(256, 256, None, torch.full((256,), 1e-9).double(), 5.0)}
+    plan = plan_ranks(s, CuttlefishConfig(target_ratio=0.4, rank_multiple=1))
+    before, after = plan.parameters()
+    assert 0.4 * before * 0.97 <= after <= 0.4 * before
+    assert plan["layers.9.a"] == pytest.approx(ranks.RANK_FLOOR * 0.4 * 128, rel=0.3)
 
 
 @pytest.mark.parametrize("ratio", [0.9, 0.5, 0.3, 0.2])

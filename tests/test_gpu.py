@@ -1,0 +1,281 @@
+"""On a CUDA device: precisions, overflow, fused optimizers, compilation, CUDA graphs, resume and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+from hf_cuttlefish import Cuttlefish, CuttlefishConfig, LowRankLinear, factorize, profiling
+from hf_cuttlefish.factorization import factor_weight
+from hf_cuttlefish.patching import low_rank_layers
+from hf_cuttlefish.selection import find_targets
+from hf_cuttlefish.spectrum import StableRankTracker, stable_rank
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: run on a GPU with `pytest -m gpu`"),
+]
+
+
+def build(hidden: int = 128, layers: int = 2, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=200,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=4 * hidden,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        num_labels=2,
+        problem_type="single_label_classification",
+    )
+    return BertForSequenceClassification(config).to(DEVICE, dtype).train()
+
+
+def make_batch(rows: int = 16, length: int = 24) -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, 200, (rows, length), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids.to(DEVICE), "labels": (ids[:, 1] > 100).long().to(DEVICE)}
+
+
+class Loop:
+    """A hand-written loop over one batch, with a switch after 6 steps."""
+
+    def __init__(self, model: Any, precision: str = "fp32", compile_mode: str | None = None, **config: Any) -> None:
+        self.model, self.precision, self.batch = model, precision, make_batch()
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        self.scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**14) if precision == "fp16" else None
+        options = {"switch_step": 6, "statistics_steps": 3, "target_ratio": 0.5, "on_error": "raise"} | config
+        self.call = model if compile_mode is None else torch.compile(model, dynamic=False, mode=compile_mode)
+        self.cuttlefish = Cuttlefish(
+            model, self.optimizer, CuttlefishConfig(**options), total_steps=20, scaler=self.scaler
+        )
+        self.losses: list[float] = []
+
+    def autocast(self) -> Any:
+        dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
+        if self.precision in dtypes:
+            return torch.autocast(DEVICE, dtype=dtypes[self.precision])
+        return contextlib.nullcontext()
+
+    def step(self, times: float = 1.0) -> bool:
+        torch.compiler.cudagraph_mark_step_begin()
+        with self.autocast():
+            loss = self.call(**self.batch).loss
+        self.losses.append(float(loss.detach()))
+        loss = loss * times
+        if self.scaler is not None:
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            loss.backward()
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.cuttlefish.step()
+
+    def run(self, steps: int) -> Loop:
+        for _ in range(steps):
+            self.step()
+        return self
+
+
+def check_in_step(loop: Loop) -> None:
+    held = {id(p) for group in loop.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in loop.model.parameters()}
+    assert {id(p) for p in loop.optimizer.state} <= held
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "pure bf16"])
+def test_the_loss_falls_through_the_switch(precision: str) -> None:
+    loop = Loop(build(dtype=torch.bfloat16 if precision == "pure bf16" else torch.float32), precision).run(14)
+    assert loop.cuttlefish.switch_step == 6
+    layers = low_rank_layers(loop.model)
+    assert layers
+    assert all(p.dtype == loop.model.dtype for layer in layers.values() for p in layer.parameters())
+    assert all(torch.isfinite(p).all() for p in loop.model.parameters())
+    assert loop.losses[-1] < 0.7 * loop.losses[0]
+    check_in_step(loop)
+
+
+@pytest.mark.parametrize("overflow_at", [4, 9])
+def test_an_overflow_step_changes_nothing_but_the_scale(overflow_at: int) -> None:
+    """Step 4 lies among those that gather statistics, step 9 after the switch at step 6."""
+    loop = Loop(build(), "fp16").run(overflow_at - 1)
+    before = {name: p.detach().clone() for name, p in loop.model.named_parameters()}
+    assert loop.scaler is not None
+    scale = loop.scaler.get_scale()
+    loop.step(times=1e9)
+    assert loop.scaler.get_scale() == scale / 2
+    assert all(torch.equal(p, before[name]) for name, p in loop.model.named_parameters())
+    loop.run(14 - overflow_at)
+    assert loop.cuttlefish.switch_step == 6
+    assert all(torch.isfinite(p).all() for p in loop.model.parameters())
+    assert loop.losses[-1] < loop.losses[0]
+
+
+def test_a_fused_optimizer_stays_fused_and_keeps_its_moments() -> None:
+    loop = Loop(build()).run(6)
+    assert loop.optimizer.param_groups[0]["fused"]
+    for layer in low_rank_layers(loop.model).values():
+        for parameter in (layer.down.weight, layer.up.weight):
+            state = loop.optimizer.state[parameter]
+            assert state["step"].device.type == DEVICE
+            assert float(state["step"]) == 6
+            assert state["exp_avg"].shape == parameter.shape
+            assert float(state["exp_avg"].abs().sum()) > 0
+    loop.step()
+    assert float(loop.optimizer.state[layer.up.weight]["step"]) == 7
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_model_goes_on_compiled(mode: str, precision: str) -> None:
+    torch._dynamo.reset()
+    loop, eager = Loop(build(), precision, mode).run(14), Loop(build(), precision).run(14)
+    assert loop.cuttlefish.switch_step == 6
+    assert loop.losses[-1] < 0.7 * loop.losses[0]
+    assert loop.losses == pytest.approx(eager.losses, rel=0.2, abs=0.05)
+    loop.model.eval()
+    with torch.no_grad(), loop.autocast():
+        torch.compiler.cudagraph_mark_step_begin()
+        compiled = loop.call(**loop.batch).logits.clone()
+        plain = loop.model(**loop.batch).logits
+    assert torch.allclose(compiled.float(), plain.float(), rtol=0.05, atol=0.05)
+    check_in_step(loop)
+
+
+def test_a_whole_low_rank_step_can_be_captured_as_a_graph() -> None:
+    model, batch = build(), make_batch()
+    factorize(model, {name: 16 for name in find_targets(model)})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, capturable=True)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, cache_enabled=False):
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        first = float(step())
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    for _ in range(12):
+        graph.replay()
+    assert float(loss) < 0.7 * first
+
+
+def test_resume_after_the_switch_gives_the_same_loss(tmp_path: Any) -> None:
+    loop = Loop(build()).run(8)
+    loop.model.save_pretrained(tmp_path)
+    optimizer, state = loop.optimizer.state_dict(), loop.cuttlefish.state_dict()
+    loop.run(4)
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).to(DEVICE).train()
+    again = Loop(model)
+    again.optimizer.load_state_dict(optimizer)
+    again.cuttlefish.load_state_dict(state)
+    again.run(4)
+    assert again.cuttlefish.switch_step == 6
+    assert again.losses[0] == loop.losses[8]
+    assert again.losses == pytest.approx(loop.losses[8:], rel=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+def test_output_and_gradients_against_float64_on_the_cpu(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    layer = LowRankLinear(96, 160, 24).to(DEVICE, dtype)
+    x = torch.randn(64, 96).to(DEVICE, dtype).requires_grad_()
+    g = torch.randn(64, 160).to(DEVICE, dtype)
+    y = layer(x)
+    y.backward(g)
+
+    down, up, bias = (p.detach().cpu().double() for p in (layer.down.weight, layer.up.weight, layer.bias))
+    exact_x, exact_g = x.detach().cpu().double(), g.cpu().double()
+    exact = {
+        "y": (y, exact_x @ down.T @ up.T + bias),
+        "x": (x.grad, exact_g @ up @ down),
+        "down": (layer.down.weight.grad, (exact_g @ up).T @ exact_x),
+        "up": (layer.up.weight.grad, exact_g.T @ (exact_x @ down.T)),
+        "bias": (layer.bias.grad, exact_g.sum(0)),
+    }
+    for name, (found, wanted) in exact.items():
+        error = float((found.detach().cpu().double() - wanted).norm() / wanted.norm())
+        assert error < tolerance, (name, error)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 200), (200, 64)])
+def test_factors_from_the_gpu_are_the_best_ones(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    factors = factor_weight(weight, 16)
+    error = (weight.double() - factors.up.double() @ factors.down.double()).norm()
+    values = torch.linalg.svdvals(weight.cpu().double())
+    assert float(error) == pytest.approx(float(values[16:].square().sum().sqrt()), rel=1e-6)
+
+
+def test_stable_ranks_on_the_gpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = {str(i): torch.randn(96, 64 + 32 * (i % 2), generator=generator).to(DEVICE) for i in range(6)}
+    found = StableRankTracker().measure(weights)
+    for name, value in found.items():
+        assert value == pytest.approx(float(stable_rank(weights[name].cpu().double())), rel=1e-3)
+
+
+def test_the_old_tensors_are_gone_and_the_peak_falls_by_what_they_took() -> None:
+    model = build(hidden=512, layers=4)
+    loop = Loop(model, switch_step=5, target_ratio=0.3)
+    loop.batch = make_batch(2, 8)
+    loop.run(1)
+    old = [weakref.ref(layer.weight) for layer in find_targets(model).values()]
+    torch.cuda.reset_peak_memory_stats()
+    loop.run(1)
+    before = torch.cuda.max_memory_allocated()
+    size = sum(p.numel() for p in model.parameters())
+    loop.run(4)
+    assert loop.cuttlefish.switch_step == 5
+    factorized = len(low_rank_layers(model))
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    loop.run(1)
+    after = torch.cuda.max_memory_allocated()
+    saved = 16 * (size - sum(p.numel() for p in model.parameters()))  # weight, gradient and two moments in fp32
+    assert saved > 2**20
+    assert before - after >= 0.99 * saved
+    assert sum(ref() is None for ref in old) == factorized
+
+
+def test_measured_selection_knows_how_the_model_runs() -> None:
+    torch._dynamo.reset()
+    for mode in (None, "default"):
+        loop = Loop(build(hidden=256), "bf16", mode, objective="speed", switch_step=12, min_speedup=1.05)
+        loop.run(13)
+        flow = loop.cuttlefish._flow
+        assert flow is not None
+        assert flow.compiled is (mode is not None)
+        assert (flow.step_time is None) is (mode is not None)
+        assert {len(group.layers) for group in flow.groups()} == {1, 3}
+        assert all(group.autocast == torch.bfloat16 and group.tokens == 16 * 24 for group in flow.groups())
+        switched = loop.cuttlefish.switch_step is not None
+        assert switched or "times faster" in str(loop.cuttlefish.reason) or "launches" in str(loop.cuttlefish.reason)
+
+
+def test_timings_on_the_device_are_finite_and_tell_host_from_device() -> None:
+    group = profiling.Group(("a",), 256, ((256, True),), 512, torch.device(DEVICE, 0), torch.float32, torch.float32)
+    for compiled in (False, True):
+        timing = profiling.time_group(group, (64,), compiled)
+        assert 0 < timing.device_ms < 100
+        assert (timing.host_ms > 0) is not compiled
