@@ -32,13 +32,17 @@ def write_report(folder: Path) -> None:
         FileNotFoundError: the folder holds no records.
     """
     records = [json.loads(path.read_text("utf-8")) for path in sorted(folder.rglob("*-seed*.json"))]
+    # Many records may be kept in one file, a line each.
+    records += [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
     if not records:
-        raise FileNotFoundError(f"{folder} holds no records of runs (*-seed*.json)")
+        raise FileNotFoundError(f"{folder} holds no records of runs (*-seed*.json or *.jsonl)")
     groups = defaultdict(list)
     for record in records:
         groups[record["group"]].append(record)
     dense = {_base(r): r for r in records if r["method"] == "dense"}
     parts = ["# Benchmark report", _conditions(records)]
+    if len(_unique(r["dataset"] for r in groups["table"])) > 1:
+        parts += ["## All data sets: test accuracy against full rank", _summary_table(groups["table"], dense)]
     for group in ("table", "scratch"):
         for dataset in _unique(r["dataset"] for r in groups[group]):
             chosen = [r for r in groups[group] if r["dataset"] == dataset]
@@ -192,6 +196,32 @@ def _methods_table(records: list[Record], dense: dict[Any, Record]) -> str:
     groups = _grouped(records, _method_key)
     order = sorted(groups, key=lambda key: (-key[1] if key[1] else -2.0, list(LABELS).index(key[0])))
     return _table((*header, "switch at", "speed-up of a step", "seeds"), (row(groups[key]) for key in order))
+
+
+def _summary_table(records: list[Record], dense: dict[Any, Record]) -> str:
+    """Mean difference from full rank over data sets, each data set counting the same, and its error over seeds."""
+    budgets = sorted({r["budget"] for r in records if r["budget"]}, reverse=True)
+
+    def cell(members: list[Record]) -> str:
+        sets = _grouped(members, lambda r: r["dataset"])
+        pairs = [mean_and_error([d for r in m if (d := _paired(r, dense, "accuracy")) is not None]) for m in sets.values()]
+        if not pairs:
+            return ""
+        mean = sum(value for value, _ in pairs) / len(pairs)
+        error = math.sqrt(sum(e * e for _, e in pairs if not math.isnan(e))) / len(pairs)
+        runs = "-".join(str(n) for n in sorted({len(m) for m in sets.values()}))
+        return f"{mean:+.2f} ± {error:.2f} (n {runs})"
+
+    rows = []
+    for method in LABELS:
+        groups = _grouped((r for r in records if r["method"] == method), lambda r: r["budget"] or 0.0)
+        if method == "dense" or not groups:
+            continue
+        free = f"{cell(groups[0.0])} at {_show([sum(r['kept'] for r in groups[0.0]) / len(groups[0.0])], 2)}" if 0.0 in groups else ""
+        rows.append([LABELS[method], *(cell(groups[b]) if b in groups else "" for b in budgets), free])
+    own = any(row[-1] for row in rows)
+    header = ("method", *(f"{b:.3f} kept" for b in budgets), *(["at its own size"] if own else []))
+    return _table(header, rows if own else [row[:-1] for row in rows])
 
 
 def _calibration_table(records: list[Record], dense: dict[Any, Record]) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -167,18 +168,21 @@ def waves(suite: str) -> list[list[dict[str, Any]]]:
         mini = [(eager, 32), ("infer", 1), ("infer", 64)]
         return [
             [
-                job("minilm", "dense", *mini, (compiled, 32)),
-                job("minilm", "pairs", *mini, (compiled, 32)),
-                job("minilm", "shared", (eager, 32), (compiled, 32)),
+                job("minilm", "dense", *mini),
+                job("minilm", "pairs", *mini),
+                job("minilm", "shared", (eager, 32)),
                 job("minilm", "function", (eager, 32)),
                 job("minilm", "direct", (eager, 32)),
                 job("minilm", "pairs", (eager, 32), ratio=0.5),
                 job("minilm", "pairs", (eager, 32), ratio=0.125),
+                other("tracking", model="minilm"),
+                other("select", model="minilm", batch=32),
+                other("switch", model="minilm", batch=32),
             ],
             [
-                job("bert-base", "dense", (eager, 16), ("infer", 1), (compiled, 16)),
-                job("bert-base", "pairs", (eager, 16), ("infer", 1), (compiled, 16)),
-                job("bert-base", "shared", (eager, 16), (compiled, 16)),
+                job("bert-base", "dense", (eager, 16), ("infer", 1)),
+                job("bert-base", "pairs", (eager, 16), ("infer", 1)),
+                job("bert-base", "shared", (eager, 16)),
                 job("bert-base", "sequential", (eager, 16)),
                 job("bert-base", "lora", (eager, 16)),
                 job("bert-base", "pairs", (eager, 16), ratio=0.125),
@@ -186,6 +190,11 @@ def waves(suite: str) -> list[list[dict[str, Any]]]:
                 other("tracking", model="bert-base"),
                 other("select", model="bert-base", batch=16),
                 other("switch", model="bert-base", batch=16),
+            ],
+            [
+                job(model, variant, (compiled, batch))
+                for model, batch in (("minilm", 32), ("bert-base", 16))
+                for variant in ("dense", "pairs", "shared")
             ],
         ]
     smoke = ["dense", "pairs", "direct", "function", "shared", "shared_plain", "mlp", "sequential", "lora"]
@@ -209,7 +218,8 @@ class Worker:
     """A process that holds one job and answers one question at a time."""
 
     def __init__(self, job: dict[str, Any], args: argparse.Namespace) -> None:
-        self.job, self.name, self.error = job, job["name"], None
+        self.job, self.name = job, job["name"]
+        self.error: str | None = None
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(job), "--device", args.device]
         environment = {
             **os.environ,
@@ -310,7 +320,7 @@ def _run_wave(
                 ready.add(worker.name)
                 if answer.get("environment"):
                     record["environment"] = answer["environment"]
-                _tell(f"{worker.name}: {worker.error or 'ready in %.0f s' % answer['seconds']}")
+                _tell(f"{worker.name}: {worker.error or 'ready'} after {time.perf_counter() - begun:.0f} s")
         _tell(f"wave ready after {time.perf_counter() - begun:.0f} s")
         steps = [w for w in workers if w.job["job"] == "step"]
         settings = list(
@@ -661,7 +671,7 @@ def timed(action: Callable[[], Any], steps: int, device: Any) -> list[float]:
         action()
         event.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
 def gpu_time(action: Callable[[], Any], steps: int) -> dict[str, float]:
@@ -672,7 +682,8 @@ def gpu_time(action: Callable[[], Any], steps: int) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         action()
         torch.cuda.synchronize()
-    total, kernels, kinds = 0.0, 0, {}
+    total, kernels = 0.0, 0
+    kinds: dict[str, float] = {}
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             length = event.time_range.elapsed_us()
@@ -790,7 +801,7 @@ class LayersJob(OtherJob):
                 if n * m > 30e6 and tokens == 32768:
                     continue
                 for count in (1, 3) if n == m else (1,):
-                    if time.perf_counter() - begun > min(seconds, 60):
+                    if time.perf_counter() - begun > min(seconds, 40):
                         break
                     rows += self.one(forwards, n, m, count, tokens, dtype, peaks)
         return {"peaks": peaks, "rows": rows}
@@ -1253,7 +1264,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--round-seconds", type=float, default=None, help="length of a turn")
     parser.add_argument("--time-limit", type=float, default=360.0, help="seconds after which nothing new is begun")
     parser.add_argument("--wave-minimum", type=float, default=60.0, help="seconds that must be left to begin a wave")
-    parser.add_argument("--prepare-limit", type=float, default=200.0, help="seconds that a process may take to warm up")
+    parser.add_argument("--prepare-limit", type=float, default=None, help="seconds that the processes of a wave may take to warm up")
     parser.add_argument("--workers", type=int, default=None, help="processes prepared at the same time")
     parser.add_argument("--compile-threads", type=int, default=1)
     parser.add_argument("--log-folder", default="/tmp")
@@ -1267,8 +1278,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.path[:0] = [str(HERE), str(HERE.parent)]
         work(json.loads(args.worker), args.device)
         return
-    args.workers = args.workers or (16 if args.device == "cuda" else 1)
-    args.round_seconds = args.round_seconds or (0.5 if args.device == "cuda" else 0.1 if args.suite == "smoke" else 3.0)
+    args.workers = args.workers or (24 if args.device == "cuda" else 1)
+    args.prepare_limit = args.prepare_limit or (200.0 if args.device == "cuda" else args.time_limit)
+    args.round_seconds = args.round_seconds or (0.3 if args.device == "cuda" else 0.1 if args.suite == "smoke" else 3.0)
     record = run(args)
     print("\n".join(tables(record)))
 

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-class _Console(_logging.StreamHandler):  # type: ignore[type-arg]
+class _Console(_logging.StreamHandler):
     """Shows our lines where the program has configured no logging of its own, as transformers does."""
 
     def emit(self, record: _logging.LogRecord) -> None:

@@ -64,13 +64,13 @@ class CuttlefishConfig:
     rank_multiple: int = field(default=8, metadata={"help": "Ranks are multiples of this number (hardware alignment)."})
     target_ratio: float | None = field(
         default=None,
-        metadata={"help": "Share of the target layers' parameters to keep, for rule 'loss'; None: chosen by the rule."},
+        metadata={"help": "Share of the target layers' parameters to keep, for rule 'loss'; None: 0.4, or more where the prediction asks for it."},
     )
     max_loss_increase: float | None = field(
         default=None,
         metadata={
             "help": "Largest predicted increase of the training loss at the switch, as a share of the training loss, for "
-            "rule 'loss'; None: the default size (see hf_cuttlefish.ranks.CURVATURE_SHARE)."
+            "rule 'loss'; None: the default size (see hf_cuttlefish.ranks.DEFAULT_RATIO)."
         },
     )
     objective: str = field(

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -148,11 +148,11 @@ class Cuttlefish:
             raise ValueError(
                 f"switch_step is {self.config.switch_step}, but the run has {self.total_steps} steps: choose one below"
             )
-        self.layers = find_targets(self.model, self.config)
+        self.layers = dict(find_targets(self.model, self.config))
         for name, layer in self.layers.items():
             if is_meta(layer):
                 raise ValueError(f"{name} is on the meta device: load the weights before training")
-        optimizers.check_holds(self.optimizer, {name: layer.weight for name, layer in self.layers.items()})
+        optimizers.check_holds(self.optimizer, {name: cast(nn.Parameter, layer.weight) for name, layer in self.layers.items()})
         if self.ddp is not None:
             check_ddp(self.ddp, self.model, self.layers)
 
@@ -518,7 +518,7 @@ class Cuttlefish:
                 continue
             spectra[name], d = spectrum_of(name, layer, self.config, statistics.pop(name, None), initial.get(name))
             most = max(break_even_rank(n_in, n_out), max(self.config.rank_pattern.values(), default=1))
-            parts[name] = d.shortened(min(most, n_in, n_out), torch.promote_types(layer.weight.dtype, torch.float32))
+            parts[name] = d.shortened(min(most, n_in, n_out), torch.promote_types(dense_weight(layer).dtype, torch.float32))
         if self._flow is not None and self.config.rank_rule == "loss":
             sizes = {name: s.in_features + s.out_features for name, s in spectra.items()}
             prices = rank_prices(self._flow.groups(), sizes, bool(self._flow.compiled))
@@ -539,12 +539,12 @@ class Cuttlefish:
             return factors
         for name, rank in plan.items():
             weight = dense_weight(self.layers[name])
-            exact = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
+            exact = torch.promote_types(weight.dtype, torch.float32)
             m, n = weight.shape
-            shapes = {"down": (rank, n), "up": (m, rank)} | ({"bias_shift": (m,)} if name in shifted else {})
+            shapes: dict[str, tuple[int, ...]] = {"down": (rank, n), "up": (m, rank)} | ({"bias_shift": (m,)} if name in shifted else {})
             parts = {}
             for part, shape in shapes.items():
-                parts[part] = torch.empty(shape, **exact)
+                parts[part] = torch.empty(shape, dtype=exact, device=weight.device)
                 if self.processes.is_main:
                     parts[part].copy_(getattr(factors[name], part))
                 self.processes.broadcast_(parts[part])
@@ -588,17 +588,17 @@ class Cuttlefish:
             if not told:
                 self.processes.agree(error)
             raise
-        self._share_optimizer_state(plan)
-        forget_compiled(self.model)
+        self._share_optimizer_state()
+        forget_compiled()
         return report
 
-    def _share_optimizer_state(self, plan: RankPlan) -> None:
+    def _share_optimizer_state(self) -> None:
         """The projected state comes out of matrix products, which need not round the same on every device."""
         if self.processes.size == 1:
             return
         state = optimizers.inner_optimizer(self.optimizer).state
-        for name in plan:
-            for parameter in (self.model.get_submodule(name).down.weight, self.model.get_submodule(name).up.weight):
+        for pair in low_rank_layers(self.model).values():
+            for parameter in (pair.down.weight, pair.up.weight):
                 for _, value in sorted(state.get(parameter, {}).items()):
                     if isinstance(value, torch.Tensor) and value.ndim > 0:
                         self.processes.broadcast_(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 SMOOTHING = 3
 """Time constant, in checks, of the exponential average of log stable ranks."""
@@ -28,7 +29,7 @@ def relative_slopes(steps: Sequence[int], ranks: Mapping[str, Sequence[float]], 
             result[name] = math.inf
             continue
         smooth, slope = math.log(values[0]), 0.0
-        for (before, after), value in zip(zip(steps, steps[1:], strict=False), values[1:], strict=False):
+        for (before, after), value in zip(pairwise(steps), values[1:], strict=True):
             last = smooth
             smooth += (math.log(value) - smooth) * 2 / (SMOOTHING + 1)
             span = max(1, after - before) / total_steps

@@ -104,7 +104,8 @@ class Processes:
         """
         if self.size == 1 or not tensors:
             return []
-        sums = torch.stack([checksum(t) for t in tensors.values()])
+        device = next(iter(tensors.values())).device
+        sums = torch.stack([checksum(t).to(device) for t in tensors.values()])
         everywhere = [torch.empty_like(sums) for _ in range(self.size)]
         with self._talking():
             dist.all_gather(everywhere, sums, group=self.group)

@@ -188,7 +188,7 @@ def svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
             parts = torch.linalg.svd(host, full_matrices=False)
         except torch.linalg.LinAlgError:
             parts = torch.linalg.svd(host + 1e-12 * host.abs().amax() * torch.eye(*host.shape), full_matrices=False)
-        return tuple(part.to(matrix) for part in parts)  # type: ignore[return-value]
+        return tuple(part.to(matrix) for part in parts)
 
 
 def _eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

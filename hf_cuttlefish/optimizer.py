@@ -48,11 +48,11 @@ class OptimizerEdit:
 
     optimizer: torch.optim.Optimizer
     new_groups: list[list[nn.Parameter]]
-    new_state: dict[nn.Parameter, dict[str, Any]]
+    new_state: dict[torch.Tensor, dict[str, Any]]
     removed: list[nn.Parameter]
     summary: str
     _old_groups: list[list[nn.Parameter]] = field(default_factory=list)
-    _old_state: dict[nn.Parameter, Any] = field(default_factory=dict)
+    _old_state: dict[torch.Tensor, Any] = field(default_factory=dict)
 
     def apply(self) -> None:
         """Edit the existing groups in place: the scheduler and a GradScaler keep the optimizer that they know."""
@@ -65,7 +65,9 @@ class OptimizerEdit:
         self.optimizer.state.update(self.new_state)
 
     def undo(self) -> None:
-        """Back to what `apply` found."""
+        """Back to what `apply` found; nothing to do if `apply` has not come to change anything."""
+        if not self._old_groups:
+            return
         for group, params in zip(self.optimizer.param_groups, self._old_groups, strict=True):
             group["params"] = params
         for parameter in self.new_state:
@@ -124,7 +126,7 @@ def prepare(optimizer: Any, pairs: Sequence[FactorParameters], mode: str = "carr
             pair = by_weight.get(id(parameter))
             params += [parameter] if pair is None else [pair.down, pair.up]
         groups.append(params)
-    state: dict[nn.Parameter, dict[str, Any]] = {}
+    state: dict[torch.Tensor, dict[str, Any]] = {}
     reset: set[str] = set()
     for pair in pairs:
         old = inner.state.get(pair.weight)

@@ -256,7 +256,9 @@ def time_group(group: Group, ranks: Sequence[int | None], compiled: bool = False
     """Forward and backward of a group with random weights and inputs; measured once for each (device, dtypes, shape, ranks)."""
     key = (*group.key, tuple(ranks), compiled)
     if key not in _CACHE:
-        _CACHE[key] = _time(_training_call(group, ranks, compiled), group.device, compiled)
+        gpus = [group.device] if group.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus), torch.enable_grad():
+            _CACHE[key] = _time(_training_call(group, ranks, compiled), group.device, compiled)
     return _CACHE[key]
 
 
@@ -312,7 +314,7 @@ def _rounded(rank: int, limit: int) -> int:
 
 
 def _training_call(group: Group, ranks: Sequence[int | None], compiled: bool) -> Callable[[], Any]:
-    made = {"device": group.device, "dtype": group.weight_dtype}
+    made: dict[str, Any] = {"device": group.device, "dtype": group.weight_dtype}
     layers: list[nn.Module] = []
     for (out, bias), rank in zip(group.outs, ranks, strict=True):
         n = group.in_features
@@ -339,22 +341,21 @@ def _training_call(group: Group, ranks: Sequence[int | None], compiled: bool) ->
 
 
 def _time(call: Callable[[], Any], device: torch.device, compiled: bool) -> Timing:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                return _time_on_gpu(call, compiled)
-        call()
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return _time_on_gpu(call, compiled)
+    call()
+    began = time.perf_counter()
+    call()
+    one = 1000 * (time.perf_counter() - began)
+    found = [one]
+    repeats = max(1, min(50, int(BATCH_MS / max(one, 1e-3))))
+    for _ in range(REPEATS if one < 25 * BATCH_MS else 2):
         began = time.perf_counter()
-        call()
-        one = 1000 * (time.perf_counter() - began)
-        found = [one]
-        repeats = max(1, min(50, int(BATCH_MS / max(one, 1e-3))))
-        for _ in range(REPEATS if one < 25 * BATCH_MS else 2):
-            began = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            found.append(1000 * (time.perf_counter() - began) / repeats)
-        return Timing(min(found))
+        for _ in range(repeats):
+            call()
+        found.append(1000 * (time.perf_counter() - began) / repeats)
+    return Timing(min(found))
 
 
 def _time_on_gpu(call: Callable[[], Any], compiled: bool) -> Timing:

@@ -75,7 +75,7 @@ def plan_table(plan: RankPlan) -> str:
     groups: dict[str, list[RankDecision]] = {}
     for name, decision in plan.decisions.items():
         groups.setdefault(group_name(name), []).append(decision)
-    rows = [("layers", "count", "full rank", "rank", "before", "after", "share")]
+    rows: list[tuple[str, ...]] = [("layers", "count", "full rank", "rank", "before", "after", "share")]
     for name, decisions in groups.items():
         rows.append(_row(name, decisions))
     rows.append(_row(f"all ({plan.rule})", list(plan.decisions.values()), total=True))

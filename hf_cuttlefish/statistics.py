@@ -110,11 +110,11 @@ class MomentCollector:
                 name, _, part = key.removeprefix("sums/").rpartition("/")
                 if name not in self.layers:
                     raise ValueError(f"the saved statistics hold {name!r}, which is no target layer of this model")
-                sums.setdefault(name, {})[part] = value.to(self.layers[name].weight.device)
+                sums.setdefault(name, {})[part] = value.to(dense_weight(self.layers[name]).device)
         self.sums = sums
         self.batches, self.steps = int(flat["batches"]), int(flat["steps"])
         self.terms_total = float(flat["terms_total"])
-        device = next(iter(self.layers.values())).weight.device
+        device = dense_weight(next(iter(self.layers.values()))).device
         self.losses = flat["losses"].to(device, torch.float32) if bool(flat["has_loss"]) else 0.0
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ class MomentCollector:
         if processes.size == 1:
             return
         self.processes = processes.size
-        device = next(iter(self.layers.values())).weight.device
+        device = dense_weight(next(iter(self.layers.values()))).device
         for name in self.layers:
             for _, value in sorted(self._sums_of(name).items()):  # loaded sums are in another order than new ones
                 processes.sum_(value)

@@ -60,16 +60,18 @@ _KEPT_ATTRIBUTES = ("training", "require_backward_grad_sync", "require_forward_p
 """State of the wrapper besides its hooks that `__init__` resets."""
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> nn.Module:
     """The bare model inside DDP and torch.compile.
 
     Raises ValueError, naming the engine, for a wrapper that is known and cannot be repaired.
     """
     while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif _is_compiled(model):
+        if _is_compiled(model):
             model = model._orig_mod
+        elif "_orig_mod" in vars(model):  # Accelerate compiles block by block in a copy of all that holds the blocks
+            model = vars(model)["_orig_mod"]
+        elif isinstance(model, DistributedDataParallel):
+            model = model.module
         else:
             _refuse_wrapper(model)
             return model
@@ -229,6 +231,12 @@ class RebuiltDDP:
     def __init__(self, ddp: DistributedDataParallel) -> None:
         self.ddp = ddp
         self._old = dict(ddp.__dict__)
+        # Accelerate's compilation block by block calls a shallow copy of the wrapper, which shares the reducer.
+        self._copies = [
+            m
+            for m in _live_modules()
+            if isinstance(m, DistributedDataParallel) and m is not ddp and vars(m).get("reducer") is ddp.reducer
+        ]
         known = inspect.signature(DistributedDataParallel.__init__).parameters
         arguments = {name: get(ddp) for name, get in _CARRIED.items() if name in known}
         arguments |= {n: getattr(ddp, n) for n in known if n not in {*_CARRIED, *_NOT_CARRIED} and hasattr(ddp, n)}
@@ -259,6 +267,9 @@ class RebuiltDDP:
 
     def finish(self) -> None:
         """Let go of what belonged to the old parameters."""
+        for copy in self._copies:
+            vars(copy).update({k: v for k, v in vars(self.ddp).items() if k not in ("_modules", "_orig_mod", "module")})
+        self._copies.clear()
         self._old["reducer"]._remove_autograd_hooks()
         for _, state in self.ddp._comm_hooks:
             _restart_comm_state(state)
@@ -275,7 +286,7 @@ def repair_ddp(model: nn.Module) -> None:
         RebuiltDDP(ddp).finish()
 
 
-def forget_compiled(model: nn.Module) -> None:
+def forget_compiled() -> None:
     """Drop what torch.compile has made of the old model, so that the next step compiles once and old graphs are freed.
 
     Blocks that are compiled one by one share their code, and torch gives up after `recompile_limit` (8) versions of it
@@ -285,7 +296,7 @@ def forget_compiled(model: nn.Module) -> None:
         return
     torch.compiler.reset()
     settings = torch._dynamo.config
-    blocks = sum(_is_compiled(m) or m._compiled_call_impl is not None for m in model.modules())
+    blocks = sum(_is_compiled(m) or vars(m).get("_compiled_call_impl") is not None for m in _live_modules())
     if blocks > getattr(settings, "recompile_limit", blocks):
         settings.recompile_limit = blocks
 

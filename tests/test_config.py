@@ -56,7 +56,7 @@ def test_bad_fields(fields, error, words):
 
 
 def test_reading_what_was_not_written_here():
-    with pytest.raises(ValueError, match="version 99.*upgrade"):
+    with pytest.raises(ValueError, match=r"version 99.*upgrade"):
         CuttlefishConfig.from_dict({"version": 99})
     with pytest.raises(ValueError, match=r"unknown field 'rank_rul'.*rank_rule"):
         CuttlefishConfig.from_dict({"rank_rul": "ratio"})

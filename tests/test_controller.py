@@ -61,7 +61,7 @@ def make(config=None, seed=0, **kwargs):
 def test_switch_step_is_exact(step):
     model, optimizer, scheduler, cuttlefish = make(CuttlefishConfig(switch_step=step, rank_multiple=4, target_ratio=0.4))
     assert train(model, optimizer, scheduler, cuttlefish, 0, TOTAL) == [step] == [cuttlefish.switch_step]
-    assert {m for m in cuttlefish.plan} == {f"layers.{i}.{j}" for i in (0, 1) for j in (0, 2)}
+    assert set(cuttlefish.plan) == {f"layers.{i}.{j}" for i in (0, 1) for j in (0, 2)}
     assert cuttlefish.plan.predicted_loss_increase is not None  # even at step 1 there were statistics
     before, after = cuttlefish.plan.parameters()
     assert after <= 0.4 * before
@@ -196,7 +196,7 @@ def test_bad_arguments():
         Cuttlefish(model, optimizer, total_steps=1.5)
     with pytest.raises(TypeError, match="CuttlefishConfig"):
         Cuttlefish(model, optimizer, "paper", total_steps=3)
-    with pytest.raises(ValueError, match="switch_step is 9.*3 steps"):
+    with pytest.raises(ValueError, match=r"switch_step is 9.*3 steps"):
         Cuttlefish(model, optimizer, CuttlefishConfig(switch_step=9), total_steps=3)
     with pytest.raises(ValueError, match="does not hold"):
         Cuttlefish(model, torch.optim.SGD(Net().parameters(), 0.1), total_steps=3)
@@ -204,14 +204,14 @@ def test_bad_arguments():
         with torch.device("meta"):
             empty = Net()
         Cuttlefish(empty, torch.optim.SGD(empty.parameters(), 0.1), total_steps=3)
-    with pytest.raises(ValueError, match="wrapped by nn.DataParallel"):
+    with pytest.raises(ValueError, match=r"wrapped by nn\.DataParallel"):
         Cuttlefish(nn.DataParallel(model), optimizer, total_steps=3)
 
 
 def test_compiled_model_gathers_and_switches():
     """Hooks set after compilation are not seen by compiled code: while statistics are gathered it must run eagerly."""
     torch._dynamo.reset()
-    model, optimizer, scheduler, cuttlefish = make(CuttlefishConfig(switch_step=6, rank_multiple=4, target_ratio=0.4))
+    model, optimizer, _, cuttlefish = make(CuttlefishConfig(switch_step=6, rank_multiple=4, target_ratio=0.4))
     compiled = torch.compile(model, backend="eager")
     for step in range(10):
         compiled(**batch(step))["loss"].backward()

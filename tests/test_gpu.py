@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import weakref
 from typing import Any
@@ -154,7 +155,7 @@ def test_a_compiled_model_goes_on_compiled(mode: str, precision: str) -> None:
 
 def test_a_whole_low_rank_step_can_be_captured_as_a_graph() -> None:
     model, batch = build(), make_batch()
-    factorize(model, {name: 16 for name in find_targets(model)})
+    factorize(model, dict.fromkeys(find_targets(model), 16))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, capturable=True)
 
     def step() -> torch.Tensor:
@@ -182,7 +183,7 @@ def test_a_whole_low_rank_step_can_be_captured_as_a_graph() -> None:
 def test_resume_after_the_switch_gives_the_same_loss(tmp_path: Any) -> None:
     loop = Loop(build()).run(8)
     loop.model.save_pretrained(tmp_path)
-    optimizer, state = loop.optimizer.state_dict(), loop.cuttlefish.state_dict()
+    optimizer, state = copy.deepcopy(loop.optimizer.state_dict()), loop.cuttlefish.state_dict()
     loop.run(4)
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path).to(DEVICE).train()

@@ -141,6 +141,17 @@ def test_loss_bound_is_kept_and_grows_the_model_as_it_tightens():
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
 
 
+def test_the_default_is_a_fixed_share_that_a_flat_spectrum_makes_grow():
+    """Redundant layers get the default share; where every direction matters alike, the prediction asks for more."""
+    before, after = plan_ranks(spectra(3, 256, 256, decay=0.9), CuttlefishConfig()).parameters()
+    assert 0.35 * before <= after <= ranks.DEFAULT_RATIO * before
+    flat = {f"layers.{i}.a": LayerSpectrum(256, 256, None, torch.ones(256).double() + 0.01 * i, 5.0) for i in range(3)}
+    before, after = plan_ranks(flat, CuttlefishConfig()).parameters()
+    assert after > 0.9 * before
+    with_note = plan_ranks(spectra(3), CuttlefishConfig(max_loss_increase=0.1))
+    assert "returned no loss" in with_note.notes[0]
+
+
 def test_layers_without_statistics_get_the_ratio_and_a_note():
     s = {**spectra(2), "layers.9.a": LayerSpectrum(64, 64)}
     plan = plan_ranks(s, CuttlefishConfig(target_ratio=0.5))

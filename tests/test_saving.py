@@ -20,6 +20,7 @@ from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_cuttlefish import LowRankLinear, factorize, follow_checkpoints, merge
+from hf_cuttlefish import layers as layers_file
 from hf_cuttlefish.saving import CuttlefishLoader, CuttlefishStructure, names_in, register
 from hf_cuttlefish.selection import find_targets
 
@@ -228,6 +229,16 @@ def test_it_converts_copies_and_moves_as_any_other(original):
     eager = Auto.from_pretrained(original, attn_implementation="eager")
     assert eager.config._attn_implementation == "eager"
     assert_close(outputs(eager, text()), expected)
+
+
+def test_loading_multiplies_nothing_out(tmp_path, monkeypatch):
+    """ModernBERT's initialization reaches for `Wo.weight` of every block, also of a loaded one."""
+    model = BY_NAME["modernbert"].build()
+    factorize(model, dict.fromkeys(find_targets(model), 4))
+    model.save_pretrained(tmp_path)
+    calls = []
+    monkeypatch.setattr(layers_file, "_multiply", lambda *a: calls.append(a))
+    assert count(Auto.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)) == 8 and not calls
 
 
 def test_layers_may_be_left_on_disk(original, tmp_path):

@@ -1,5 +1,7 @@
 """Where: patterns, what is never taken, and the errors of patterns that miss."""
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
@@ -106,6 +108,25 @@ def test_heads_and_embeddings_are_never_taken(family, pattern):
     """Output embeddings, tied (GPT-2, BERT, T5, OPT) or not (Llama)."""
     with pytest.raises(ValueError, match="cannot be factorized"):
         names(BY_NAME[family].build(), target_modules=[pattern])
+
+
+@pytest.mark.parametrize("getter", ["get_output_embeddings", "get_input_embeddings"])
+def test_a_module_that_says_it_is_an_embedding_is_never_taken(getter):
+    """Also a linear one, untied and in a model without a base model inside."""
+    model = Plain()
+    assert names(model, target_modules=["head", "stem"]) == ["stem", "head"]
+    setattr(model, getter, lambda: model.head)
+    assert names(model, target_modules=["first", "stem"]) == ["stem", "blocks.0.first", "blocks.1.first"]
+    with pytest.raises(ValueError, match="cannot be factorized, such as head"):
+        names(model, target_modules=["head"])
+
+
+def test_weights_that_are_declared_tied_are_never_taken_even_while_they_are_apart(bert):
+    """As after loading to several devices, before tie_weights."""
+    model = copy.deepcopy(bert)
+    keys = [f"bert.encoder.layer.{i}.attention.self.query.weight" for i in range(2)]
+    model.all_tied_weights_keys = {keys[0]: keys[1]}
+    assert names(model) == [name for name in names(bert) if name + ".weight" not in keys]
 
 
 def test_an_ending_that_also_a_head_has_spares_the_head():

@@ -35,7 +35,7 @@ def by_hand(model, batches):
         kept, handles = {}, []
         for name in NAMES:
 
-            def hook(module, args, output, name=name):
+            def hook(module, args, output, name=name, kept=kept):
                 output.retain_grad()
                 kept[name] = (args[0].detach(), output)
 
@@ -179,7 +179,7 @@ def test_gradient_checkpointing_gathers_the_same():
     for reentrant in (False, True):
 
         class Checkpointed(Classifier):
-            def forward(self, x, labels, mask=None):
+            def forward(self, x, labels, mask=None, reentrant=reentrant):
                 def block(x):
                     return torch.tanh(self.narrow(torch.relu(self.wide(x))))
 

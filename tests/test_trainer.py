@@ -58,11 +58,11 @@ class Rows(torch.utils.data.Dataset):
 
 
 def run(folder, config=None, model=None, resume=None, callbacks=(), rows=None, **arguments):
-    options = dict(
-        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=8, learning_rate=1e-3, seed=3, logging_steps=2,
-        save_strategy="steps", save_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
-    options.update(arguments)
+    options = {
+        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "seed": 3,
+        "logging_steps": 2, "save_strategy": "steps", "save_steps": 1, "report_to": [], "disable_tqdm": True, "use_cpu": True,
+        **arguments,
+    }  # fmt: skip
     callback = CuttlefishCallback(config if config is not None else CONFIG)
     trainer = Trainer(
         model=tiny_bert() if model is None else model,
@@ -97,7 +97,7 @@ def assert_same_run(a: Trainer, b: Trainer) -> None:
 
 
 def test_one_run_switches_and_ends_low_rank(whole):
-    folder, trainer, callback = whole
+    _, trainer, callback = whole
     layers = [m for m in trainer.model.modules() if isinstance(m, LowRankLinear)]
     assert callback.switch_step == SWITCH and len(layers) == len(callback.plan) == 12
     held = [id(p) for g in trainer.optimizer.param_groups for p in g["params"]]
@@ -312,7 +312,7 @@ def test_frozen_layers_are_factorized_and_stay_frozen(tmp_path):
     model = tiny_bert()
     for p in model.bert.encoder.layer[0].parameters():
         p.requires_grad_(False)
-    trainer, callback = run(tmp_path, model=model, save_strategy="no")
+    trainer, _ = run(tmp_path, model=model, save_strategy="no")
     frozen = trainer.model.bert.encoder.layer[0].attention.self.query
     held = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
     assert isinstance(frozen, LowRankLinear) and not frozen.up.weight.requires_grad and id(frozen.up.weight) not in held

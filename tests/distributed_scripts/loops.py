@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 import torch
+from accelerate.utils import compile_regions
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
@@ -124,9 +125,10 @@ def train(
         runner.register_forward_pre_hook(lambda *_: calls.append(1))
         if hook is not None:
             hook(runner)
+    ddp = runner
     if compiled is not None:
-        runner = torch.compile(runner, **compiled)
-    ddp = runner._orig_mod if compiled is not None else runner
+        blocks = compiled.get("blocks")
+        runner = compile_regions(runner, backend="eager") if blocks else torch.compile(runner, backend="eager")
     before = settings(ddp) if size() > 1 else {}
     cuttlefish = Cuttlefish(runner if wrapped else model, optimizer, settings_of_run or config(), total_steps=STEPS)
     losses, gradients, switched, graphs = [], {}, None, []
@@ -249,7 +251,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "own comm hook": {"hook": lambda ddp: ddp.register_comm_hook(HOOK_CALLS, counting)},
     "builtin comm hook": {"hook": lambda ddp: ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.ALLREDUCE)},
     "PowerSGD": {"hook": power_sgd},
-    "compiled": {"compiled": {"backend": "eager"}},
+    "compiled": {"compiled": {"blocks": False}},
+    "compiled by blocks": {"compiled": {"blocks": True}},
+    "compiled by blocks, bare model given": {"compiled": {"blocks": True}, "wrapped": False},
 }
 
 
