@@ -33,7 +33,9 @@ def write_report(folder: Path) -> None:
     """
     records = [json.loads(path.read_text("utf-8")) for path in sorted(folder.rglob("*-seed*.json"))]
     # Many records may be kept in one file, a line each.
-    records += [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
+    records += [
+        json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()
+    ]
     if not records:
         raise FileNotFoundError(f"{folder} holds no records of runs (*-seed*.json or *.jsonl)")
     groups = defaultdict(list)
@@ -204,7 +206,9 @@ def _summary_table(records: list[Record], dense: dict[Any, Record]) -> str:
 
     def cell(members: list[Record]) -> str:
         sets = _grouped(members, lambda r: r["dataset"])
-        pairs = [mean_and_error([d for r in m if (d := _paired(r, dense, "accuracy")) is not None]) for m in sets.values()]
+        pairs = [
+            mean_and_error([d for r in m if (d := _paired(r, dense, "accuracy")) is not None]) for m in sets.values()
+        ]
         if not pairs:
             return ""
         mean = sum(value for value, _ in pairs) / len(pairs)
@@ -217,7 +221,11 @@ def _summary_table(records: list[Record], dense: dict[Any, Record]) -> str:
         groups = _grouped((r for r in records if r["method"] == method), lambda r: r["budget"] or 0.0)
         if method == "dense" or not groups:
             continue
-        free = f"{cell(groups[0.0])} at {_show([sum(r['kept'] for r in groups[0.0]) / len(groups[0.0])], 2)}" if 0.0 in groups else ""
+        free = (
+            f"{cell(groups[0.0])} at {_show([sum(r['kept'] for r in groups[0.0]) / len(groups[0.0])], 2)}"
+            if 0.0 in groups
+            else ""
+        )
         rows.append([LABELS[method], *(cell(groups[b]) if b in groups else "" for b in budgets), free])
     own = any(row[-1] for row in rows)
     header = ("method", *(f"{b:.3f} kept" for b in budgets), *(["at its own size"] if own else []))

@@ -1264,7 +1264,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--round-seconds", type=float, default=None, help="length of a turn")
     parser.add_argument("--time-limit", type=float, default=360.0, help="seconds after which nothing new is begun")
     parser.add_argument("--wave-minimum", type=float, default=60.0, help="seconds that must be left to begin a wave")
-    parser.add_argument("--prepare-limit", type=float, default=None, help="seconds that the processes of a wave may take to warm up")
+    parser.add_argument(
+        "--prepare-limit", type=float, default=None, help="seconds that the processes of a wave may take to warm up"
+    )
     parser.add_argument("--workers", type=int, default=None, help="processes prepared at the same time")
     parser.add_argument("--compile-threads", type=int, default=1)
     parser.add_argument("--log-folder", default="/tmp")

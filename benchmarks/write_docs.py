@@ -54,13 +54,25 @@ def main() -> None:
     """Write docs/results.md and the README's table."""
     table, choose = load("table_h100"), load("choose_h100")
     dense = {_base(r): r for r in [*table, *choose] if r["method"] == "dense"}
-    parts = [HEAD, _conditions(table), "## All data sets: test accuracy against full rank, points", _summary_table(table, dense)]
+    parts = [
+        HEAD,
+        _conditions(table),
+        "## All data sets: test accuracy against full rank, points",
+        _summary_table(table, dense),
+    ]
     for dataset in ("trec", "movie_snippets", "reuters_r8"):
         chosen = [r for r in table if r["dataset"] == dataset]
         parts += [f"## {dataset}", _methods_table(chosen, dense), f"![accuracy by size](images/accuracy_{dataset}.png)"]
-    parts += ["## When to switch (validation, one seed)", _switch_table([r for r in choose if r["group"] == "switch"], dense)]
+    parts += [
+        "## When to switch (validation, one seed)",
+        _switch_table([r for r in choose if r["group"] == "switch"], dense),
+    ]
     ablation = [r for r in choose if r["group"] == "ablation"]
-    parts += ["## Metric, ranks and optimizer state (validation, one seed, switch at 20%)", _ablation_table(ablation, dense), LIMITS]
+    parts += [
+        "## Metric, ranks and optimizer state (validation, one seed, switch at 20%)",
+        _ablation_table(ablation, dense),
+        LIMITS,
+    ]
     fill_readme(_summary_table([r for r in table if r["budget"]], dense))
     (ROOT / "docs" / "results.md").write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
 

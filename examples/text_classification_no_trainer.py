@@ -51,7 +51,9 @@ def main() -> None:
     """Fine-tune, print the accuracy of each epoch, save."""
     args, data_args = HfArgumentParser((LoopArguments, DataArguments)).parse_args_into_dataclasses()  # type: ignore[arg-type]
     # Unless it is told that there is no GPU, Accelerate gives several processes on CPUs no DDP, and says nothing.
-    accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps, cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps, cpu=not torch.cuda.is_available()
+    )
     set_seed(args.seed)
 
     name = args.model_name_or_path or str(minilm_folder())

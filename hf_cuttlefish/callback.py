@@ -72,14 +72,24 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
     # --- Trainer's events ---
 
     def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
         """Between here and the loading of a checkpoint's weights there is no event: let the weights choose the structure."""
         if model is not None:
             follow_checkpoints(model, kwargs.get("optimizer"))
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
         if model is None:
             raise ValueError("the Trainer gives its callbacks no model")
@@ -102,7 +112,9 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             loss_factor=float(args.world_size) if args.average_tokens_across_devices else 1.0,
         )
         if saved:
-            self.cuttlefish.load_state_dict(saved, _load_statistics(args, state) if state.is_world_process_zero else None)
+            self.cuttlefish.load_state_dict(
+                saved, _load_statistics(args, state) if state.is_world_process_zero else None
+            )
         else:
             self.cuttlefish.start_at(state.global_step)
         # A checkpoint of a run without this callback has no place for its state, and Trainer would fail to save it.
@@ -162,7 +174,9 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             save_file(statistics, partial, metadata={"step": str(state.global_step)})
             os.replace(partial, folder / STATISTICS_FILE)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.cuttlefish is not None:
             self.cuttlefish.end()
 

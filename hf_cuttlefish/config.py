@@ -50,7 +50,8 @@ class CuttlefishConfig:
     )
     rank_ratio: float = field(default=0.25, metadata={"help": "Share of the full rank min(m, n) for rule 'ratio'."})
     accumulative_share: float = field(
-        default=0.8, metadata={"help": "Share of the sum of the singular values for rule 'accumulative' (the paper's p)."}
+        default=0.8,
+        metadata={"help": "Share of the sum of the singular values for rule 'accumulative' (the paper's p)."},
     )
     energy_share: float = field(default=0.9, metadata={"help": "Share of ||W||_F^2 kept by rule 'energy'."})
     stable_rank_scale: str = field(
@@ -64,7 +65,9 @@ class CuttlefishConfig:
     rank_multiple: int = field(default=8, metadata={"help": "Ranks are multiples of this number (hardware alignment)."})
     target_ratio: float | None = field(
         default=None,
-        metadata={"help": "Share of the target layers' parameters to keep, for rule 'loss'; None: 0.4, or more where the prediction asks for it."},
+        metadata={
+            "help": "Share of the target layers' parameters to keep, for rule 'loss'; None: 0.4, or more where the prediction asks for it."
+        },
     )
     max_loss_increase: float | None = field(
         default=None,
@@ -82,7 +85,9 @@ class CuttlefishConfig:
     )
     min_speedup: float = field(
         default=1.05,
-        metadata={"help": "With objective='speed': layers that do not get so many times faster stay dense (the paper: 1.5)."},
+        metadata={
+            "help": "With objective='speed': layers that do not get so many times faster stay dense (the paper: 1.5)."
+        },
     )
     switch_step: int | None = field(
         default=None, metadata={"help": "Switch after exactly this many optimizer steps instead of finding the point."}
@@ -127,7 +132,9 @@ class CuttlefishConfig:
     )
     on_error: str = field(
         default="continue",
-        metadata={"help": "If the switch fails: 'continue' full rank with a warning, or 'raise'. Either way the model is as before."},
+        metadata={
+            "help": "If the switch fails: 'continue' full rank with a warning, or 'raise'. Either way the model is as before."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -206,7 +213,9 @@ class CuttlefishConfig:
         for name in data:
             if name not in known:
                 close = difflib.get_close_matches(str(name), known, n=3)
-                raise ValueError(f"unknown field {name!r}; " + (f"did you mean {close}?" if close else f"known: {known}"))
+                raise ValueError(
+                    f"unknown field {name!r}; " + (f"did you mean {close}?" if close else f"known: {known}")
+                )
         return cls(**data)
 
     @classmethod
@@ -225,7 +234,9 @@ class CuttlefishConfig:
                 continue
             if isinstance(value, str):
                 if not value:
-                    raise ValueError(f"{name} is empty: give 'all-linear', a list of name endings or a regular expression")
+                    raise ValueError(
+                        f"{name} is empty: give 'all-linear', a list of name endings or a regular expression"
+                    )
                 if value != "all-linear":
                     _check_regex(name, value)
             elif isinstance(value, list):
@@ -245,7 +256,9 @@ class CuttlefishConfig:
             if isinstance(rank, bool) or not isinstance(rank, int):
                 raise TypeError(f"rank_pattern[{key!r}] must be a whole number, got {rank!r}")
             if rank < 1:
-                raise ValueError(f"rank_pattern[{key!r}] is {rank}: a rank is at least 1 (use exclude_modules to keep it dense)")
+                raise ValueError(
+                    f"rank_pattern[{key!r}] is {rank}: a rank is at least 1 (use exclude_modules to keep it dense)"
+                )
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
@@ -254,7 +267,9 @@ class CuttlefishConfig:
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(f"unknown {name} {value!r}: {hint}choose one of {', '.join(choices)}")
 
-    def _check_number(self, name: str, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> None:
+    def _check_number(
+        self, name: str, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
+    ) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {value!r}")
@@ -268,7 +283,11 @@ class CuttlefishConfig:
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value < least:
-            remedy = "; to train low rank from the first step, call factorize(model, plan) before" if name == "switch_step" else ""
+            remedy = (
+                "; to train low rank from the first step, call factorize(model, plan) before"
+                if name == "switch_step"
+                else ""
+            )
             raise ValueError(f"{name} is {value}: it must be at least {least}{remedy}")
 
 

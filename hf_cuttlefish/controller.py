@@ -152,7 +152,9 @@ class Cuttlefish:
         for name, layer in self.layers.items():
             if is_meta(layer):
                 raise ValueError(f"{name} is on the meta device: load the weights before training")
-        optimizers.check_holds(self.optimizer, {name: cast(nn.Parameter, layer.weight) for name, layer in self.layers.items()})
+        optimizers.check_holds(
+            self.optimizer, {name: cast(nn.Parameter, layer.weight) for name, layer in self.layers.items()}
+        )
         if self.ddp is not None:
             check_ddp(self.ddp, self.model, self.layers)
 
@@ -249,7 +251,9 @@ class Cuttlefish:
         if step == 0 or self._finished:
             return
         if self.config.switch_step is not None and self.config.switch_step <= step:
-            raise ValueError(f"switch_step is {self.config.switch_step}, but the run resumes at step {step}: choose one after it")
+            raise ValueError(
+                f"switch_step is {self.config.switch_step}, but the run resumes at step {step}: choose one after it"
+            )
         self.global_step = step
         self._history.steps = [step]
         if self._collector is not None:
@@ -306,7 +310,9 @@ class Cuttlefish:
         """
         version = state.get("version", STATE_VERSION)
         if not isinstance(version, int) or version > STATE_VERSION:
-            raise ValueError(f"this state has version {version}, and this hf_cuttlefish reads up to {STATE_VERSION}: upgrade it")
+            raise ValueError(
+                f"this state has version {version}, and this hf_cuttlefish reads up to {STATE_VERSION}: upgrade it"
+            )
         # JSON files are written with sorted keys; the order of layers is the model's.
         order = {name: i for i, (name, _) in enumerate(self.model.named_modules())}
         plan = None if state["plan"] is None else RankPlan.from_dict(state["plan"])
@@ -426,7 +432,9 @@ class Cuttlefish:
         """Fix the switch where the config does, and start gathering statistics when it is near."""
         if self._finished:
             return
-        if self._switch_at is None and (self.config.switch_step is not None or self.latest_step <= self.statistics_steps):
+        if self._switch_at is None and (
+            self.config.switch_step is not None or self.latest_step <= self.statistics_steps
+        ):
             self._decide()
         if self._switch_at is None or self._collector is not None or self.statistics_steps == 0:
             return
@@ -489,7 +497,11 @@ class Cuttlefish:
             smaller = "no layer would get smaller at the ranks that it needs"
             self._finish(plan.notes[-1] if self.config.objective == "speed" and plan.notes else smaller)
             self._say(
-                logging.WARNING, "Cuttlefish: no switch at step %d: %s.\n%s", self.global_step, self.reason, plan.summary()
+                logging.WARNING,
+                "Cuttlefish: no switch at step %d: %s.\n%s",
+                self.global_step,
+                self.reason,
+                plan.summary(),
             )
             return False
         factors = self._share(plan, factors, shifted)
@@ -508,7 +520,9 @@ class Cuttlefish:
         """The plan, and the factors of its layers where the rule has worked them out."""
         statistics = collector.moments() if collector is not None else {}
         loss = collector.mean_loss() if collector is not None else None
-        initial = {name: values[0] for name, values in self._history.ranks.items()} if self._history.steps[:1] == [0] else {}
+        initial = (
+            {name: values[0] for name, values in self._history.ranks.items()} if self._history.steps[:1] == [0] else {}
+        )
         spectra: dict[str, LayerSpectrum] = {}
         parts: dict[str, Decomposition] = {}
         for name, layer in self.layers.items():
@@ -518,7 +532,9 @@ class Cuttlefish:
                 continue
             spectra[name], d = spectrum_of(name, layer, self.config, statistics.pop(name, None), initial.get(name))
             most = max(break_even_rank(n_in, n_out), max(self.config.rank_pattern.values(), default=1))
-            parts[name] = d.shortened(min(most, n_in, n_out), torch.promote_types(dense_weight(layer).dtype, torch.float32))
+            parts[name] = d.shortened(
+                min(most, n_in, n_out), torch.promote_types(dense_weight(layer).dtype, torch.float32)
+            )
         if self._flow is not None and self.config.rank_rule == "loss":
             sizes = {name: s.in_features + s.out_features for name, s in spectra.items()}
             prices = rank_prices(self._flow.groups(), sizes, bool(self._flow.compiled))
@@ -541,7 +557,9 @@ class Cuttlefish:
             weight = dense_weight(self.layers[name])
             exact = torch.promote_types(weight.dtype, torch.float32)
             m, n = weight.shape
-            shapes: dict[str, tuple[int, ...]] = {"down": (rank, n), "up": (m, rank)} | ({"bias_shift": (m,)} if name in shifted else {})
+            shapes: dict[str, tuple[int, ...]] = {"down": (rank, n), "up": (m, rank)} | (
+                {"bias_shift": (m,)} if name in shifted else {}
+            )
             parts = {}
             for part, shape in shapes.items():
                 parts[part] = torch.empty(shape, dtype=exact, device=weight.device)

@@ -96,7 +96,9 @@ class Decomposition:
         """Only what a cut at `rank` or less needs, in another dtype or place; below break-even no larger than the weight."""
         up = self.up[:, :rank].to(device=device, dtype=dtype, copy=True)
         down = self.down[:rank].to(device=device, dtype=dtype, copy=True)
-        return Decomposition(self.spectrum.to(device=device or self.spectrum.device), up, down, self.mean, self.mapped_mean)
+        return Decomposition(
+            self.spectrum.to(device=device or self.spectrum.device), up, down, self.mean, self.mapped_mean
+        )
 
 
 def decompose(weight: torch.Tensor, moments: LayerMoments | None = None) -> Decomposition:

@@ -86,7 +86,9 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
         seen = seen.optimizer
     kind = type(seen)
     if kind.__module__.startswith("deepspeed") or not isinstance(seen, torch.optim.Optimizer):
-        raise TypeError(f"{kind.__module__}.{kind.__name__} is no torch.optim.Optimizer whose parameters can be replaced")
+        raise TypeError(
+            f"{kind.__module__}.{kind.__name__} is no torch.optim.Optimizer whose parameters can be replaced"
+        )
     return seen
 
 
@@ -162,7 +164,9 @@ def check_in_step(model: nn.Module, optimizer: Any, before: set[int], pairs: Seq
             expected |= {id(pair.down), id(pair.up)}
     stale = {id(p.weight) for p in pairs} & {id(p) for p in model.parameters()}
     if set(after) != expected or len(after) != len(set(after)) or stale:
-        raise RuntimeError("after the switch the optimizer and the model hold different parameters; nothing was changed")
+        raise RuntimeError(
+            "after the switch the optimizer and the model hold different parameters; nothing was changed"
+        )
 
 
 @torch.no_grad()

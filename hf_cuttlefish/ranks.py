@@ -166,12 +166,16 @@ class RankPlan(Mapping[str, int]):
     def from_dict(cls, data: Mapping[str, Any]) -> RankPlan:
         """Reads what `to_dict` wrote. Raises ValueError for anything else, naming the field."""
         if not isinstance(data, Mapping) or not isinstance(data.get("layers"), Mapping):
-            raise ValueError("a rank plan is a JSON object with 'layers': {name: {in_features, out_features, rank, ...}}")
+            raise ValueError(
+                "a rank plan is a JSON object with 'layers': {name: {in_features, out_features, rank, ...}}"
+            )
         version = data.get("version", PLAN_VERSION)
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise ValueError(f"the plan's version is {version!r}: it must be a whole number of at least 1")
         if version > PLAN_VERSION:
-            raise ValueError(f"this plan has version {version}, and this hf_cuttlefish reads up to {PLAN_VERSION}: upgrade it")
+            raise ValueError(
+                f"this plan has version {version}, and this hf_cuttlefish reads up to {PLAN_VERSION}: upgrade it"
+            )
         decisions = {}
         for name, d in data["layers"].items():
             try:
@@ -189,7 +193,9 @@ class RankPlan(Mapping[str, int]):
     @classmethod
     def from_json(cls, source: str | Path) -> RankPlan:
         """Reads JSON text, or the file at a path. Raises ValueError for what is no plan, FileNotFoundError for no file."""
-        text = source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text("utf-8")
+        text = (
+            source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text("utf-8")
+        )
         try:
             data = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -327,7 +333,9 @@ Spectra = Mapping[str, LayerSpectrum]
 Rule = Callable[[Spectra, CuttlefishConfig, "float | None", "list[str]"], dict[str, float]]
 
 
-def stable_rank_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, notes: list[str]) -> dict[str, float]:
+def stable_rank_rule(
+    spectra: Spectra, config: CuttlefishConfig, loss: float | None, notes: list[str]
+) -> dict[str, float]:
     """The stable rank itself."""
     return {name: s.stable_rank or 1.0 for name, s in spectra.items()}
 
@@ -344,7 +352,11 @@ def scaled_stable_rank_rule(
             r * random_matrix_scale(spectra[n].in_features, spectra[n].out_features) / spectra[n].full_rank
             for n, r in initial.items()
         )
-        scale = "initial" if len(initial) == len(spectra) and shares and shares[len(shares) // 2] >= 0.8 else "random_matrix"
+        scale = (
+            "initial"
+            if len(initial) == len(spectra) and shares and shares[len(shares) // 2] >= 0.8
+            else "random_matrix"
+        )
         notes.append(f"xi from {'the initial weights' if scale == 'initial' else 'random-matrix theory'}")
     if scale == "initial" and len(initial) < len(spectra):
         raise ValueError(
@@ -359,7 +371,9 @@ def scaled_stable_rank_rule(
     return result
 
 
-def accumulative_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, notes: list[str]) -> dict[str, float]:
+def accumulative_rule(
+    spectra: Spectra, config: CuttlefishConfig, loss: float | None, notes: list[str]
+) -> dict[str, float]:
     """Fewest leading singular values that sum to a share p of all (arXiv 2305.02538, for transformers)."""
     return {n: float(_leading_share(_values(s), config.accumulative_share)) for n, s in spectra.items()}
 
@@ -391,7 +405,11 @@ def loss_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, no
     known = {n: s for n, s in spectra.items() if s.loss_spectrum is not None}
     missing = {n: s for n, s in spectra.items() if s.loss_spectrum is None}
     if missing:
-        which = "the layers" if not known else f"{len(missing)} of {len(spectra)} layers, {', '.join(list(missing)[:3])}, ..."
+        which = (
+            "the layers"
+            if not known
+            else f"{len(missing)} of {len(spectra)} layers, {', '.join(list(missing)[:3])}, ..."
+        )
         notes.append(f"no usable statistics for {which}: rank ratio {config.rank_ratio} there")
     wanted = {n: _ratio_rank(s, config.rank_ratio, config.rank_multiple) for n, s in missing.items()}
     if not known:
@@ -405,9 +423,14 @@ def loss_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, no
 
     def at(threshold: float) -> dict[str, float]:
         needs = {n: _count_above(scores[n], threshold) for n in known}
-        kept = sum(min(needs[n] * (s.in_features + s.out_features), s.in_features * s.out_features) for n, s in known.items())
+        kept = sum(
+            min(needs[n] * (s.in_features + s.out_features), s.in_features * s.out_features) for n, s in known.items()
+        )
         even = RANK_FLOOR * kept / dense_size
-        return {n: max(1.0, need, even * break_even_rank(known[n].in_features, known[n].out_features)) for n, need in needs.items()}
+        return {
+            n: max(1.0, need, even * break_even_rank(known[n].in_features, known[n].out_features))
+            for n, need in needs.items()
+        }
 
     def measure(threshold: float) -> tuple[float, float]:
         """Kept share of the parameters and predicted loss increase at a threshold, after alignment and break-even."""
@@ -441,7 +464,9 @@ def loss_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, no
         index = smallest_within(config.max_loss_increase * loss)
     else:
         if config.max_loss_increase is not None:
-            notes.append("max_loss_increase is not used: the model returned no loss to compare with; the default size holds")
+            notes.append(
+                "max_loss_increase is not used: the model returned no loss to compare with; the default size holds"
+            )
         guard = smallest_within(CURVATURE_SHARE * sum(_dropped(s, 0) or 0.0 for s in known.values()))
         index = min(largest_within(DEFAULT_RATIO), guard)
     return {**wanted, **at(levels[index])}

@@ -60,7 +60,9 @@ class FactorizationReport:
         after, before = self.target_parameters_after, max(1, self.target_parameters_before)
         lines.append(f"FLOPs of the target layers (estimated, per token): {after / before:.0%} of before")
         if self.skipped:
-            lines.append(f"left dense: {len(self.skipped)} 3-D expert weights, {_count(sum(self.skipped.values()))} parameters")
+            lines.append(
+                f"left dense: {len(self.skipped)} 3-D expert weights, {_count(sum(self.skipped.values()))} parameters"
+            )
         lines += [f"note: {note}" for note in self.plan.notes]
         lines.append(f"optimizer: {self.optimizer}")
         if self.seconds:
@@ -80,7 +82,10 @@ def plan_table(plan: RankPlan) -> str:
         rows.append(_row(name, decisions))
     rows.append(_row(f"all ({plan.rule})", list(plan.decisions.values()), total=True))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        for r in rows
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:-1], "-" * len(lines[0]), lines[-1]])
 
 

@@ -26,7 +26,9 @@ def stable_rank(weight: torch.Tensor) -> torch.Tensor:
         TypeError: not a floating-point tensor. ValueError: fewer than two dimensions, an empty matrix, or NaN/Inf in it.
     """
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        raise TypeError(f"stable_rank needs a floating-point tensor, got {getattr(weight, 'dtype', type(weight).__name__)}")
+        raise TypeError(
+            f"stable_rank needs a floating-point tensor, got {getattr(weight, 'dtype', type(weight).__name__)}"
+        )
     if weight.ndim < 2 or 0 in weight.shape[-2:]:
         raise ValueError(f"stable_rank needs matrices (..., m, n) that are not empty, got shape {tuple(weight.shape)}")
     if weight.is_meta:

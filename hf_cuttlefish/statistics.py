@@ -174,7 +174,9 @@ class MomentCollector:
             m, n = weight.shape
             zeros = {"signal": (min(m, n),) * 2, "metric": (min(m, n),) * 2, "x": (n,), "count": (), "other": ()}
             zeros["y"] = (m,)
-            self.sums[name] = {k: torch.zeros(size, dtype=torch.float32, device=weight.device) for k, size in zeros.items()}
+            self.sums[name] = {
+                k: torch.zeros(size, dtype=torch.float32, device=weight.device) for k, size in zeros.items()
+            }
         return self.sums[name]
 
     @torch.no_grad()
@@ -229,7 +231,9 @@ class _Tap:
         output.register_hook(arrived)
 
 
-def _finish(layer: nn.Module, s: dict[str, torch.Tensor], count: float, examples: float, unscale: float) -> LayerMoments:
+def _finish(
+    layer: nn.Module, s: dict[str, torch.Tensor], count: float, examples: float, unscale: float
+) -> LayerMoments:
     m, n = dense_weight(layer).shape
     has_bias = layer.bias is not None
     mean = s["x"] / count

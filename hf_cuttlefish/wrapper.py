@@ -56,7 +56,13 @@ _NOT_CARRIED = {
     *("delay_all_reduce_named_params", "param_to_hook_all_reduce", "mixed_precision"),  # refused
 }
 
-_KEPT_ATTRIBUTES = ("training", "require_backward_grad_sync", "require_forward_param_sync", "_ddp_sink_clone", "buffer_hook")
+_KEPT_ATTRIBUTES = (
+    "training",
+    "require_backward_grad_sync",
+    "require_forward_param_sync",
+    "_ddp_sink_clone",
+    "buffer_hook",
+)
 """State of the wrapper besides its hooks that `__init__` resets."""
 
 
@@ -162,17 +168,29 @@ def check_ddp(ddp: DistributedDataParallel, model: nn.Module, targets: Mapping[s
     """
     where = "DistributedDataParallel was built with"
     if ddp._delay_all_reduce_params:
-        raise ValueError(f"{where} delay_all_reduce_named_params, whose hook is not kept by it and would be lost at the switch")
+        raise ValueError(
+            f"{where} delay_all_reduce_named_params, whose hook is not kept by it and would be lost at the switch"
+        )
     if ddp.mixed_precision is not None:
-        raise ValueError(f"{where} mixed_precision, whose low-precision copies are fixed then: use autocast (bf16=True) instead")
+        raise ValueError(
+            f"{where} mixed_precision, whose low-precision copies are fixed then: use autocast (bf16=True) instead"
+        )
     if getattr(ddp, "_use_python_reducer", False):
-        raise ValueError("torch._dynamo.config.optimize_ddp is 'python_reducer', which is not supported: set it to True")
+        raise ValueError(
+            "torch._dynamo.config.optimize_ddp is 'python_reducer', which is not supported: set it to True"
+        )
     mesh = getattr(ddp, "device_mesh", None)
     if mesh is not None and mesh._get_root_mesh() != mesh:
-        raise ValueError(f"{where} a device_mesh that is part of a larger one (tensor parallel), which is not supported")
+        raise ValueError(
+            f"{where} a device_mesh that is part of a larger one (tensor parallel), which is not supported"
+        )
     if any(hasattr(p, "_in_backward_optimizers") for p in ddp.module.parameters()):
-        raise ValueError("the optimizer runs inside the backward pass (apply_optimizer_in_backward), which is not supported")
-    unknown = [n for n in inspect.signature(DistributedDataParallel.__init__).parameters if n not in {*_CARRIED, *_NOT_CARRIED}]
+        raise ValueError(
+            "the optimizer runs inside the backward pass (apply_optimizer_in_backward), which is not supported"
+        )
+    unknown = [
+        n for n in inspect.signature(DistributedDataParallel.__init__).parameters if n not in {*_CARRIED, *_NOT_CARRIED}
+    ]
     lost = [name for name in unknown if not hasattr(ddp, name)]
     if lost:
         warnings.warn(
@@ -193,7 +211,9 @@ def check_optimizer(optimizer: Any) -> None:
     """Raises TypeError for an optimizer that has divided its parameters among the processes."""
     inner = getattr(optimizer, "optimizer", optimizer)
     if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(inner).__mro__):
-        raise TypeError("ZeroRedundancyOptimizer has divided the parameters among the processes: use an ordinary optimizer")
+        raise TypeError(
+            "ZeroRedundancyOptimizer has divided the parameters among the processes: use an ordinary optimizer"
+        )
 
 
 def check_can_step(ddp: DistributedDataParallel) -> None:

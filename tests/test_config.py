@@ -6,7 +6,9 @@ from hf_cuttlefish import CuttlefishConfig
 
 
 def test_round_trip():
-    config = CuttlefishConfig(target_modules=["query", "value"], rank_pattern={"query": 4}, switch_step=7, target_ratio=0.3)
+    config = CuttlefishConfig(
+        target_modules=["query", "value"], rank_pattern={"query": 4}, switch_step=7, target_ratio=0.3
+    )
     assert CuttlefishConfig.from_json(config.to_json()) == config
     assert CuttlefishConfig.from_dict(config.to_dict()) == config
     assert config.to_dict()["version"] == 1

@@ -59,7 +59,9 @@ def make(config=None, seed=0, **kwargs):
 
 @pytest.mark.parametrize("step", [1, 3, 17, TOTAL])
 def test_switch_step_is_exact(step):
-    model, optimizer, scheduler, cuttlefish = make(CuttlefishConfig(switch_step=step, rank_multiple=4, target_ratio=0.4))
+    model, optimizer, scheduler, cuttlefish = make(
+        CuttlefishConfig(switch_step=step, rank_multiple=4, target_ratio=0.4)
+    )
     assert train(model, optimizer, scheduler, cuttlefish, 0, TOTAL) == [step] == [cuttlefish.switch_step]
     assert set(cuttlefish.plan) == {f"layers.{i}.{j}" for i in (0, 1) for j in (0, 2)}
     assert cuttlefish.plan.predicted_loss_increase is not None  # even at step 1 there were statistics
@@ -72,7 +74,11 @@ def test_by_itself_between_earliest_and_latest():
     (step,) = train(model, optimizer, scheduler, cuttlefish, 0, TOTAL)
     assert 12 <= step <= 16
     assert cuttlefish.reason in ("stable ranks have converged", "latest_switch")
-    assert cuttlefish.history[0] == {"step": 0, "layer": "layers.0.0", "stable_rank": cuttlefish.history[0]["stable_rank"]}
+    assert cuttlefish.history[0] == {
+        "step": 0,
+        "layer": "layers.0.0",
+        "stable_rank": cuttlefish.history[0]["stable_rank"],
+    }
     assert not model._forward_hooks and not any(m._forward_hooks for m in model.modules())
 
 
@@ -176,9 +182,13 @@ def test_a_failing_switch_leaves_everything_as_it_was(monkeypatch, caplog):
         train(model, optimizer, scheduler, cuttlefish, 0, 10)
 
 
-@pytest.mark.parametrize("rule", ["stable_rank", "scaled_stable_rank", "accumulative", "paper", "energy", "ratio", "loss"])
+@pytest.mark.parametrize(
+    "rule", ["stable_rank", "scaled_stable_rank", "accumulative", "paper", "energy", "ratio", "loss"]
+)
 def test_every_rule_switches(rule):
-    config = CuttlefishConfig(rank_rule=rule, switch_step=6, rank_multiple=1, rank_ratio=0.2, energy_share=0.3, accumulative_share=0.2)
+    config = CuttlefishConfig(
+        rank_rule=rule, switch_step=6, rank_multiple=1, rank_ratio=0.2, energy_share=0.3, accumulative_share=0.2
+    )
     model, optimizer, scheduler, cuttlefish = make(config)
     switched = train(model, optimizer, scheduler, cuttlefish, 0, 10)
     if switched:  # xi times a random matrix' stable rank is full rank: such layers stay dense

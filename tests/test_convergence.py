@@ -23,7 +23,9 @@ def first_convergence(steps, ranks, total, tolerance=1.0):
 @pytest.mark.parametrize("total", [300, 3_000, 120_000])
 def test_the_same_share_of_the_run_whatever_its_length(total):
     steps, ranks = settle(total, total // 30)
-    assert first_convergence(steps, ranks, total) == pytest.approx(first_convergence(*settle(30_000, 1_000), 30_000), abs=0.04)
+    assert first_convergence(steps, ranks, total) == pytest.approx(
+        first_convergence(*settle(30_000, 1_000), 30_000), abs=0.04
+    )
     assert 0.1 < first_convergence(steps, ranks, total) < 0.4
 
 

@@ -21,7 +21,11 @@ import loops  # noqa: E402
 import trainers  # noqa: E402
 
 ENVIRONMENT = {
-    **{k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")},
+    **{
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    },
     **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"},
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
 }
@@ -91,7 +95,11 @@ def largest(a, b):
 
 def check_as_alone(found, tensors, name, alone, processes):
     run, expected = found[name], alone(name)
-    assert run["ddp"] and run["size"] == processes and run["calls"] == loops.STEPS * loops.SCENARIOS[name].get("accumulate", 1)
+    assert (
+        run["ddp"]
+        and run["size"] == processes
+        and run["calls"] == loops.STEPS * loops.SCENARIOS[name].get("accumulate", 1)
+    )
     assert run["unequal"] == [] and run["unequal_state"] == [] and run["held"]
     assert run["switched"] == expected["switched"] is not None and run["reason"] == expected["reason"]
     assert run["plan"].keys() == expected["plan"].keys() and run["plan"]
@@ -131,7 +139,11 @@ def test_the_wrapper_keeps_what_it_was_built_with(two, name):
 def test_a_comm_hook_goes_on_with_the_new_gradients(two, alone):
     before, after = two[0]["own comm hook"]["hook_calls"][:5], two[0]["own comm hook"]["hook_calls"][5:]
     dense = sum(p.numel() for p in loops.tiny_bert().parameters())
-    assert before == [dense] * loops.SWITCH and after == [after[0]] * (loops.STEPS - loops.SWITCH) and after[0] < 0.7 * dense
+    assert (
+        before == [dense] * loops.SWITCH
+        and after == [after[0]] * (loops.STEPS - loops.SWITCH)
+        and after[0] < 0.7 * dense
+    )
 
 
 def test_a_compiled_model_compiles_once_after_the_switch(two):
@@ -154,7 +166,9 @@ def test_blocks_compiled_one_by_one_stay_compiled_whatever_their_ranks():
         block.compile(backend="eager")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     pattern = {rf".*\.{i}\.intermediate\.dense": i + 2 for i in range(12)}
-    settings = loops.config(target_modules=["intermediate.dense"], rank_pattern=pattern, switch_step=1, statistics_steps=0)
+    settings = loops.config(
+        target_modules=["intermediate.dense"], rank_pattern=pattern, switch_step=1, statistics_steps=0
+    )
     cuttlefish = loops.Cuttlefish(model, optimizer, settings, total_steps=3)
     try:
         assert cuttlefish.step() and sorted(cuttlefish.plan.values()) == [*range(2, 14)]
@@ -225,7 +239,12 @@ def test_trainer_keeps_replicas_equal(trained, name):
 def test_a_killed_process_ends_the_others_and_the_last_checkpoint_resumes(tmp_path):
     """Started by hand: torchrun would end the survivor itself."""
     started = time.monotonic()
-    environment = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 2000), "WORLD_SIZE": "2"}
+    environment = {
+        **ENVIRONMENT,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(29500 + os.getpid() % 2000),
+        "WORLD_SIZE": "2",
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, str(SCRIPTS / "trainers.py"), str(tmp_path), "killed"],
@@ -240,7 +259,9 @@ def test_a_killed_process_ends_the_others_and_the_last_checkpoint_resumes(tmp_pa
         for p in processes:
             p.kill()
     assert processes[1].returncode == -9, errors[1][-3000:]
-    assert processes[0].returncode == 1 and "ProcessLostError: process 0 of 2 got no answer" in errors[0], errors[0][-3000:]
+    assert processes[0].returncode == 1 and "ProcessLostError: process 0 of 2 got no answer" in errors[0], errors[0][
+        -3000:
+    ]
     assert time.monotonic() - started < LIMIT / 2
     assert (tmp_path / "killed" / f"checkpoint-{trainers.SWITCH - 1}").is_dir()
     assert not (tmp_path / "killed" / f"checkpoint-{trainers.SWITCH}").exists()
@@ -271,7 +292,9 @@ def test_the_loop_without_a_trainer_runs_on_two_processes(tmp_path):
     assert len(ranks) > 20 and (tmp_path / "model" / "model.safetensors").stat().st_size < 70e6 < 22.7e6 * 4
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_accelerate_reads_the_configs(path):
     from accelerate.commands.config import load_config_from_file
 

@@ -111,7 +111,10 @@ def test_balanced_factors():
 )
 def test_odd_weights_give_finite_factors(make):
     w = make()
-    for moments in (None, LayerMoments.from_full(w, torch.zeros(w.shape[1], w.shape[1]), torch.zeros(w.shape[0], w.shape[0]))):
+    for moments in (
+        None,
+        LayerMoments.from_full(w, torch.zeros(w.shape[1], w.shape[1]), torch.zeros(w.shape[0], w.shape[0])),
+    ):
         f = factor_weight(w, 5, moments)
         assert torch.isfinite(f.up).all() and torch.isfinite(f.down).all()
     assert ((f := factor_weight(w, 5)).up @ f.down - w.double()).abs().max() <= 1e-6 * max(w.abs().max().item(), 1e-37)

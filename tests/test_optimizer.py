@@ -53,7 +53,9 @@ def test_every_optimizer_goes_on(name, mode, conv):
         assert optimizer.state.get(p) is kept[id(p)]
     before = [p.detach().clone() for p in model.parameters()]
     train(model, optimizer, 2)
-    assert all(torch.isfinite(p).all() and not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert all(
+        torch.isfinite(p).all() and not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)
+    )
 
 
 @pytest.mark.parametrize("conv", [False, True], ids=["linear", "conv1d"])

@@ -23,7 +23,9 @@ class Blocks(nn.Module):
     def __init__(self, sizes=((64, 64), (64, 256), (256, 64)), depth=2):
         super().__init__()
         self.embed = nn.Embedding(10, 64)
-        self.layers = nn.ModuleList(nn.ModuleDict({f"p{i}": nn.Linear(*s) for i, s in enumerate(sizes)}) for _ in range(depth))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({f"p{i}": nn.Linear(*s) for i, s in enumerate(sizes)}) for _ in range(depth)
+        )
 
 
 def spectra(count=4, m=64, n=64, decay=0.9, loss=True):
@@ -71,7 +73,9 @@ def test_xi_is_chosen_by_what_the_run_started_from():
         plan = plan_ranks(s, CuttlefishConfig(rank_rule="scaled_stable_rank", rank_multiple=1))
         assert plan["layers.0.a"] == math.ceil(xi * sr)
     with pytest.raises(ValueError, match="initial_stable_ranks"):
-        plan_ranks(spectra(1, loss=False), CuttlefishConfig(rank_rule="scaled_stable_rank", stable_rank_scale="initial"))
+        plan_ranks(
+            spectra(1, loss=False), CuttlefishConfig(rank_rule="scaled_stable_rank", stable_rank_scale="initial")
+        )
 
 
 def test_accumulative_energy_and_paper():
@@ -115,7 +119,10 @@ def test_one_threshold_for_the_whole_model(monkeypatch):
 
 def test_no_layer_falls_below_its_floor():
     """The layer that hardly matters now still gets half of what an even spread of the same size would give it."""
-    s = {**spectra(3, 256, 256, decay=0.98), "layers.9.a": LayerSpectrum(256, 256, None, torch.full((256,), 1e-9).double(), 5.0)}
+    s = {
+        **spectra(3, 256, 256, decay=0.98),
+        "layers.9.a": LayerSpectrum(256, 256, None, torch.full((256,), 1e-9).double(), 5.0),
+    }
     plan = plan_ranks(s, CuttlefishConfig(target_ratio=0.4, rank_multiple=1))
     before, after = plan.parameters()
     assert 0.4 * before * 0.97 <= after <= 0.4 * before

@@ -78,8 +78,12 @@ def assert_same(ours, theirs):
     assert set(ours) == set(theirs)
     for name, a in ours.items():
         b = theirs[name]
-        torch.testing.assert_close(a.signal.double(), b.signal, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n} signal {m}")
-        torch.testing.assert_close(a.metric.double(), b.metric, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n} metric {m}")
+        torch.testing.assert_close(
+            a.signal.double(), b.signal, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n} signal {m}"
+        )
+        torch.testing.assert_close(
+            a.metric.double(), b.metric, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n} metric {m}"
+        )
         assert a.other_level == pytest.approx(b.other_level, rel=1e-4)
         assert a.tokens == pytest.approx(b.tokens)
         assert (a.mean is None) == (b.mean is None)
@@ -157,7 +161,9 @@ def test_state_dict_round_trip_goes_on_exactly():
         other.step()
     other.stop()
     for name, m in whole.moments().items():
-        assert torch.equal(m.signal, other.moments()[name].signal) and torch.equal(m.metric, other.moments()[name].metric)
+        assert torch.equal(m.signal, other.moments()[name].signal) and torch.equal(
+            m.metric, other.moments()[name].metric
+        )
     assert other.mean_loss() == whole.mean_loss()
     with pytest.raises(ValueError, match="no target layer"):
         MomentCollector(model, {"wide": model.wide}).load_state_dict(half.state_dict())

@@ -246,7 +246,9 @@ def test_saved_model_loads_and_is_ordinary(whole, tmp_path):
     trainer.model.eval()
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, trainer.model(**batch).logits)
-    again, _ = run(tmp_path / "more", model=model, max_steps=2, save_strategy="no")  # already factorized: trains on as it is
+    again, _ = run(
+        tmp_path / "more", model=model, max_steps=2, save_strategy="no"
+    )  # already factorized: trains on as it is
     assert any(isinstance(m, LowRankLinear) for m in again.model.modules())
 
 
@@ -332,7 +334,14 @@ def test_vit_resumes_in_spite_of_its_legacy_names(tmp_path):
     def vit(seed):
         torch.manual_seed(seed)
         return ViTForImageClassification(
-            ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=8, patch_size=4)
+            ViTConfig(
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=64,
+                image_size=8,
+                patch_size=4,
+            )
         )
 
     trainer, _ = run(tmp_path, model=vit(0), rows=Images(), save_steps=4)
@@ -360,7 +369,9 @@ def test_gpt2_switches_saves_and_resumes(tmp_path):
     trainer, callback = run(tmp_path, model=gpt2(0), rows=Text(), save_steps=4)
     assert len(callback.plan) == 8 and callback.plan.predicted_loss_increase > 0
     for step in (4, 12):
-        again, _ = run(tmp_path, model=gpt2(1), rows=Text(), save_strategy="no", resume=str(tmp_path / f"checkpoint-{step}"))
+        again, _ = run(
+            tmp_path, model=gpt2(1), rows=Text(), save_strategy="no", resume=str(tmp_path / f"checkpoint-{step}")
+        )
         assert_same_run(trainer, again)
 
 

@@ -29,7 +29,13 @@ STEPS, SWITCH, GLOBAL_BATCH, LENGTH, CLASSES = 10, 5, 12, 8, 3
 def tiny_bert(seed: int = 0, **changes: Any) -> BertForSequenceClassification:
     torch.manual_seed(seed)
     options = {
-        **{"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+        **{
+            "vocab_size": 40,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+        },
         **{"max_position_embeddings": 16, "num_labels": CLASSES},
         **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **changes},
     }
@@ -86,7 +92,9 @@ def settings(ddp: DistributedDataParallel) -> dict[str, str]:
     per_run = {"_has_rebuilt_buckets", "_lazy_init_ran", "_static_graph_delay_allreduce_enqueued"}
     found = {k: repr(v) for k, v in vars(ddp).items() if isinstance(v, plain) and k not in per_run}
     found.pop("_module_parameters")
-    found["hooks"] = repr([len(v) for k, v in sorted(vars(ddp).items()) if k.endswith("hooks") and k != "_accum_grad_hooks"])
+    found["hooks"] = repr(
+        [len(v) for k, v in sorted(vars(ddp).items()) if k.endswith("hooks") and k != "_accum_grad_hooks"]
+    )
     found["logged"] = repr({k: v for k, v in ddp._get_ddp_logging_data().items() if k in LOGGED})
     return found
 
@@ -146,7 +154,11 @@ def train(
             dist.all_reduce(total)
         losses.append(float(total) / size())
         if step == SWITCH + 1:
-            gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and "down" not in n and "up." not in n}
+            gradients = {
+                n: p.grad.clone()
+                for n, p in model.named_parameters()
+                if p.grad is not None and "down" not in n and "up." not in n
+            }
         optimizer.step()
         optimizer.zero_grad()
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] if compiled is not None else 0)
@@ -164,14 +176,17 @@ def train(
         "reason": cuttlefish.reason,
         "dtype": str(output.logits.dtype),
         "graphs": graphs,
-        "held": sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == sum(p.numel() for p in model.parameters()),
+        "held": sum(p.numel() for g in optimizer.param_groups for p in g["params"])
+        == sum(p.numel() for p in model.parameters()),
         "_weights": weights(model),
         "_gradients": gradients,
         "seconds": cuttlefish.report.seconds if cuttlefish.report else {},
     }
     if size() > 1:
         after = settings(ddp)
-        result["changed"] = {k: [before.get(k), after.get(k)] for k in {**before, **after} if before.get(k) != after.get(k)}
+        result["changed"] = {
+            k: [before.get(k), after.get(k)] for k in {**before, **after} if before.get(k) != after.get(k)
+        }
         result["calls"] = len(calls)
         result["hook_calls"] = list(HOOK_CALLS)
         result["unequal"] = unequal(model)
@@ -234,8 +249,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "gradient_as_bucket_view": {"ddp_options": {"gradient_as_bucket_view": True}},
     "many buckets": {"ddp_options": {"bucket_cap_mb": 0.01, "find_unused_parameters": True}},
     "list of buckets": {"ddp_options": {"bucket_cap_mb_list": [0.02, 0.01]}},
-    "other options": {"ddp_options": {"broadcast_buffers": False, "dim": 1, "batched_grad_copy": True, "check_reduction": True}},
-    "skip unused": {"ddp_options": {"find_unused_parameters": True, "skip_all_reduce_unused_params": True}, "prepare": unused},
+    "other options": {
+        "ddp_options": {"broadcast_buffers": False, "dim": 1, "batched_grad_copy": True, "check_reduction": True}
+    },
+    "skip unused": {
+        "ddp_options": {"find_unused_parameters": True, "skip_all_reduce_unused_params": True},
+        "prepare": unused,
+    },
     "own group": {"ddp_options": {"process_group": "new"}},
     "no_sync": {"accumulate": 3},
     "no_sync, bucket view": {"accumulate": 2, "ddp_options": {"gradient_as_bucket_view": True}},
@@ -246,7 +266,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "frozen layers": {"prepare": freeze},
     "ranks by singular values": {"settings_of_run": config(rank_rule="energy", target_ratio=None)},
     "ranks by shape": {"settings_of_run": config(rank_rule="ratio", target_ratio=None)},
-    "switch found": {"settings_of_run": config(switch_step=None, check_steps=1, earliest_switch=0.5, latest_switch=0.9)},
+    "switch found": {
+        "settings_of_run": config(switch_step=None, check_steps=1, earliest_switch=0.5, latest_switch=0.9)
+    },
     "fp16 comm hook": {"hook": lambda ddp: ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)},
     "own comm hook": {"hook": lambda ddp: ddp.register_comm_hook(HOOK_CALLS, counting)},
     "builtin comm hook": {"hook": lambda ddp: ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.ALLREDUCE)},
@@ -295,7 +317,9 @@ def other_config() -> str:
 def other_steps() -> str:
     ddp, optimizer = ddp_of(tiny_bert())
     return expect(
-        ValueError, "disagree on total_steps", call=lambda: Cuttlefish(ddp, optimizer, config(), total_steps=STEPS + rank())
+        ValueError,
+        "disagree on total_steps",
+        call=lambda: Cuttlefish(ddp, optimizer, config(), total_steps=STEPS + rank()),
     )
 
 
@@ -315,7 +339,9 @@ def other_targets() -> str:
     pattern = ["query"] if rank() == 0 else ["no_such_layer"]
     words = ("process 1 failed", "no_such_layer") if rank() == 0 else ("no_such_layer",)
     error = RuntimeError if rank() == 0 else ValueError
-    return expect(error, *words, call=lambda: Cuttlefish(ddp, optimizer, config(target_modules=pattern), total_steps=STEPS))
+    return expect(
+        error, *words, call=lambda: Cuttlefish(ddp, optimizer, config(target_modules=pattern), total_steps=STEPS)
+    )
 
 
 def other_values() -> str:
@@ -415,7 +441,11 @@ def failing(where: str, culprit: int, on_error: str) -> str:
     try:
         if on_error == "raise":
             words = (f"{where} is broken",)
-            return expect(ZeroDivisionError if rank() == culprit else RuntimeError, *words, call=lambda: steps(ddp, opt, cuttlefish))
+            return expect(
+                ZeroDivisionError if rank() == culprit else RuntimeError,
+                *words,
+                call=lambda: steps(ddp, opt, cuttlefish),
+            )
         losses = steps(ddp, opt, cuttlefish)
     finally:
         setattr(module, name, real)
@@ -441,7 +471,11 @@ def desync_is_noticed() -> str:
     cuttlefish = Cuttlefish(ddp, optimizer, config(), total_steps=STEPS)
     controller.RebuiltDDP = NotRebuilt
     try:
-        verdict = expect(RuntimeError, "different parameters after the switch at step 5", call=lambda: steps(ddp, optimizer, cuttlefish))
+        verdict = expect(
+            RuntimeError,
+            "different parameters after the switch at step 5",
+            call=lambda: steps(ddp, optimizer, cuttlefish),
+        )
     finally:
         controller.RebuiltDDP = RebuiltDDP
     return verdict if cuttlefish.global_step == SWITCH + 1 else f"noticed at step {cuttlefish.global_step}"
@@ -450,7 +484,9 @@ def desync_is_noticed() -> str:
 def desync_before_is_noticed() -> str:
     model = tiny_bert()
     ddp, optimizer = ddp_of(model)
-    cuttlefish = Cuttlefish(ddp, optimizer, config(statistics_steps=0, rank_rule="energy", target_ratio=None), total_steps=STEPS)
+    cuttlefish = Cuttlefish(
+        ddp, optimizer, config(statistics_steps=0, rank_rule="energy", target_ratio=None), total_steps=STEPS
+    )
     if rank() == 1:
         model.classifier.bias.data[0] += 1e-6
     return expect(RuntimeError, "before the switch", "classifier.bias", call=lambda: steps(ddp, optimizer, cuttlefish))
@@ -490,24 +526,40 @@ def refused_options() -> str:
     delayed = [(n, p) for n, p in model.named_parameters() if "classifier" in n]
     hooked = model.bert.pooler.dense.weight
     ddp, optimizer = ddp_of(model, delay_all_reduce_named_params=delayed, param_to_hook_all_reduce=hooked)
-    verdicts.append(expect(ValueError, "delay_all_reduce", call=lambda: Cuttlefish(ddp, optimizer, config(), total_steps=9)))
+    verdicts.append(
+        expect(ValueError, "delay_all_reduce", call=lambda: Cuttlefish(ddp, optimizer, config(), total_steps=9))
+    )
     model = tiny_bert()
     model._ddp_params_and_buffers_to_ignore = ["bert.encoder.layer.0.intermediate.dense.weight"]
     ignoring, optimizer = ddp_of(model)
-    verdicts.append(expect(ValueError, "told to ignore", call=lambda: Cuttlefish(ignoring, optimizer, config(), total_steps=9)))
+    verdicts.append(
+        expect(ValueError, "told to ignore", call=lambda: Cuttlefish(ignoring, optimizer, config(), total_steps=9))
+    )
     model = tiny_bert()
     mixed, optimizer = ddp_of(model, mixed_precision=_MixedPrecision(param_dtype=torch.bfloat16))
-    verdicts.append(expect(ValueError, "mixed_precision", call=lambda: Cuttlefish(mixed, optimizer, config(), total_steps=9)))
+    verdicts.append(
+        expect(ValueError, "mixed_precision", call=lambda: Cuttlefish(mixed, optimizer, config(), total_steps=9))
+    )
     model = tiny_bert()
     first, optimizer = ddp_of(model)
     second = DistributedDataParallel(model)
-    verdicts.append(expect(ValueError, "2 DistributedDataParallel", call=lambda: Cuttlefish(model, optimizer, config(), total_steps=9)))
+    verdicts.append(
+        expect(
+            ValueError, "2 DistributedDataParallel", call=lambda: Cuttlefish(model, optimizer, config(), total_steps=9)
+        )
+    )
     del first, second
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     ddp, _ = ddp_of(tiny_bert())
     zero = ZeroRedundancyOptimizer(ddp.parameters(), torch.optim.AdamW, lr=1e-3)
-    verdicts.append(expect((TypeError, ValueError), "ZeroRedundancyOptimizer", call=lambda: Cuttlefish(ddp, zero, config(), total_steps=9)))
+    verdicts.append(
+        expect(
+            (TypeError, ValueError),
+            "ZeroRedundancyOptimizer",
+            call=lambda: Cuttlefish(ddp, zero, config(), total_steps=9),
+        )
+    )
     return "ok" if all(v == "ok" for v in verdicts) else repr(verdicts)
 
 

@@ -1,7 +1,7 @@
 """Trainer under DDP, run by torchrun and, for comparison, in one ordinary process.
 
-    torchrun --nproc_per_node 2 trainers.py FOLDER            all scenarios; rank 0 writes FOLDER/results.json
-    RANK=.. WORLD_SIZE=.. trainers.py FOLDER killed           process 1 kills itself during the switch
+torchrun --nproc_per_node 2 trainers.py FOLDER            all scenarios; rank 0 writes FOLDER/results.json
+RANK=.. WORLD_SIZE=.. trainers.py FOLDER killed           process 1 kills itself during the switch
 """
 
 from __future__ import annotations
@@ -60,14 +60,21 @@ def run(
     **arguments: Any,
 ) -> tuple[Trainer, CuttlefishCallback, dict[str, Any]]:  # fmt: skip
     options: dict[str, Any] = {
-        **{"output_dir": str(folder / name), "max_steps": STEPS, "learning_rate": 1e-2, "adam_epsilon": 1e-3, "seed": 3},
+        **{
+            "output_dir": str(folder / name),
+            "max_steps": STEPS,
+            "learning_rate": 1e-2,
+            "adam_epsilon": 1e-3,
+            "seed": 3,
+        },
         **{"per_device_train_batch_size": GLOBAL_BATCH // size(), "per_device_eval_batch_size": 4, "logging_steps": 1},
         **{"save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True, "log_level": "error"},
         **{"average_tokens_across_devices": False, "dataloader_pin_memory": False},
     }
     options.update(arguments)
     callback = CuttlefishCallback(
-        settings or CuttlefishConfig(switch_step=SWITCH, statistics_steps=4, rank_multiple=2, target_ratio=0.5, on_error="raise")
+        settings
+        or CuttlefishConfig(switch_step=SWITCH, statistics_steps=4, rank_multiple=2, target_ratio=0.5, on_error="raise")
     )
     trainer = Trainer(
         model=model or tiny_bert(), args=TrainingArguments(**options), train_dataset=Rows(rows), eval_dataset=Rows(10),
@@ -109,7 +116,10 @@ def comparable(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         "plain": run(folder, "plain")[2],
         "accumulation": run(
-            folder, "accumulation", gradient_accumulation_steps=2, per_device_train_batch_size=GLOBAL_BATCH // size() // 2
+            folder,
+            "accumulation",
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=GLOBAL_BATCH // size() // 2,
         )[2],
         "standing still": run(folder, "still", **still)[2],
         "standing still, averaged": run(folder, "averaged", average_tokens_across_devices=True, **still)[2],
@@ -135,7 +145,9 @@ def main() -> None:
             save_strategy="steps" if step < SWITCH else "no", save_steps=1,
         )  # fmt: skip
         result["differences"] = same_bits(whole, again)
-        result["same_run"] = other.history == callback.history and other.plan == callback.plan and other.switch_step == SWITCH
+        result["same_run"] = (
+            other.history == callback.history and other.plan == callback.plan and other.switch_step == SWITCH
+        )
         results[f"resumed at {step}"] = result
     often = {"save_strategy": "steps", "save_steps": 1, "settings": replace(callback.config, switch="restart")}
     stopped, _, _ = run(folder, "restart", **often)
@@ -145,7 +157,9 @@ def main() -> None:
     results["uneven, checkpointing"] = run(
         folder, "uneven", rows=45, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
     )[2]
-    results["bf16, accumulation"] = run(folder, "bf16", bf16=True, gradient_accumulation_steps=2, per_device_train_batch_size=2)[2]
+    results["bf16, accumulation"] = run(
+        folder, "bf16", bf16=True, gradient_accumulation_steps=2, per_device_train_batch_size=2
+    )[2]
     results["compiled"] = run(folder, "compiled", torch_compile=True, torch_compile_backend="eager")[2]
     best, _, result = run(
         folder, "best", save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
