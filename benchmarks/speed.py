@@ -97,6 +97,8 @@ MODELS: dict[str, dict[str, Any]] = {
 LENGTHS = {"llama-1b": 1024, "bert-tiny": 16, "llama-tiny": 16}
 """Tokens an example; 128 elsewhere."""
 
+PLAIN_MODES = ("eager", "infer", "infer-graph")
+COMPILED_MODES = ("compiled", "graphs")
 Setting = tuple[str, int]
 """(mode, batch). Modes: eager, compiled, graphs (reduce-overhead), infer, infer-graph (one CUDA graph of the forward)."""
 
@@ -292,80 +294,99 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _run_wave(
     number: int, wave: list[dict[str, Any]], args: argparse.Namespace, record: dict[str, Any], left: Callable[[], float]
 ) -> None:
+    """What needs no compiler first, then what is measured by itself, then the compiled: a short run has its numbers too."""
     begun = time.perf_counter()
     workers: list[Worker] = []
-    ready: set[str] = set()
-
-    def give_up(what: str, spare: set[str]) -> None:
-        for worker in list(workers):
-            if worker.name not in spare:
-                worker.stop(what)
-
-    guards = [
-        threading.Timer(max(1.0, min(args.prepare_limit, left())), give_up, ("not ready in time", ready)),
-        threading.Timer(max(1.0, left() + 20), give_up, ("out of time", set())),
-    ]
-    for guard in guards:
-        guard.daemon = True
-        guard.start()
+    guard = threading.Timer(max(1.0, left() + 20), lambda: [worker.stop("out of time") for worker in workers])
+    guard.daemon = True
+    guard.start()
+    steps: list[Worker] = []
     try:
-        for batch in [wave[i : i + args.workers] for i in range(0, len(wave), args.workers)]:
-            fresh = [Worker(j, args) for j in batch]
+        for i in range(0, len(wave), args.workers):
+            fresh = [Worker(j, args) for j in wave[i : i + args.workers]]
             workers += fresh
-            for worker in fresh:
-                worker.send({"do": "prepare"})
-            for worker in fresh:
-                answer = worker.receive()
-                worker.job["prepared"] = answer
-                ready.add(worker.name)
-                if answer.get("environment"):
-                    record["environment"] = answer["environment"]
-                _tell(f"{worker.name}: {worker.error or 'ready'} after {time.perf_counter() - begun:.0f} s")
-        _tell(f"wave ready after {time.perf_counter() - begun:.0f} s")
+            _prepare(fresh, PLAIN_MODES, left(), record, begun)
         steps = [w for w in workers if w.job["job"] == "step"]
-        settings = list(
-            dict.fromkeys((w.job["model"], mode, batch) for w in steps for mode, batch in w.job["settings"])
-        )
-        times: dict[tuple[str, str, str, int], list[float]] = {}
-        for model, mode, batch in settings:
-            asked = [
-                w for w in steps if w.job["model"] == model and [mode, batch] in [list(s) for s in w.job["settings"]]
-            ]
-            for _ in range(args.rounds):
-                for worker in asked:
-                    if worker.error is None and left() > 0:
-                        answer = worker.ask(do="round", mode=mode, batch=batch, seconds=args.round_seconds)
-                        times.setdefault((worker.name, model, mode, batch), []).extend(answer.get("ms", []))
-            if asked:
-                _tell(
-                    f"{model} {mode} {batch}: "
-                    + ", ".join(
-                        f"{w.name.removeprefix(model)} {statistics.median(times[(w.name, model, mode, batch)]):.2f}"
-                        for w in asked
-                        if times.get((w.name, model, mode, batch))
-                    )
-                )
-        for worker in steps:
-            extras = worker.ask(do="extras") if worker.error is None and left() > 0 else {}
-            for mode, batch in worker.job["settings"]:
-                ms = times.get((worker.name, worker.job["model"], mode, batch), [])
-                if ms:
-                    detail = extras.get("settings", {}).get(f"{mode} {batch}", {})
-                    record["steps"].append(_summary(worker, mode, batch, ms, detail, number))
+        _time_steps(steps, PLAIN_MODES, number, args, record, left)
         for worker in workers:
-            if worker.job["job"] != "step" and worker.error is None and left() > 0:
-                answer = worker.ask(do="measure", seconds=left())
-                record.setdefault(worker.job["job"], []).append(
-                    {k: v for k, v in worker.job.items() if k != "prepared"} | answer
-                )
-                _tell(f"{worker.name}: measured")
+            if worker.job["job"] == "step" or worker.error is not None:
+                continue
+            if left() <= 0:
+                record["not_run"].append(worker.name)
+                continue
+            answer = worker.ask(do="measure", seconds=left())
+            if worker.error is None:
+                job = {k: v for k, v in worker.job.items() if k != "prepared"}
+                record.setdefault(worker.job["job"], []).append(job | answer)
+            _tell(f"{worker.name}: {worker.error or 'measured'}")
+            save(record, args.out)
+        for i in range(0, len(steps), args.workers):
+            some = [w for w in steps[i : i + args.workers] if any(m in COMPILED_MODES for m, _ in w.job["settings"])]
+            _prepare(some, COMPILED_MODES, min(args.prepare_limit, left()), record, begun)
+        _time_steps(steps, COMPILED_MODES, number, args, record, left)
     finally:
-        for guard in guards:
-            guard.cancel()
+        guard.cancel()
         for worker in workers:
             if worker.error:
                 record["errors"][worker.name] = worker.error
             worker.close()
+        save(record, args.out)
+
+
+def _prepare(workers: list[Worker], modes: Any, limit: float, record: dict[str, Any], begun: float) -> None:
+    """Let all of them warm up these modes at the same time; who is not ready in time is given up, the others are kept."""
+    names = list(modes)
+    alive = [w for w in workers if w.error is None]
+    answers: dict[str, dict[str, Any]] = {}
+
+    def wait(worker: Worker) -> None:
+        answers[worker.name] = worker.receive()
+
+    threads = [threading.Thread(target=wait, args=(worker,), daemon=True) for worker in alive]
+    for worker, thread in zip(alive, threads, strict=True):
+        worker.send({"do": "prepare", "modes": names})
+        thread.start()
+    deadline = time.perf_counter() + max(1.0, limit)
+    for worker, thread in zip(alive, threads, strict=True):
+        thread.join(max(0.1, deadline - time.perf_counter()))
+        if thread.is_alive():
+            worker.stop("not ready in time: " + ", ".join(names))
+            thread.join()
+        answer = answers.get(worker.name) or {}
+        if answer:
+            worker.job["prepared"] = answer
+            record["environment"] = answer["environment"]
+        _tell(f"{worker.name}: {worker.error or 'ready'} after {time.perf_counter() - begun:.0f} s")
+
+
+def _time_steps(
+    steps: list[Worker],
+    modes: tuple[str, ...],
+    number: int,
+    args: argparse.Namespace,
+    record: dict[str, Any],
+    left: Callable[[], float],
+) -> None:
+    """Turns of each setting, dense and factorized, A B A B; then what the profiler says."""
+    wanted = dict.fromkeys((w.job["model"], m, b) for w in steps for m, b in w.job["settings"] if m in modes)
+    for model, mode, batch in wanted:
+        asked = [w for w in steps if w.job["model"] == model and (mode, batch) in map(tuple, w.job["settings"])]
+        times: dict[str, list[float]] = {}
+        for _ in range(args.rounds):
+            for worker in asked:
+                if worker.error is None and left() > 0:
+                    answer = worker.ask(do="round", mode=mode, batch=batch, seconds=args.round_seconds)
+                    times.setdefault(worker.name, []).extend(answer.get("ms", []))
+        for worker in asked:
+            ms = times.get(worker.name)
+            if not ms:
+                record["not_run"].append(f"{worker.name} {mode} {batch}")
+                continue
+            detail = worker.ask(do="extras", mode=mode, batch=batch) if worker.error is None and left() > 0 else {}
+            record["steps"].append(_summary(worker, mode, batch, ms, detail, number))
+        medians = [f"{name.removeprefix(model)} {statistics.median(ms):.2f}" for name, ms in times.items() if ms]
+        _tell(f"{model} {mode} {batch}: {', '.join(medians)}")
+        save(record, args.out)
 
 
 def _summary(
@@ -411,11 +432,12 @@ def work(job: dict[str, Any], device: str) -> None:
     for line in sys.stdin:
         question = json.loads(line)
         try:
-            if question["do"] == "prepare":
-                holder["job"] = JOBS[job["job"]](job, device)
-                answer = holder["job"].prepare()
+            do = question.pop("do")
+            if do == "prepare":
+                if "job" not in holder:
+                    holder["job"] = JOBS[job["job"]](job, device)
+                answer = holder["job"].prepare(**question)
             else:
-                do = question.pop("do")
                 answer = getattr(holder["job"], do)(**question)
         except Exception as error:
             traceback.print_exc()
@@ -466,20 +488,37 @@ class StepJob:
         import torch
 
         self.job, self.device, self.torch = job, torch.device(device), torch
+        self.model: Any = None
         self.first: dict[str, float] = {}
         self.memory: dict[str, dict[str, float]] = {}
         self.graphs: dict[int, Any] = {}
         self.batches: dict[int, Any] = {}
 
-    def prepare(self) -> dict[str, Any]:
+    def prepare(self, modes: list[str]) -> dict[str, Any]:
+        """Build the model at the first call, and warm up the settings of these modes."""
+        from hf_cuttlefish.report import count_parameters
+
+        begun = time.perf_counter()
+        if self.model is None:
+            self._build()
+        for mode, batch in self.settings:
+            if mode in modes:
+                self._warm_up(mode, batch)
+        return {
+            "seconds": time.perf_counter() - begun,
+            "parameters": count_parameters(self.model),
+            "first": self.first,
+            "memory": self.memory,
+            "environment": environment(self.device),
+        }
+
+    def _build(self) -> None:
         import forwards
 
         torch, job = self.torch, self.job
         from hf_cuttlefish import CuttlefishConfig, estimate_ranks
-        from hf_cuttlefish.report import count_parameters
         from hf_cuttlefish.selection import find_targets
 
-        begun = time.perf_counter()
         torch.manual_seed(0)
         torch._dynamo.config.cache_size_limit = 64
         torch._dynamo.config.automatic_dynamic_shapes = False
@@ -514,15 +553,6 @@ class StepJob:
             "eager": self.model,
             "compiled": torch.compile(self.model, dynamic=False),
             "graphs": torch.compile(self.model, dynamic=False, mode="reduce-overhead"),
-        }
-        for mode, batch in self.settings:
-            self._warm_up(mode, batch)
-        return {
-            "seconds": time.perf_counter() - begun,
-            "parameters": count_parameters(self.model),
-            "first": self.first,
-            "memory": self.memory,
-            "environment": environment(self.device),
         }
 
     def _warm_up(self, mode: str, batch: int) -> None:
@@ -623,20 +653,16 @@ class StepJob:
         self._release()
         return {"ms": ms}
 
-    def extras(self) -> dict[str, Any]:
-        """By the profiler: the GPU's own time and the number of kernels of one step in each setting."""
+    def extras(self, mode: str, batch: int) -> dict[str, Any]:
+        """By the profiler: the GPU's own time and the number of kernels of one step."""
+        told = self.job["variant"] in ("dense", "pairs", "shared") and self.job["ratio"] in (None, 0.25)
         result: dict[str, Any] = {}
-        if (
-            self.device.type == "cuda"
-            and self.job["variant"] in ("dense", "pairs", "shared")
-            and self.job["ratio"] in (None, 0.25)
-        ):
-            for mode, batch in self.settings:
-                with contextlib.suppress(Exception):
-                    self._run(mode, batch, 1)
-                    result[f"{mode} {batch}"] = gpu_time(lambda mode=mode, batch=batch: self._run(mode, batch, 2), 2)
-                self._release()
-        return {"settings": result}
+        if self.device.type == "cuda" and told:
+            with contextlib.suppress(Exception):
+                self._run(mode, batch, 1)
+                result = gpu_time(lambda: self._run(mode, batch, 2), 2)
+            self._release()
+        return result
 
 
 @contextlib.contextmanager
@@ -745,7 +771,7 @@ class OtherJob:
 
         self.job, self.device, self.torch = job, torch.device(device), torch
 
-    def prepare(self) -> dict[str, Any]:
+    def prepare(self, modes: list[str]) -> dict[str, Any]:
         """Only the imports: what is measured here needs the machine for itself."""
         import forwards  # noqa: F401
         import transformers  # noqa: F401

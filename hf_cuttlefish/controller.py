@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -17,25 +16,24 @@ from . import optimizer as optimizers
 from .config import CuttlefishConfig
 from .convergence import has_converged
 from .distributed import Processes, ProcessLostError, is_distributed
-from .factorization import Decomposition, Factors, cut, decompose
+from .factorization import Factors
 from .history import StableRankHistory
 from .layers import dense_weight
-from .patching import factorize, low_rank_layers
-from .profiling import FlowRecorder, keep_faster, rank_prices
-from .ranks import LayerSpectrum, RankPlan, break_even_rank, needs_no_weights, plan_ranks, spectrum_of
+from .patching import low_rank_layers
+from .profiling import FlowRecorder
+from .ranks import RankPlan
 from .report import FactorizationReport
 from .selection import find_targets, is_meta
 from .spectrum import StableRankTracker
 from .statistics import MomentCollector
+from .switch import carry_out, choose, share
 from .wrapper import (
-    RebuiltDDP,
     check_can_step,
     check_ddp,
     check_not_wrapped,
     check_optimizer,
     check_synchronized,
     find_ddp,
-    forget_compiled,
     holders,
     unwrap,
 )
@@ -487,7 +485,10 @@ class Cuttlefish:
         factors: dict[str, Factors] = {}
 
         def decide() -> tuple[RankPlan, list[str]]:
-            plan, found = self._choose(collector)
+            first = self._history.ranks if self._history.steps[:1] == [0] else {}
+            initial = {name: values[0] for name, values in first.items()}
+            alone = self.processes.size == 1
+            plan, found = choose(self.layers, self.config, collector, initial, self._flow, complete=not alone)
             factors.update(found)
             return plan, [name for name, f in found.items() if f.bias_shift is not None]
 
@@ -504,8 +505,9 @@ class Cuttlefish:
                 plan.summary(),
             )
             return False
-        factors = self._share(plan, factors, shifted)
-        report = self._carry_out(plan, factors)
+        factors = share(self.layers, plan, factors, shifted, self.processes)
+        state = self.config.optimizer_state
+        report = carry_out(self.model, self.optimizer, plan, factors, state, self.ddp, self.processes)
         finished = time.perf_counter()
         report.seconds = {"statistics": gathered - clock, "ranks": planned - gathered, "total": finished - clock}
         report.step = self.switch_step = self.global_step
@@ -515,111 +517,6 @@ class Cuttlefish:
         self.layers = {}
         self._say(logging.INFO, "%s (%s)\n%s", report.headline(), self.reason, "\n".join(str(report).splitlines()[1:]))
         return True
-
-    def _choose(self, collector: MomentCollector | None) -> tuple[RankPlan, dict[str, Factors]]:
-        """The plan, and the factors of its layers where the rule has worked them out."""
-        statistics = collector.moments() if collector is not None else {}
-        loss = collector.mean_loss() if collector is not None else None
-        initial = (
-            {name: values[0] for name, values in self._history.ranks.items()} if self._history.steps[:1] == [0] else {}
-        )
-        spectra: dict[str, LayerSpectrum] = {}
-        parts: dict[str, Decomposition] = {}
-        for name, layer in self.layers.items():
-            n_out, n_in = dense_weight(layer).shape
-            if needs_no_weights(self.config, statistics):
-                spectra[name] = LayerSpectrum(n_in, n_out, initial_stable_rank=initial.get(name))
-                continue
-            spectra[name], d = spectrum_of(name, layer, self.config, statistics.pop(name, None), initial.get(name))
-            most = max(break_even_rank(n_in, n_out), max(self.config.rank_pattern.values(), default=1))
-            parts[name] = d.shortened(
-                min(most, n_in, n_out), torch.promote_types(dense_weight(layer).dtype, torch.float32)
-            )
-        if self._flow is not None and self.config.rank_rule == "loss":
-            sizes = {name: s.in_features + s.out_features for name, s in spectra.items()}
-            prices = rank_prices(self._flow.groups(), sizes, bool(self._flow.compiled))
-            spectra = {name: replace(s, price=prices[name]) for name, s in spectra.items()}
-        plan = plan_ranks(spectra, self.config, loss)
-        if self._flow is not None:
-            plan = keep_faster(plan, self._flow, self.config.min_speedup)
-        factors = {name: cut(parts.pop(name), plan[name]) for name in plan if name in parts}
-        if self.processes.size > 1:  # all that is left to do is the same everywhere, but for the singular vectors
-            for name in plan:
-                if name not in factors:
-                    factors[name] = cut(decompose(dense_weight(self.layers[name])), plan[name])
-        return plan, factors
-
-    def _share(self, plan: RankPlan, factors: dict[str, Factors], shifted: list[str]) -> dict[str, Factors]:
-        """The main process's factors on all of them, sent layer by layer."""
-        if self.processes.size == 1:
-            return factors
-        for name, rank in plan.items():
-            weight = dense_weight(self.layers[name])
-            exact = torch.promote_types(weight.dtype, torch.float32)
-            m, n = weight.shape
-            shapes: dict[str, tuple[int, ...]] = {"down": (rank, n), "up": (m, rank)} | (
-                {"bias_shift": (m,)} if name in shifted else {}
-            )
-            parts = {}
-            for part, shape in shapes.items():
-                parts[part] = torch.empty(shape, dtype=exact, device=weight.device)
-                if self.processes.is_main:
-                    parts[part].copy_(getattr(factors[name], part))
-                self.processes.broadcast_(parts[part])
-            factors[name] = Factors(**parts)
-        return factors
-
-    def _carry_out(self, plan: RankPlan, factors: dict[str, Factors]) -> FactorizationReport:
-        """Factorize and repair DDP on all processes, or put everything back on all of them."""
-        told = False
-
-        def confirm() -> None:
-            nonlocal told
-            told = True
-            self.processes.agree()
-            if self.ddp is None:
-                return
-            rebuilt, error = None, None
-            try:
-                rebuilt = RebuiltDDP(self.ddp)
-            except Exception as caught:
-                error = caught
-            try:
-                self.processes.agree(error)
-            except BaseException:
-                if rebuilt is not None:
-                    rebuilt.undo()
-                raise
-            if rebuilt is not None:
-                rebuilt.finish()
-
-        try:
-            report = factorize(
-                self.model,
-                plan,
-                self.optimizer,
-                factors=factors,
-                optimizer_state=self.config.optimizer_state,
-                confirm=confirm,
-            )
-        except Exception as error:
-            if not told:
-                self.processes.agree(error)
-            raise
-        self._share_optimizer_state()
-        forget_compiled()
-        return report
-
-    def _share_optimizer_state(self) -> None:
-        """The projected state comes out of matrix products, which need not round the same on every device."""
-        if self.processes.size == 1:
-            return
-        state = optimizers.inner_optimizer(self.optimizer).state
-        for pair in low_rank_layers(self.model).values():
-            for parameter in (pair.down.weight, pair.up.weight):
-                for _, value in sorted(state.get(parameter, {}).items()):
-                    if isinstance(value, torch.Tensor) and value.ndim > 0:
-                        self.processes.broadcast_(value)
 
     def _say(self, level: int, message: str, *values: Any) -> None:
         """One log line of the run, not one of each process."""

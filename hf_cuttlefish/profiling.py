@@ -23,7 +23,7 @@ from .layers import LowRankLinear, dense_weight
 from .ranks import RankPlan
 
 MIN_SPEEDUP = 1.05
-"""Default of `min_speedup`: two measurements of one group differ by up to 3% (docs/speed.md); the paper took 1.5."""
+"""Default of `min_speedup`: a margin for noise, not yet fitted to measurements on a GPU (docs/speed.md); the paper took 1.5."""
 TIMED_STEPS = 3
 """Steps that a FlowRecorder times on a GPU; the quickest counts: a check of the stable ranks may fall into the others."""
 REPEATS = 5

@@ -164,13 +164,13 @@ def test_no_layer_that_would_get_smaller_means_no_switch(caplog):
 
 
 def test_a_failing_switch_leaves_everything_as_it_was(monkeypatch, caplog):
-    import hf_cuttlefish.controller as controller
+    import hf_cuttlefish.switch as switch
 
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")
 
     model, optimizer, scheduler, cuttlefish = make(CuttlefishConfig(switch_step=5, rank_multiple=4))
-    monkeypatch.setattr(controller, "plan_ranks", fail)
+    monkeypatch.setattr(switch, "plan_ranks", fail)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     train(model, optimizer, scheduler, cuttlefish, 0, 4)
     names = set(before)

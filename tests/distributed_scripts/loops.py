@@ -409,14 +409,14 @@ def steps(ddp: nn.Module, optimizer: torch.optim.Optimizer, cuttlefish: Cuttlefi
 
 def failing(where: str, culprit: int, on_error: str) -> str:
     """One process raises during the switch: all stop at the same point, or all go on full rank, equal and in step."""
-    from hf_cuttlefish import controller, optimizer, patching
+    from hf_cuttlefish import optimizer, patching, switch
 
     places = {
-        "choose": (controller, "plan_ranks"),
+        "choose": (switch, "plan_ranks"),
         "prepare": (optimizer, "prepare"),
         "commit": (optimizer, "check_in_step"),
         "config": (patching, "write_structure"),
-        "DDP": (controller, "RebuiltDDP"),
+        "DDP": (switch, "RebuiltDDP"),
     }
     module, name = places[where]
     model = tiny_bert()
@@ -459,7 +459,7 @@ def failing(where: str, culprit: int, on_error: str) -> str:
 
 def desync_is_noticed() -> str:
     """A switch that leaves DDP alone, which is what is to be feared, ends with an error one step later."""
-    from hf_cuttlefish import controller
+    from hf_cuttlefish import switch
 
     class NotRebuilt:
         def __init__(self, ddp: Any) -> None: ...
@@ -469,7 +469,7 @@ def desync_is_noticed() -> str:
     model = tiny_bert()
     ddp, optimizer = ddp_of(model, find_unused_parameters=True)
     cuttlefish = Cuttlefish(ddp, optimizer, config(), total_steps=STEPS)
-    controller.RebuiltDDP = NotRebuilt
+    switch.RebuiltDDP = NotRebuilt
     try:
         verdict = expect(
             RuntimeError,
@@ -477,7 +477,7 @@ def desync_is_noticed() -> str:
             call=lambda: steps(ddp, optimizer, cuttlefish),
         )
     finally:
-        controller.RebuiltDDP = RebuiltDDP
+        switch.RebuiltDDP = RebuiltDDP
     return verdict if cuttlefish.global_step == SWITCH + 1 else f"noticed at step {cuttlefish.global_step}"
 
 
