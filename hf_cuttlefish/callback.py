@@ -38,11 +38,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, config: CuttlefishConfig | dict[str, Any] | None = None) -> None:
-        if isinstance(config, dict):
-            config = CuttlefishConfig.from_dict(config)
-        if config is not None and not isinstance(config, CuttlefishConfig):
-            raise TypeError(f"config must be a CuttlefishConfig, got {type(config).__name__}: {config!r:.80}")
-        self.config = config or CuttlefishConfig()
+        self.config = CuttlefishConfig.coerce(config)
         self.cuttlefish: Cuttlefish | None = None
         self._saved: dict[str, Any] | None = None
         self._logged_check = -1
@@ -104,6 +100,9 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         name = type(self).__name__
         saved = self._saved or _callback_state(state, name) if state.global_step else None
         self._saved = None
+        previous, self.cuttlefish = self.cuttlefish, None
+        if previous is not None:
+            previous.close()  # an exception or Ctrl-C may have left its hooks
         self.cuttlefish = Cuttlefish(
             model,
             kwargs.get("optimizer"),
@@ -117,6 +116,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             )
         else:
             self.cuttlefish.start_at(state.global_step)
+            if previous is not None:
+                self.cuttlefish.resume_results(previous)
         # A checkpoint of a run without this callback has no place for its state, and Trainer would fail to save it.
         if isinstance(state.stateful_callbacks, dict):
             state.stateful_callbacks.setdefault(name, self.state())

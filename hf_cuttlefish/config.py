@@ -48,7 +48,12 @@ class CuttlefishConfig:
             "'stable_rank', 'scaled_stable_rank', 'accumulative', 'paper' (the larger of the last two), 'energy', 'ratio'."
         },
     )
-    rank_ratio: float = field(default=0.25, metadata={"help": "Share of the full rank min(m, n) for rule 'ratio'."})
+    rank_ratio: float = field(
+        default=0.25,
+        metadata={
+            "help": "Share of the full rank min(m, n): for rule 'ratio', and for 'loss' where it has no statistics."
+        },
+    )
     accumulative_share: float = field(
         default=0.8,
         metadata={"help": "Share of the sum of the singular values for rule 'accumulative' (the paper's p)."},
@@ -168,11 +173,28 @@ class CuttlefishConfig:
                 f"earliest_switch ({self.earliest_switch}) lies after latest_switch ({self.latest_switch}): "
                 "set both, earliest first."
             )
+        for name in ("target_ratio", "max_loss_increase"):
+            if getattr(self, name) is not None and self.rank_rule != "loss":
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but rank_rule={self.rank_rule!r} does not use it: use rank_rule='loss', "
+                    "or rank_rule='ratio' with rank_ratio"
+                )
         if self.target_ratio is not None and self.max_loss_increase is not None:
             raise ValueError(
                 f"target_ratio ({self.target_ratio}) and max_loss_increase ({self.max_loss_increase}) both fix the size: "
                 "give one of them."
             )
+
+    @classmethod
+    def coerce(cls, config: CuttlefishConfig | dict[str, Any] | None) -> CuttlefishConfig:
+        """A config as it is, from its dictionary, or the default for None. Raises TypeError for anything else."""
+        if config is None:
+            return cls()
+        if isinstance(config, dict):
+            return cls.from_dict(config)
+        if not isinstance(config, cls):
+            raise TypeError(f"config must be a CuttlefishConfig, got {type(config).__name__}: {config!r:.80}")
+        return config
 
     @classmethod
     def paper(cls, **changes: Any) -> CuttlefishConfig:

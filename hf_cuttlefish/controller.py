@@ -53,6 +53,7 @@ class Cuttlefish:
             optimizer.step(); scheduler.step(); optimizer.zero_grad()
             if cuttlefish.step():
                 print(cuttlefish.report)
+        cuttlefish.end()
 
     The optimizer and the scheduler stay the same objects; the model changes in place. Where several processes train it
     under DDP, all of them make a Cuttlefish and call it at the same steps; the main one decides, and DDP is repaired.
@@ -86,10 +87,7 @@ class Cuttlefish:
         scaler: Any = None,
         loss_factor: float = 1.0,
     ) -> None:
-        if isinstance(config, dict):
-            config = CuttlefishConfig.from_dict(config)
-        if config is not None and not isinstance(config, CuttlefishConfig):
-            raise TypeError(f"config must be a CuttlefishConfig, got {type(config).__name__}")
+        config = CuttlefishConfig.coerce(config)
         if isinstance(total_steps, bool) or not isinstance(total_steps, int):
             raise TypeError(f"total_steps must be a whole number of optimizer steps, got {total_steps!r}")
         if total_steps < 1:
@@ -97,7 +95,7 @@ class Cuttlefish:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.optimizer, self.scaler, self.loss_factor = optimizer, scaler, loss_factor
-        self.config = config or CuttlefishConfig()
+        self.config = config
         self.total_steps = total_steps
         self.global_step = 0
         self.plan: RankPlan | None = None
@@ -262,12 +260,24 @@ class Cuttlefish:
             self._switch_at, self.reason = min(step + max(1, self.statistics_steps), self.total_steps), "latest_switch"
         self._schedule()
 
-    def end(self) -> None:
-        """Call when training ends: removes the hooks, and warns with the reason if there was no switch."""
+    def close(self) -> None:
+        """Remove all hooks. `end` does so too; this is for a run that is given up without a word."""
         if self._collector is not None:
             self._collector.stop()
         if self._flow is not None:
             self._flow.stop()
+
+    def resume_results(self, previous: Cuttlefish) -> None:
+        """Keep what an earlier run on this model found out, if the model still has the structure of its plan."""
+        if previous.plan is not None and dict(previous.plan) == {
+            n: m.rank for n, m in low_rank_layers(self.model).items()
+        }:
+            self.plan, self.report, self.switch_step = previous.plan, previous.report, previous.switch_step
+            self._history = previous._history
+
+    def end(self) -> None:
+        """Call when training ends: removes the hooks, and warns with the reason if there was no switch."""
+        self.close()
         if self.switch_step is None and not low_rank_layers(self.model):
             self._say(
                 logging.WARNING,
@@ -307,7 +317,10 @@ class Cuttlefish:
             ValueError: a state written by a newer version, or one that does not fit the model.
         """
         version = state.get("version", STATE_VERSION)
-        if not isinstance(version, int) or version > STATE_VERSION:
+        missing = sorted(set(self.state_dict()) - set(state) - {"version"})
+        if missing:
+            raise ValueError(f"this is no state of Cuttlefish: it has no {', '.join(missing)}")
+        if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= STATE_VERSION:
             raise ValueError(
                 f"this state has version {version}, and this hf_cuttlefish reads up to {STATE_VERSION}: upgrade it"
             )
@@ -419,11 +432,14 @@ class Cuttlefish:
             self.reason = "switch_step"
             return
         gather = self.statistics_steps
+        if self.global_step + gather < min(self.earliest_step, self.latest_step):
+            return
+        tolerance = self.config.stable_rank_tolerance
+        converged = has_converged(self._history.steps, self._history.ranks, self.total_steps, tolerance)
         if self.global_step + gather >= self.latest_step:
-            self._switch_at, self.reason = max(self.latest_step, self.global_step), "latest_switch"
-        elif self.global_step + gather >= self.earliest_step and has_converged(
-            self._history.steps, self._history.ranks, self.total_steps, self.config.stable_rank_tolerance
-        ):
+            self._switch_at = max(self.latest_step, self.global_step)
+            self.reason = "stable ranks have converged" if converged else "latest_switch"
+        elif converged:
             self._switch_at, self.reason = self.global_step + gather, "stable ranks have converged"
 
     def _schedule(self) -> None:
@@ -468,7 +484,7 @@ class Cuttlefish:
         if self.reason == "latest_switch" and switched:
             self._say(
                 logging.WARNING,
-                "Cuttlefish: the stable ranks had not converged by step %d, the latest switch point (latest_switch=%.2f of "
+                "Cuttlefish: the stable ranks were not seen to converge by step %d, the latest switch point (latest_switch=%.2f of "
                 "the run); switched all the same.",
                 self.global_step,
                 self.config.latest_switch,

@@ -23,7 +23,7 @@ SQUARE_STATE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 """State tensors that are sums or averages of squared gradients."""
 FACTORED_STATE = ("exp_avg_sq_row", "exp_avg_sq_col")
 """Adafactor: v ~ row column^T / mean(row)."""
-SCALAR_STATE = ("step", "RMS")
+SCALAR_STATE = ("step", "RMS", "mu_product")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,10 @@ def prepare(optimizer: Any, pairs: Sequence[FactorParameters], mode: str = "carr
             ", ".join(sorted(reset)),
         )
     carried = len(state) // 2
-    summary = f"{type(inner).__name__}: state carried for {carried} of {len(pairs)} layers"
+    had = sum(bool(inner.state.get(pair.weight)) for pair in pairs)
+    summary = f"{type(inner).__name__}: " + (
+        f"state carried for {carried} of {len(pairs)} layers" if had else "no state yet"
+    )
     return OptimizerEdit(inner, groups, state, [p.weight for p in pairs], summary)
 
 

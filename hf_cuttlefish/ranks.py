@@ -18,6 +18,7 @@ from .config import CuttlefishConfig
 from .factorization import Decomposition, LayerMoments, decompose
 from .layers import check_rank, dense_weight
 from .selection import find_targets, matches
+from .spectrum import stable_rank
 
 PLAN_VERSION = 1
 DEFAULT_RATIO = 0.4
@@ -54,6 +55,7 @@ class LayerSpectrum:
         loss_spectrum: singular values of K^T W L (see `factorization`), or None without statistics.
         tokens: tokens of an example that reach the loss through this layer.
         initial_stable_rank: of the weights that the run started from, or None.
+        measured_stable_rank: of W, where its singular values were not worked out, or None.
         price: of one unit of rank, in any currency that is the same for all layers (measured time); None: m + n parameters.
     """
 
@@ -64,6 +66,7 @@ class LayerSpectrum:
     tokens: float = 1.0
     initial_stable_rank: float | None = None
     price: float | None = None
+    measured_stable_rank: float | None = None
 
     @property
     def full_rank(self) -> int:
@@ -71,8 +74,9 @@ class LayerSpectrum:
 
     @property
     def stable_rank(self) -> float | None:
+        """Of W, from its singular values; as measured where these were not needed; or None."""
         if self.singular_values is None:
-            return None
+            return self.measured_stable_rank
         top = float(self.singular_values[0]) ** 2
         return float(self.singular_values.square().sum()) / top if top > 0 else 0.0
 
@@ -105,7 +109,7 @@ class RankDecision:
         return self.parameters_before if self.rank is None else self.rank * (self.in_features + self.out_features)
 
 
-@dataclass
+@dataclass(eq=False)
 class RankPlan(Mapping[str, int]):
     """A mapping {module name: rank} of the layers to factorize, with the numbers behind each in `decisions`.
 
@@ -122,11 +126,23 @@ class RankPlan(Mapping[str, int]):
 
     def __post_init__(self) -> None:
         for name, d in self.decisions.items():
+            if not isinstance(d, RankDecision):
+                raise TypeError(
+                    f"decisions must hold a RankDecision for {name}, got {d!r:.80}; {{name: rank}} can be given to factorize as it is"
+                )
             for size in (d.in_features, d.out_features):
                 if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                     raise ValueError(f"{name} has the size {size!r}: sizes are whole numbers of at least 1")
             if d.rank is not None:
                 check_rank(d.rank, d.in_features, d.out_features, name)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal to another plan with the same decisions, and to any mapping with the same ranks."""
+        if isinstance(other, RankPlan):
+            return self.to_dict() == other.to_dict()
+        return Mapping.__eq__(self, other)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __getitem__(self, name: str) -> int:
         decision = self.decisions.get(name)
@@ -206,7 +222,7 @@ class RankPlan(Mapping[str, int]):
         """A table, one line per group of equal projections: full rank, ranks, parameters before and after."""
         from .report import plan_table
 
-        return plan_table(self)
+        return "\n".join([plan_table(self), *(f"note: {note}" for note in self.notes)])
 
 
 def estimate_ranks(
@@ -232,18 +248,27 @@ def estimate_ranks(
     Raises:
         ValueError: a pattern without a match, weights that are not finite (named) or on the meta device.
     """
-    config = config or CuttlefishConfig()
+    config = CuttlefishConfig.coerce(config)
     layers = find_targets(model, config)
     spectra = {}
+    shapes_only = needs_no_weights(config, statistics)
     for name, layer in layers.items():
         n_out, n_in = dense_weight(layer).shape
         moments = (statistics or {}).get(name)
         initial = (initial_stable_ranks or {}).get(name)
-        if _by_hand(name, config) is not None or needs_no_weights(config, statistics):
-            spectra[name] = LayerSpectrum(n_in, n_out, initial_stable_rank=initial)
+        if rank_by_hand(name, config) is not None or shapes_only:
+            measured = None if layer.weight.is_meta else _measured(name, layer)
+            spectra[name] = LayerSpectrum(n_in, n_out, initial_stable_rank=initial, measured_stable_rank=measured)
         else:
             spectra[name] = spectrum_of(name, layer, config, moments, initial)[0]
     return plan_ranks(spectra, config, training_loss)
+
+
+def _measured(name: str, layer: nn.Module) -> float:
+    try:
+        return float(stable_rank(dense_weight(layer)))
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be factorized: {error}") from error
 
 
 def needs_no_weights(config: CuttlefishConfig, statistics: Mapping[str, LayerMoments] | None) -> bool:
@@ -278,12 +303,12 @@ def plan_ranks(
 ) -> RankPlan:
     """A plan from spectra alone, by the config's rule (a pure function)."""
     notes: list[str] = []
-    by_rule = {name: s for name, s in spectra.items() if _by_hand(name, config) is None}
+    by_rule = {name: s for name, s in spectra.items() if rank_by_hand(name, config) is None}
     wanted = RULES[config.rank_rule](by_rule, config, training_loss, notes)
     decisions = {}
     rank: int | None
     for name, s in spectra.items():
-        by_hand = _by_hand(name, config)
+        by_hand = rank_by_hand(name, config)
         if by_hand is not None:
             check_rank(by_hand, s.in_features, s.out_features, name)
             rank, reason = by_hand, "rank_pattern"
@@ -315,7 +340,8 @@ def allowed_rank(wanted: float, in_features: int, out_features: int, multiple: i
     return rank, "rule"
 
 
-def _by_hand(name: str, config: CuttlefishConfig) -> int | None:
+def rank_by_hand(name: str, config: CuttlefishConfig) -> int | None:
+    """The rank that `rank_pattern` gives a layer, or None."""
     for pattern, rank in config.rank_pattern.items():
         if matches(pattern, name):
             return rank
@@ -410,8 +436,14 @@ def loss_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, no
             if not known
             else f"{len(missing)} of {len(spectra)} layers, {', '.join(list(missing)[:3])}, ..."
         )
-        notes.append(f"no usable statistics for {which}: rank ratio {config.rank_ratio} there")
-    wanted = {n: _ratio_rank(s, config.rank_ratio, config.rank_multiple) for n, s in missing.items()}
+        ratio = config.target_ratio
+        even = (
+            f"rank ratio {config.rank_ratio}"
+            if ratio is None
+            else f"the same share of the parameters, {ratio}, in each"
+        )
+        notes.append(f"no usable statistics for {which}: {even} there")
+    wanted = {n: _fallback_rank(s, config) for n, s in missing.items()}
     if not known:
         return wanted
     scores = {
@@ -483,6 +515,14 @@ RULES: dict[str, Rule] = {
 }
 
 
+def _fallback_rank(s: LayerSpectrum, config: CuttlefishConfig) -> float:
+    """The rank of a layer without statistics under rule "loss"."""
+    if config.target_ratio is None:
+        return _ratio_rank(s, config.rank_ratio, config.rank_multiple)
+    rank = config.target_ratio * s.in_features * s.out_features / (s.in_features + s.out_features)
+    return float(max(1, int(rank) // config.rank_multiple * config.rank_multiple or int(rank)))
+
+
 def _ratio_rank(s: LayerSpectrum, ratio: float, multiple: int) -> float:
     limit = break_even_rank(s.in_features, s.out_features)
     rank = max(1, round(ratio * s.full_rank))
@@ -506,14 +546,7 @@ def _leading_share(values: torch.Tensor, share: float) -> int:
 
 
 def _count_above(falling: list[float], threshold: float) -> float:
-    low, high = 0, len(falling)
-    while low < high:
-        middle = (low + high) // 2
-        if falling[middle] >= threshold:
-            low = middle + 1
-        else:
-            high = middle
-    return float(low)
+    return float(bisect.bisect_right(falling, -threshold, key=lambda value: -value))
 
 
 def group_name(name: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .config import CuttlefishConfig
-from .layers import DENSE_TYPES, DenseLayer, LowRankLinear, is_quantized
+from .layers import DENSE_TYPES, DenseLayer, LowRankLinear, check_rank, dense_weight, is_quantized
 
 
 def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> dict[str, DenseLayer]:
@@ -57,6 +57,11 @@ def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> di
         if not any(matches(pattern, name) for name in chosen):
             raise ValueError(f"rank_pattern {pattern!r} matches none of the target layers; {_closest(pattern, chosen)}")
     for name, module in chosen.items():
+        for pattern, rank in config.rank_pattern.items():
+            if matches(pattern, name):
+                out_features, in_features = dense_weight(module).shape
+                check_rank(rank, in_features, out_features, name)
+                break
         if is_quantized(module.weight):
             raise TypeError(
                 f"{name} holds {module.weight.dtype} weights: a quantized layer cannot be factorized; exclude it"

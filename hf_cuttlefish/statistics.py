@@ -16,7 +16,7 @@ from torch import nn
 
 from .distributed import Processes
 from .factorization import LayerMoments
-from .layers import dense_origin, dense_weight
+from .layers import dense_weight
 
 
 class MomentCollector:
@@ -61,6 +61,9 @@ class MomentCollector:
         self._handles.append(self.model.register_forward_pre_hook(self._count_terms, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._note_loss))
         for name, layer in self.layers.items():
+            for key, hook in list(layer._forward_hooks.items()):
+                if isinstance(hook, _Tap):  # of a run that ended in an exception
+                    del layer._forward_hooks[key]
             self._handles.append(layer.register_forward_hook(_Tap(self, name)))
 
     def stop(self) -> None:
@@ -212,6 +215,8 @@ class _Tap:
         self.collector, self.name = collector, name
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        if module is not self.collector.layers.get(self.name):
+            return  # a pair shares the hook table of the layer that it replaced
         if not (torch.is_grad_enabled() and isinstance(output, torch.Tensor) and output.requires_grad and args):
             return
         collector, name = self.collector, self.name
@@ -237,7 +242,6 @@ def _finish(
     m, n = dense_weight(layer).shape
     has_bias = layer.bias is not None
     mean = s["x"] / count
-    dense_origin(layer)
     if m <= n:
         signal, metric = s["signal"] / count, s["metric"] * (unscale / count)
         if has_bias:

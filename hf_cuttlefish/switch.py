@@ -17,7 +17,7 @@ from .factorization import Decomposition, Factors, cut, decompose
 from .layers import dense_weight
 from .patching import factorize, low_rank_layers
 from .profiling import FlowRecorder, keep_faster, rank_prices
-from .ranks import LayerSpectrum, RankPlan, break_even_rank, needs_no_weights, plan_ranks, spectrum_of
+from .ranks import LayerSpectrum, RankPlan, break_even_rank, needs_no_weights, plan_ranks, rank_by_hand, spectrum_of
 from .report import FactorizationReport
 from .statistics import MomentCollector
 from .wrapper import RebuiltDDP, forget_compiled
@@ -49,13 +49,14 @@ def choose(
     loss = collector.mean_loss() if collector is not None else None
     spectra: dict[str, LayerSpectrum] = {}
     parts: dict[str, Decomposition] = {}
+    shapes_only = needs_no_weights(config, statistics)
     for name, layer in layers.items():
         n_out, n_in = dense_weight(layer).shape
-        if needs_no_weights(config, statistics):
+        if shapes_only:
             spectra[name] = LayerSpectrum(n_in, n_out, initial_stable_rank=initial.get(name))
             continue
         spectra[name], d = spectrum_of(name, layer, config, statistics.pop(name, None), initial.get(name))
-        most = max(break_even_rank(n_in, n_out), max(config.rank_pattern.values(), default=1))
+        most = max(break_even_rank(n_in, n_out), rank_by_hand(name, config) or 1)
         exact = torch.promote_types(dense_weight(layer).dtype, torch.float32)
         parts[name] = d.shortened(min(most, n_in, n_out), exact)
     if flow is not None and config.rank_rule == "loss":

@@ -27,6 +27,7 @@ def test_round_trip():
         ({"target_ratio": 0}, ValueError, "target_ratio is 0"),
         ({"max_loss_increase": -1.0}, ValueError, "max_loss_increase"),
         ({"target_ratio": 0.5, "max_loss_increase": 0.1}, ValueError, "target_ratio.*max_loss_increase"),
+        ({"rank_rule": "ratio", "target_ratio": 0.2}, ValueError, "target_ratio is 0.2.*rank_rule='ratio'"),
         ({"switch_step": 0}, ValueError, "switch_step is 0.*call factorize"),
         ({"switch_step": True}, TypeError, "switch_step"),
         ({"switch_step": 2.5}, TypeError, "switch_step.*2.5"),

@@ -138,6 +138,8 @@ def test_a_state_that_does_not_fit_is_refused():
         fresh.load_state_dict(state)
     with pytest.raises(ValueError, match="version 9"):
         fresh.load_state_dict({**state, "version": 9})
+    with pytest.raises(ValueError, match="it has no finished"):
+        fresh.load_state_dict({})
 
 
 def test_accumulation():

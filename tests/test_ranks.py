@@ -223,3 +223,21 @@ def test_a_plan_for_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"another model: layers\.0\.p0 is \(128, 64\) there and \(64, 64\) here"):
         factorize(model, plan)
     assert type(model.layers[0]["p0"]) is nn.Linear
+
+
+def test_the_default_estimate_shows_numbers_and_says_what_it_lacks():
+    model = Blocks()
+    plan = estimate_ranks(model)
+    assert all(d.stable_rank > 1 for d in plan.decisions.values()) and "no usable statistics" in plan.summary()
+    sizes = [estimate_ranks(model, {"target_ratio": r}).parameters() for r in (0.2, 0.45)]
+    assert all(after <= r * before for (before, after), r in zip(sizes, (0.2, 0.45), strict=True))
+    model.layers[0]["p0"].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.0\.p0 cannot be factorized"):
+        estimate_ranks(model)
+
+
+def test_a_plan_equals_a_mapping_of_its_ranks_and_refuses_bare_ranks():
+    plan = estimate_ranks(Blocks())
+    assert plan == dict(plan) and plan != {"a": 1}
+    with pytest.raises(TypeError, match="RankDecision for a"):
+        RankPlan({"a": 8})

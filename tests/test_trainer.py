@@ -398,3 +398,34 @@ def test_joining_a_checkpoint_of_a_run_without_the_callback(tmp_path):
     assert 10 < callback.switch_step <= 15
     with pytest.raises(ValueError, match="resumes at step 10"):
         run(tmp_path, resume=str(tmp_path / "checkpoint-10"))
+
+
+def test_training_again_after_an_exception_and_after_the_switch(tmp_path):
+    """An exception among the gathering steps leaves no hooks behind, and a second train() keeps what the first found."""
+
+    class Fail(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == SWITCH - 2 and not getattr(self, "failed", False):
+                self.failed = True
+                raise KeyboardInterrupt
+
+    callback = CuttlefishCallback(CONFIG)
+    trainer = Trainer(
+        model=tiny_bert(),
+        args=TrainingArguments(output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=8, report_to=[],
+                               save_strategy="no", disable_tqdm=True, use_cpu=True),
+        train_dataset=Rows(),
+        callbacks=[callback, Fail()],
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert callback.switch_step == SWITCH and not any(m._forward_hooks for m in trainer.model.modules())
+    plan, history = callback.plan, callback.history
+    trainer.train()
+    assert callback.plan == plan and callback.switch_step == SWITCH and callback.history == history
+
+
+def test_a_rank_that_cannot_be_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"rank of .*query is 33"):
+        run(tmp_path, CuttlefishConfig(rank_pattern={"query": 33}))
