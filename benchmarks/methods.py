@@ -14,14 +14,8 @@ from hf_cuttlefish import Cuttlefish, CuttlefishConfig, RankPlan, estimate_ranks
 from hf_cuttlefish.factorization import GRADIENT_DAMPING, INPUT_DAMPING, Decomposition, LayerMoments, cut, decompose
 from hf_cuttlefish.layers import dense_weight
 from hf_cuttlefish.patching import low_rank_layers
-from hf_cuttlefish.ranks import (
-    LayerSpectrum,
-    RankDecision,
-    allowed_rank,
-    break_even_rank,
-    plan_ranks,
-    random_matrix_scale,
-)
+from hf_cuttlefish.plan import RankDecision, break_even_rank
+from hf_cuttlefish.ranks import LayerSpectrum, allowed_rank, plan_ranks, random_matrix_scale
 from hf_cuttlefish.selection import find_targets
 from hf_cuttlefish.statistics import MomentCollector
 

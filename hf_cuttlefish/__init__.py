@@ -9,7 +9,8 @@ from .config import CuttlefishConfig
 from .controller import Cuttlefish
 from .layers import LowRankLinear
 from .patching import factorize, merge
-from .ranks import RankPlan, estimate_ranks
+from .plan import RankPlan
+from .ranks import estimate_ranks
 from .saving import follow_checkpoints
 from .saving import register as _register
 from .spectrum import stable_rank

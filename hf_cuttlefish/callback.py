@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .config import CuttlefishConfig
 from .controller import Cuttlefish
-from .ranks import RankPlan, group_name
+from .plan import RankPlan, group_name
 from .report import FactorizationReport, count_parameters
 from .saving import follow_checkpoints
 

@@ -20,8 +20,8 @@ from .factorization import Factors
 from .history import StableRankHistory
 from .layers import dense_weight
 from .patching import low_rank_layers
+from .plan import RankPlan
 from .profiling import FlowRecorder
-from .ranks import RankPlan
 from .report import FactorizationReport
 from .selection import find_targets, is_meta
 from .spectrum import StableRankTracker

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from . import optimizer as optimizers
 from .factorization import Factors, LayerMoments, cut, decompose
 from .layers import DENSE_TYPES, DenseLayer, LowRankLinear, check_layer, check_rank, dense_origin, dense_weight
-from .ranks import RankDecision, RankPlan
+from .plan import RankDecision, RankPlan
 from .report import FactorizationReport, block_containers, count_parameters
 from .selection import skipped_parameters
 from .wrapper import check_no_ddp, check_not_wrapped, repair_ddp

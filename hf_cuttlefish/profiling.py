@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .layers import LowRankLinear, dense_weight
-from .ranks import RankPlan
+from .plan import RankPlan
 
 MIN_SPEEDUP = 1.05
 """Default of `min_speedup`: a margin for noise, not yet fitted to measurements on a GPU (docs/speed.md); the paper took 1.5."""

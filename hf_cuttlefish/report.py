@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from .ranks import RankDecision, RankPlan
+    from .plan import RankDecision, RankPlan
 
 
 @dataclass
@@ -72,7 +72,7 @@ class FactorizationReport:
 
 def plan_table(plan: RankPlan) -> str:
     """The plan as a text table, one line per group of layers that differ only in their block's number."""
-    from .ranks import group_name
+    from .plan import group_name
 
     groups: dict[str, list[RankDecision]] = {}
     for name, decision in plan.decisions.items():

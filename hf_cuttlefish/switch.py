@@ -16,8 +16,9 @@ from .distributed import Processes
 from .factorization import Decomposition, Factors, cut, decompose
 from .layers import dense_weight
 from .patching import factorize, low_rank_layers
+from .plan import RankPlan, break_even_rank
 from .profiling import FlowRecorder, keep_faster, rank_prices
-from .ranks import LayerSpectrum, RankPlan, break_even_rank, needs_no_weights, plan_ranks, rank_by_hand, spectrum_of
+from .ranks import LayerSpectrum, needs_no_weights, plan_ranks, rank_by_hand, spectrum_of
 from .report import FactorizationReport
 from .statistics import MomentCollector
 from .wrapper import RebuiltDDP, forget_compiled

@@ -21,7 +21,7 @@ from hf_cuttlefish import layers as layers_file
 from hf_cuttlefish import optimizer as optimizer_file
 from hf_cuttlefish import patching as patching_file
 from hf_cuttlefish.factorization import Factors, LayerMoments
-from hf_cuttlefish.ranks import RankDecision
+from hf_cuttlefish.plan import RankDecision
 from hf_cuttlefish.selection import find_targets
 
 QUERY = "bert.encoder.layer.0.attention.self.query"

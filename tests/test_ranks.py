@@ -8,15 +8,8 @@ import torch
 from torch import nn
 
 from hf_cuttlefish import CuttlefishConfig, RankPlan, estimate_ranks, factorize, ranks
-from hf_cuttlefish.ranks import (
-    RULES,
-    LayerSpectrum,
-    RankDecision,
-    allowed_rank,
-    break_even_rank,
-    plan_ranks,
-    random_matrix_scale,
-)
+from hf_cuttlefish.plan import RankDecision, break_even_rank
+from hf_cuttlefish.ranks import RULES, LayerSpectrum, allowed_rank, plan_ranks, random_matrix_scale
 
 
 class Blocks(nn.Module):

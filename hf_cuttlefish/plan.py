@@ -1,0 +1,168 @@
+"""The plan: which layer gets which rank, with the numbers behind each, and its JSON form."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .layers import check_rank
+
+PLAN_VERSION = 1
+
+
+def break_even_rank(in_features: int, out_features: int) -> int:
+    """Largest rank at which a pair is smaller than the layer: r (m + n) < m n. 0 if there is none (1 x n layers)."""
+    return (in_features * out_features - 1) // (in_features + out_features)
+
+
+@dataclass(frozen=True)
+class RankDecision:
+    """One layer's line in a plan. `rank` is None where the layer stays dense, and `reason` says why."""
+
+    in_features: int
+    out_features: int
+    rank: int | None
+    reason: str
+    stable_rank: float | None = None
+    predicted_loss_increase: float | None = None
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.in_features, self.out_features)
+
+    @property
+    def break_even(self) -> int:
+        return break_even_rank(self.in_features, self.out_features)
+
+    @property
+    def parameters_before(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def parameters_after(self) -> int:
+        return self.parameters_before if self.rank is None else self.rank * (self.in_features + self.out_features)
+
+
+@dataclass(eq=False)
+class RankPlan(Mapping[str, int]):
+    """A mapping {module name: rank} of the layers to factorize, with the numbers behind each in `decisions`.
+
+    `decisions` also holds the layers that stay dense. `rule` is the rule that made it, `notes` what is worth telling.
+
+    Raises:
+        TypeError, ValueError: a rank that is no whole number between 1 and min(in_features, out_features).
+    """
+
+    decisions: dict[str, RankDecision] = field(default_factory=dict)
+    rule: str = "by hand"
+    notes: list[str] = field(default_factory=list)
+    predicted_loss_increase: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, d in self.decisions.items():
+            if not isinstance(d, RankDecision):
+                raise TypeError(
+                    f"decisions must hold a RankDecision for {name}, got {d!r:.80}; {{name: rank}} can be given to factorize as it is"
+                )
+            for size in (d.in_features, d.out_features):
+                if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                    raise ValueError(f"{name} has the size {size!r}: sizes are whole numbers of at least 1")
+            if d.rank is not None:
+                check_rank(d.rank, d.in_features, d.out_features, name)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal to another plan with the same decisions, and to any mapping with the same ranks."""
+        if isinstance(other, RankPlan):
+            return self.to_dict() == other.to_dict()
+        return Mapping.__eq__(self, other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getitem__(self, name: str) -> int:
+        decision = self.decisions.get(name)
+        if decision is None or decision.rank is None:
+            raise KeyError(name)
+        return decision.rank
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, d in self.decisions.items() if d.rank is not None)
+
+    def __len__(self) -> int:
+        return sum(d.rank is not None for d in self.decisions.values())
+
+    def parameters(self) -> tuple[int, int]:
+        """Weight parameters of all layers decided on, before and after."""
+        decisions = self.decisions.values()
+        return sum(d.parameters_before for d in decisions), sum(d.parameters_after for d in decisions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary with a `version`."""
+        return {
+            "version": PLAN_VERSION,
+            "rule": self.rule,
+            "notes": list(self.notes),
+            "predicted_loss_increase": self.predicted_loss_increase,
+            "layers": {name: asdict(d) for name, d in self.decisions.items()},
+        }
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """JSON text; written to `path` as well if one is given."""
+        text = json.dumps(self.to_dict(), indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RankPlan:
+        """Reads what `to_dict` wrote. Raises ValueError for anything else, naming the field."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("layers"), Mapping):
+            raise ValueError(
+                "a rank plan is a JSON object with 'layers': {name: {in_features, out_features, rank, ...}}"
+            )
+        version = data.get("version", PLAN_VERSION)
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise ValueError(f"the plan's version is {version!r}: it must be a whole number of at least 1")
+        if version > PLAN_VERSION:
+            raise ValueError(
+                f"this plan has version {version}, and this hf_cuttlefish reads up to {PLAN_VERSION}: upgrade it"
+            )
+        decisions = {}
+        for name, d in data["layers"].items():
+            try:
+                decisions[name] = RankDecision(**d)
+            except TypeError as error:
+                raise ValueError(f"layer {name!r} of the plan: {error}") from error
+        notes = data.get("notes", [])
+        if not isinstance(notes, list):
+            raise ValueError(f"the plan's notes must be a list, got {notes!r}")
+        try:
+            return cls(decisions, str(data.get("rule", "by hand")), notes, data.get("predicted_loss_increase"))
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> RankPlan:
+        """Reads JSON text, or the file at a path. Raises ValueError for what is no plan, FileNotFoundError for no file."""
+        text = (
+            source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text("utf-8")
+        )
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"the plan is no JSON: {error}") from error
+        return cls.from_dict(data)
+
+    def summary(self) -> str:
+        """A table, one line per group of equal projections: full rank, ranks, parameters before and after."""
+        from .report import plan_table
+
+        return "\n".join([plan_table(self), *(f"note: {note}" for note in self.notes)])
+
+
+def group_name(name: str) -> str:
+    """The name without its block numbers, such as "encoder.layer.*.attention.self.query"."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
