@@ -20,6 +20,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -668,7 +669,7 @@ class StepJob:
 @contextlib.contextmanager
 def _turn() -> Iterator[None]:
     """One process at a time."""
-    with open(f"/tmp/speed-{os.getppid()}.lock", "w") as file:
+    with open(Path(tempfile.gettempdir(), f"speed-{os.getppid()}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -1295,7 +1296,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--workers", type=int, default=None, help="processes prepared at the same time")
     parser.add_argument("--compile-threads", type=int, default=1)
-    parser.add_argument("--log-folder", default="/tmp")
+    parser.add_argument("--log-folder", default=tempfile.gettempdir())
     parser.add_argument("--worker", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.table:

@@ -87,6 +87,11 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        """Make the `Cuttlefish` of this run, where a checkpoint was resumed from its saved state.
+
+        Raises:
+            TypeError, ValueError: as `Cuttlefish`; nn.DataParallel; a state that does not fit the model.
+        """
         if model is None:
             raise ValueError("the Trainer gives its callbacks no model")
         if args.n_gpu > 1:
@@ -117,7 +122,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         else:
             self.cuttlefish.start_at(state.global_step)
             if previous is not None:
-                self.cuttlefish.resume_results(previous)
+                self.cuttlefish.keep_results(previous)
         # A checkpoint of a run without this callback has no place for its state, and Trainer would fail to save it.
         if isinstance(state.stateful_callbacks, dict):
             state.stateful_callbacks.setdefault(name, self.state())

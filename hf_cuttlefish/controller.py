@@ -267,7 +267,7 @@ class Cuttlefish:
         if self._flow is not None:
             self._flow.stop()
 
-    def resume_results(self, previous: Cuttlefish) -> None:
+    def keep_results(self, previous: Cuttlefish) -> None:
         """Keep what an earlier run on this model found out, if the model still has the structure of its plan."""
         if previous.plan is not None and dict(previous.plan) == {
             n: m.rank for n, m in low_rank_layers(self.model).items()
