@@ -19,14 +19,16 @@ from .distributed import Processes, ProcessLostError, is_distributed
 from .factorization import Factors
 from .history import StableRankHistory
 from .layers import dense_weight
+from .learning_rate import check_can_scale, scale_learning_rate
 from .patching import low_rank_layers
 from .plan import RankPlan
 from .profiling import FlowRecorder
 from .report import FactorizationReport
 from .selection import find_targets, is_meta
+from .sharding import ShardedModel
 from .spectrum import StableRankTracker
 from .statistics import MomentCollector
-from .switch import carry_out, choose, share
+from .switch import FactorsInTurn, carry_out, choose, share
 from .wrapper import (
     check_can_step,
     check_ddp,
@@ -34,6 +36,7 @@ from .wrapper import (
     check_optimizer,
     check_synchronized,
     find_ddp,
+    find_fully_shard,
     holders,
     unwrap,
 )
@@ -64,6 +67,7 @@ class Cuttlefish:
         config: choices; none are needed.
         total_steps: optimizer steps of the whole run.
         scaler: a GradScaler, if fp16 is used without Accelerate's optimizer wrapper.
+        scheduler: the scheduler that drives the optimizer; needed for a learning_rate_scale alone.
         loss_factor: what the loss is multiplied by before backward where batches say `num_items_in_batch` (the Trainer with
             average_tokens_across_devices: the number of processes).
 
@@ -85,6 +89,7 @@ class Cuttlefish:
         *,
         total_steps: int,
         scaler: Any = None,
+        scheduler: Any = None,
         loss_factor: float = 1.0,
     ) -> None:
         config = CuttlefishConfig.coerce(config)
@@ -95,6 +100,7 @@ class Cuttlefish:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.optimizer, self.scaler, self.loss_factor = optimizer, scaler, loss_factor
+        self.scheduler = scheduler
         self.config = config
         self.total_steps = total_steps
         self.global_step = 0
@@ -112,6 +118,7 @@ class Cuttlefish:
         self._verify_at: int | None = None
         self._looked_again = False
         self.ddp: DistributedDataParallel | None = None
+        self.sharded: ShardedModel | None = None
         self.processes = Processes()
         error: Exception | None = None
         try:
@@ -130,8 +137,9 @@ class Cuttlefish:
         """Find the engine. DDP may come later (a loop that prepares the model afterwards): the first step looks again."""
         if low_rank_layers(self.model):
             return  # nothing will be changed, so any engine is fine
-        check_not_wrapped(self.model)
+        check_not_wrapped(self.model, sharded=True)
         check_optimizer(self.optimizer)
+        self.sharded = find_fully_shard(self.model)
         self.ddp = find_ddp(self.model)
         if self.ddp is not None:
             self.processes = Processes(self.ddp.process_group)
@@ -151,8 +159,12 @@ class Cuttlefish:
         optimizers.check_holds(
             self.optimizer, {name: cast(nn.Parameter, layer.weight) for name, layer in self.layers.items()}
         )
+        if self.config.learning_rate_scale != 1:
+            check_can_scale(self.optimizer, self.scheduler)
         if self.ddp is not None:
             check_ddp(self.ddp, self.model, self.layers)
+        if self.sharded is not None:
+            self.sharded.check(self.layers)
 
     def _check_same_everywhere(self, error: Exception | None) -> None:
         """Raises `error` if there is one, and on all processes if one of them has one or has another model or setting."""
@@ -165,6 +177,7 @@ class Cuttlefish:
             "config": self.config.to_dict(),
             "total_steps": self.total_steps,
             "DDP around the model": self.ddp is not None,
+            "fully_shard": self.sharded is not None,
         }
         for rank, theirs in enumerate(self.processes.gather(mine)):
             for what, value in mine.items():
@@ -175,8 +188,13 @@ class Cuttlefish:
                         f"the processes disagree on {what}: {detail[0]} on process {rank}, {detail[1]} on process "
                         f"{self.processes.rank}; give each process the same model, config and number of steps"
                     )
-        if self.ddp is not None:
-            check_synchronized(self.ddp, self.model, self.processes, "at the start")
+        self._check_replicas("at the start")
+
+    def _check_replicas(self, when: str) -> None:
+        if self.sharded is not None:
+            self.sharded.check_replicas(when)
+        elif self.ddp is not None:
+            check_synchronized(self.ddp, self.model, self.processes, when)
 
     # --- what the loop calls ---
 
@@ -194,6 +212,8 @@ class Cuttlefish:
             self._check_processes()
         if self._finished:
             return False
+        if self.config.learning_rate_scale != 1:
+            check_can_scale(self.optimizer, self.scheduler)  # a scheduler may have been made since
         if self._collector is not None and self._collector.running:
             self._collector.step()
         self._watch_flow()
@@ -389,18 +409,20 @@ class Cuttlefish:
         """Before the first step has passed nobody else is bound to have come to the model; afterwards someone must have."""
         if self._verify_at is not None and self.global_step >= self._verify_at:
             self._verify_at = None
-            check_synchronized(self.ddp, self.model, self.processes, f"after the switch at step {self.switch_step}")
+            self._check_replicas(f"after the switch at step {self.switch_step}")
         if self._finished:
             return
-        if self.ddp is None and not self._looked_again:
+        if self.ddp is None and self.sharded is None and not self._looked_again:
             self._looked_again = True
             if self.processes.size != Processes().size:
                 raise RuntimeError("torch.distributed was set up after Cuttlefish was made: make it afterwards")
             self._look_around()
             if self.ddp is not None:
                 check_ddp(self.ddp, self.model, self.layers)
-                check_synchronized(self.ddp, self.model, self.processes, "after the first step")
-            elif self.processes.size > 1:
+            if self.sharded is not None:
+                self.sharded.check(self.layers)
+            self._check_replicas("after the first step")
+            if self.ddp is None and self.sharded is None and self.processes.size > 1:
                 raise RuntimeError(
                     f"{self.processes.size} processes train this model, but no DistributedDataParallel is around it (around "
                     f"it: {', '.join(holders(self.model)) or 'nothing'}). What exchanges the gradients is not known, and "
@@ -411,9 +433,15 @@ class Cuttlefish:
             check_can_step(self.ddp)
 
     def _measure(self) -> None:
-        ranks = self.processes.from_main(
-            lambda: self._tracker.measure({name: dense_weight(layer) for name, layer in self.layers.items()})
-        )
+        if self.sharded is not None:  # one layer after the other, so that no process holds more than one whole
+            ranks = self.sharded.from_main(
+                self.layers,
+                lambda whole: {n: self._tracker.measure({n: dense_weight(layer)})[n] for n, layer in whole.items()},
+            )
+        else:
+            ranks = self.processes.from_main(
+                lambda: self._tracker.measure({name: dense_weight(layer) for name, layer in self.layers.items()})
+            )
         self._history.append(self.global_step, ranks)
 
     def _watch_flow(self) -> None:
@@ -494,21 +522,28 @@ class Cuttlefish:
     def _switch(self, collector: MomentCollector | None) -> bool:
         """The main process decides; all of them carry the same plan out, with the same factors, or none does."""
         clock = time.perf_counter()
-        check_synchronized(self.ddp, self.model, self.processes, "before the switch")
+        if self.ddp is None and self.sharded is None:
+            check_synchronized(None, self.model, self.processes, "before the switch")
+        else:
+            self._check_replicas("before the switch")
         if collector is not None:
             collector.reduce(self.processes)
         gathered = time.perf_counter()
-        factors: dict[str, Factors] = {}
+        factors: Mapping[str, Factors]
+        mine: dict[str, Factors] = {}
 
-        def decide() -> tuple[RankPlan, list[str]]:
+        def decide(layers: Mapping[str, nn.Module]) -> tuple[RankPlan, list[str]]:
             first = self._history.ranks if self._history.steps[:1] == [0] else {}
             initial = {name: values[0] for name, values in first.items()}
-            alone = self.processes.size == 1
-            plan, found = choose(self.layers, self.config, collector, initial, self._flow, complete=not alone)
-            factors.update(found)
+            keep = "none" if self.sharded is not None else "found" if self.processes.size == 1 else "all"
+            plan, found = choose(layers, self.config, collector, initial, self._flow, keep)
+            mine.update(found)
             return plan, [name for name, f in found.items() if f.bias_shift is not None]
 
-        plan, shifted = self.processes.from_main(decide)
+        if self.sharded is not None:
+            plan, shifted = self.sharded.from_main(self.layers, decide)
+        else:
+            plan, shifted = self.processes.from_main(lambda: decide(self.layers))
         planned = time.perf_counter()
         if not plan:
             smaller = "no layer would get smaller at the ranks that it needs"
@@ -521,9 +556,15 @@ class Cuttlefish:
                 plan.summary(),
             )
             return False
-        factors = share(self.layers, plan, factors, shifted, self.processes)
+        if self.sharded is not None:
+            factors = FactorsInTurn(self.layers, plan, self.config, collector, self.sharded)
+        else:
+            factors = share(self.layers, plan, mine, shifted, self.processes)
         state = self.config.optimizer_state
-        report = carry_out(self.model, self.optimizer, plan, factors, state, self.ddp, self.processes)
+        report = carry_out(self.model, self.optimizer, plan, factors, state, self.sharded or self.ddp, self.processes)
+        if self.config.learning_rate_scale != 1:
+            scaled = scale_learning_rate(self.optimizer, self.scheduler, self.config.learning_rate_scale)
+            report.optimizer += f"; {scaled}"
         finished = time.perf_counter()
         report.seconds = {"statistics": gathered - clock, "ranks": planned - gathered, "total": finished - clock}
         report.step = self.switch_step = self.global_step

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
@@ -232,15 +233,20 @@ def check_layer(module: nn.Module, name: str = "the layer") -> None:
         )
     if weight.is_meta:
         raise ValueError(f"{name} is on the meta device: load its weights before factorizing it")
-    if not torch.isfinite(weight).all():
+    # A process that holds a part of the weight can't speak for all; the one that works out the factors sees it whole.
+    if not hasattr(weight, "full_tensor") and not torch.isfinite(weight).all():
         raise ValueError(
             f"{name}.weight holds NaN or Inf: the model is unchanged; look at the loss and the learning rate"
         )
 
 
 def is_quantized(weight: torch.Tensor) -> bool:
-    """Whether a weight is held in whole numbers or in floats of 8 bits, which no matrix product takes as they are."""
-    return not weight.is_floating_point() or weight.element_size() < 2
+    """Whether a weight is held in whole numbers or in floats of 8 bits, which no matrix product takes as they are.
+
+    torchao's tensors say that they are floats; what holds other tensors inside and is no DTensor is taken for packed.
+    """
+    packed = is_traceable_wrapper_subclass(weight) and type(weight).__name__ != "DTensor"
+    return packed or not weight.is_floating_point() or weight.element_size() < 2
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:

@@ -8,12 +8,14 @@ v_V = (U o U)^T v, the cross terms dropped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+
+from .sharding import part_like, whole
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +106,12 @@ def check_holds(optimizer: Any, weights: Mapping[str, nn.Parameter]) -> None:
         )
 
 
-def prepare(optimizer: Any, pairs: Sequence[FactorParameters], mode: str = "carry") -> OptimizerEdit:
+def prepare(
+    optimizer: Any,
+    pairs: Sequence[FactorParameters],
+    mode: str = "carry",
+    gather: Callable[[torch.Tensor], torch.Tensor] = whole,
+) -> OptimizerEdit:
     """Work out the optimizer's new groups and state without changing anything.
 
     Each pair stands where its weight stood, (down, up), so that groups keep the order of `named_parameters` and saved
@@ -112,6 +119,7 @@ def prepare(optimizer: Any, pairs: Sequence[FactorParameters], mode: str = "carr
 
     Args:
         mode: "carry" projects known states, "reset" starts empty. Unknown kinds of state are reset, with a log line.
+        gather: gives the whole of a tensor of which the processes hold parts.
 
     Raises:
         TypeError: as `inner_optimizer`. ValueError: as `check_holds`, or an unknown mode.
@@ -138,7 +146,7 @@ def prepare(optimizer: Any, pairs: Sequence[FactorParameters], mode: str = "carr
         if unknown:
             reset.update(unknown)
             continue
-        state[pair.down], state[pair.up] = _project(old, pair)
+        state[pair.down], state[pair.up] = _project(old, pair, gather)
     if reset:
         logger.warning(
             "Cuttlefish: %s keeps the state %s, which has no known projection; the factors start with empty state.",
@@ -173,8 +181,11 @@ def check_in_step(model: nn.Module, optimizer: Any, before: set[int], pairs: Seq
 
 
 @torch.no_grad()
-def _project(old: dict[str, Any], pair: FactorParameters) -> tuple[dict[str, Any], dict[str, Any]]:
-    down, up = pair.down.detach().float(), pair.up.detach().float()
+def _project(
+    old: dict[str, Any], pair: FactorParameters, gather: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    down, up = gather(pair.down).float(), gather(pair.up).float()
+    old = {k: gather(v) if isinstance(v, torch.Tensor) else v for k, v in old.items()}
     for_down: dict[str, Any] = {}
     for_up: dict[str, Any] = {}
     for key, value in old.items():
@@ -195,10 +206,15 @@ def _project(old: dict[str, Any], pair: FactorParameters) -> tuple[dict[str, Any
         for state, moment in ((for_up, dense @ down.square().mT), (for_down, up.square().mT @ dense)):
             state["exp_avg_sq_row"] = moment.mean(-1).to(old["exp_avg_sq_row"].dtype)
             state["exp_avg_sq_col"] = moment.mean(-2).to(old["exp_avg_sq_col"].dtype)
-    for state, parameter in ((for_down, pair.down), (for_up, pair.up)):
+    for state, parameter in ((for_down, down), (for_up, up)):
         if isinstance(state.get("RMS"), float):
-            state["RMS"] = float(parameter.detach().float().square().mean().sqrt())
-    return for_down, for_up
+            state["RMS"] = float(parameter.square().mean().sqrt())
+    return _parts(for_down, pair.down), _parts(for_up, pair.up)
+
+
+def _parts(state: dict[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
+    """State of the parameter's shape, cut as the parameter is where that is sharded."""
+    return {k: part_like(v, parameter) if getattr(v, "shape", None) == parameter.shape else v for k, v in state.items()}
 
 
 def _as_weight(value: torch.Tensor, pair: FactorParameters) -> torch.Tensor:

@@ -14,10 +14,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import optimizer as optimizers
 from .factorization import Factors, LayerMoments, cut, decompose
-from .layers import DENSE_TYPES, DenseLayer, LowRankLinear, check_layer, check_rank, dense_origin, dense_weight
+from .layers import (
+    DENSE_TYPES,
+    DenseLayer,
+    LowRankLinear,
+    check_layer,
+    check_rank,
+    dense_origin,
+    dense_weight,
+    is_quantized,
+)
 from .plan import RankDecision, RankPlan
 from .report import FactorizationReport, block_containers, count_parameters
 from .selection import skipped_parameters
+from .sharding import ShardedModel, part_like, whole
 from .wrapper import check_no_ddp, check_not_wrapped, repair_ddp
 
 logger = logging.getLogger(__name__)
@@ -34,6 +44,7 @@ def factorize(
     statistics: Mapping[str, LayerMoments] | None = None,
     factors: Mapping[str, Factors] | None = None,
     optimizer_state: str = "carry",
+    sharded: ShardedModel | None = None,
     confirm: Callable[[], None] | None = None,
 ) -> FactorizationReport:
     """Replace each layer of `plan` by a LowRankLinear, in place, all or nothing.
@@ -47,8 +58,9 @@ def factorize(
         optimizer: the optimizer that trains the model, if any (Accelerate's wrapper is fine).
         statistics: moments of the layers; the factors are then the best ones in the metric of the loss, and the mean
             input's part goes into the bias. Plain SVD without.
-        factors: ready-made factors of the layers instead.
+        factors: ready-made factors of the layers instead, asked for one layer after the other.
         optimizer_state: "carry" or "reset".
+        sharded: the model as fully_shard holds it, if it does; all processes must call then (`Cuttlefish` gives one).
         confirm: called when everything has changed; what it raises puts everything back. It has to repair the wrapper
             and to hear that the other processes are as far, where there are any (`Cuttlefish` gives one).
 
@@ -62,7 +74,7 @@ def factorize(
             model whose config says that it is quantized; a model inside DDP, without `confirm`.
     """
     started = time.perf_counter()
-    _check_model(model)
+    _check_model(model, sharded is not None)
     if confirm is None:
         check_no_ddp(model)
     layers = _validate(model, plan)
@@ -70,23 +82,27 @@ def factorize(
     if optimizer is not None:
         optimizers.check_holds(optimizer, {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()})
     before = _sizes(model, layers, plan)
-    ready = dict(factors or {})
+    pairs: dict[str, LowRankLinear] = {}
+    shifts: dict[str, torch.Tensor | None] = {}
     for name, layer in layers.items():
-        if name not in ready:
+        if name in (factors or {}):
+            ready = cast(Mapping[str, Factors], factors)[name]
+        else:
             try:
-                ready[name] = cut(decompose(dense_weight(layer), (statistics or {}).get(name)), plan[name])
+                ready = cut(decompose(dense_weight(layer), (statistics or {}).get(name)), plan[name])
             except ValueError as error:
                 raise ValueError(f"{name} cannot be factorized: {error}") from error
-    for name, layer in layers.items():
-        _check_factors(name, layer, ready[name], plan[name])
+        _check_factors(name, layer, ready, plan[name])
+        pairs[name] = LowRankLinear.standing_for(layer, ready.down, ready.up)
+        shifts[name] = ready.bias_shift
+        if sharded is not None:
+            sharded.place(layer, pairs[name])
     rank_plan = plan if isinstance(plan, RankPlan) else _as_plan(plan, layers)
-    pairs = {
-        name: LowRankLinear.standing_for(layer, ready[name].down, ready[name].up) for name, layer in layers.items()
-    }
     parameters = [_replacement(name, layer, pairs[name]) for name, layer in layers.items()]
-    edit = None if optimizer is None else optimizers.prepare(optimizer, parameters, optimizer_state)
+    gather = whole if sharded is None else sharded.whole
+    edit = None if optimizer is None else optimizers.prepare(optimizer, parameters, optimizer_state, gather)
     factored = time.perf_counter()
-    _commit(model, layers, pairs, ready, edit, parameters, confirm)
+    _commit(model, layers, pairs, shifts, edit, parameters, confirm)
     after = _sizes(model, layers, plan)
     return FactorizationReport(
         rank_plan,
@@ -105,7 +121,7 @@ def merge(model: nn.Module) -> nn.Module:
     The bias Parameters stay the same objects, and the low-rank structure is removed from `model.config`.
 
     Raises:
-        ValueError: the model has no factorized layer.
+        ValueError: the model has no factorized layer, or factors that are quantized.
     """
     _check_model(model)
     layers = low_rank_layers(model)
@@ -113,6 +129,9 @@ def merge(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} has no factorized layer to merge")
     if "" in layers:
         raise ValueError("this is a LowRankLinear and not a model that holds some: use layer.to_dense()")
+    for name, layer in layers.items():
+        if any(is_quantized(child.weight) for child in (layer.down, layer.up)):
+            raise ValueError(f"the factors of {name} are quantized, and have no product: merge before quantizing")
     _swap(model, {id(layer): _keep_hooks(layer, layer.to_dense()) for layer in layers.values()})
     write_structure(model)
     return model
@@ -175,19 +194,23 @@ def write_structure(model: nn.Module) -> None:
 
 
 def _configs(model: nn.Module) -> Iterator[tuple[str, PreTrainedConfig]]:
-    """The config of the model and of each model inside it, with the name of the module that it describes, each once."""
+    """The config of the model and of each model inside it, with the name of the module that it describes, each once.
+
+    PEFT's and sentence-transformers' models hand out the config of the model inside them, whose names it has to hold.
+    """
     seen: set[int] = set()
-    for name, module in model.named_modules():
-        config = getattr(module, "config", None) if module is model or isinstance(module, PreTrainedModel) else None
+    inside = [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+    for name, module in [*inside, ("", model)]:
+        config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig) and id(config) not in seen:
             seen.add(id(config))
             yield name, config
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: nn.Module, sharded: bool = False) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    check_not_wrapped(model)
+    check_not_wrapped(model, sharded)
 
 
 def _check_free(model: nn.Module) -> None:
@@ -274,7 +297,7 @@ def _commit(
     model: nn.Module,
     layers: Mapping[str, DenseLayer],
     pairs: dict[str, LowRankLinear],
-    factors: Mapping[str, Factors],
+    shifts: Mapping[str, torch.Tensor | None],
     edit: optimizers.OptimizerEdit | None,
     parameters: list[optimizers.FactorParameters],
     confirm: Callable[[], None] | None,
@@ -291,9 +314,9 @@ def _commit(
         with torch.no_grad():
             for name, layer in layers.items():
                 _keep_hooks(layer, pairs[name])
-                shift = factors[name].bias_shift
+                shift = shifts[name]
                 if shift is not None and layer.bias is not None:
-                    layer.bias.add_(shift.to(layer.bias))
+                    layer.bias.add_(part_like(shift.to(layer.bias.device, layer.bias.dtype), layer.bias))
                 layer.weight.grad = None
         if edit is not None:
             optimizer_touched = True

@@ -80,18 +80,20 @@ class MomentCollector:
 
     def moments(self) -> dict[str, LayerMoments]:
         """The moments of all layers that gathered something usable (finite, not empty), by name, in fp32 on their device."""
-        if not self.sums:
-            return {}
+        found = {name: self.moments_of(name) for name in self.sums}
+        return {name: moments for name, moments in found.items() if moments is not None}
+
+    def moments_of(self, name: str) -> LayerMoments | None:
+        """The moments of one layer; None if it gathered nothing usable."""
+        s = self.sums.get(name)
+        if s is None:
+            return None
         # A loss divided by the number of accumulation steps is larger than what backward saw.
         unscale = (self.batches / self.steps / self.processes if self.steps and self._accumulated else 1.0) ** 2
-        examples = float(self.terms_total)
-        result = {}
-        for name, s in self.sums.items():
-            count = float(s["count"])
-            if count <= 0 or examples <= 0 or not all(bool(torch.isfinite(v).all()) for v in s.values()):
-                continue
-            result[name] = _finish(self.layers[name], s, count, examples, unscale)
-        return result
+        examples, count = float(self.terms_total), float(s["count"])
+        if count <= 0 or examples <= 0 or not all(bool(torch.isfinite(v).all()) for v in s.values()):
+            return None
+        return _finish(self.layers[name], s, count, examples, unscale)
 
     def mean_loss(self) -> float | None:
         """Mean of the losses that the model's forward returned meanwhile (per example); None if it returns none."""
@@ -106,7 +108,7 @@ class MomentCollector:
         return flat
 
     def load_state_dict(self, flat: Mapping[str, torch.Tensor]) -> None:
-        """Reads what `state_dict` gave. Raises ValueError if it belongs to other layers."""
+        """Reads what `state_dict` gave. Raises ValueError if it belongs to other layers, or is not whole."""
         sums: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in flat.items():
             if key.startswith("sums/"):
@@ -114,6 +116,13 @@ class MomentCollector:
                 if name not in self.layers:
                     raise ValueError(f"the saved statistics hold {name!r}, which is no target layer of this model")
                 sums.setdefault(name, {})[part] = value.to(dense_weight(self.layers[name]).device)
+        for name, parts in sums.items():
+            shapes, wanted = {k: tuple(v.shape) for k, v in parts.items()}, self._shapes(name)
+            if shapes != wanted:
+                raise ValueError(f"the saved statistics of {name} have the shapes {shapes}, and it needs {wanted}")
+        missing = {"batches", "steps", "terms_total", "losses", "has_loss"} - set(flat)
+        if missing:
+            raise ValueError(f"the saved statistics have no {', '.join(sorted(missing))}")
         self.sums = sums
         self.batches, self.steps = int(flat["batches"]), int(flat["steps"])
         self.terms_total = float(flat["terms_total"])
@@ -173,14 +182,16 @@ class MomentCollector:
 
     def _sums_of(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self.sums:
-            weight = dense_weight(self.layers[name])
-            m, n = weight.shape
-            zeros = {"signal": (min(m, n),) * 2, "metric": (min(m, n),) * 2, "x": (n,), "count": (), "other": ()}
-            zeros["y"] = (m,)
+            device = dense_weight(self.layers[name]).device
             self.sums[name] = {
-                k: torch.zeros(size, dtype=torch.float32, device=weight.device) for k, size in zeros.items()
+                k: torch.zeros(size, dtype=torch.float32, device=device) for k, size in self._shapes(name).items()
             }
         return self.sums[name]
+
+    def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        m, n = dense_weight(self.layers[name]).shape
+        k = min(m, n)
+        return {"signal": (k, k), "metric": (k, k), "x": (n,), "count": (), "other": (), "y": (m,)}
 
     @torch.no_grad()
     def add(self, name: str, x: torch.Tensor, y: torch.Tensor | None, g: torch.Tensor, stride: int) -> None:

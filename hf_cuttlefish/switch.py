@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import optimizer as optimizers
 from .config import CuttlefishConfig
-from .distributed import Processes
+from .distributed import OtherProcessError, Processes
 from .factorization import Decomposition, Factors, cut, decompose
 from .layers import dense_weight
 from .patching import factorize, low_rank_layers
@@ -20,6 +20,7 @@ from .plan import RankPlan, break_even_rank
 from .profiling import FlowRecorder, keep_faster, rank_prices
 from .ranks import LayerSpectrum, needs_no_weights, plan_ranks, rank_by_hand, spectrum_of
 from .report import FactorizationReport
+from .sharding import ShardedModel
 from .statistics import MomentCollector
 from .wrapper import RebuiltDDP, forget_compiled
 
@@ -30,9 +31,9 @@ def choose(
     collector: MomentCollector | None,
     initial: Mapping[str, float],
     flow: FlowRecorder | None,
-    complete: bool = False,
+    keep: str = "found",
 ) -> tuple[RankPlan, dict[str, Factors]]:
-    """The plan, and the factors of its layers where the rule has worked them out.
+    """The plan, and factors of its layers.
 
     One layer at a time: of each only the spectrum and a decomposition cut off at break-even are kept, no larger than its
     weight.
@@ -41,7 +42,7 @@ def choose(
         layers: name -> dense layer. collector: the statistics gathered, if any.
         initial: stable ranks of the weights that the run started from, by name, where known.
         flow: what was seen of the run's shapes, if layers are to be chosen by measured speed.
-        complete: work out the factors of every layer of the plan.
+        keep: factors to return: "found", those that the rule has worked out; "all", of every layer of the plan; "none".
 
     Raises:
         ValueError: weights that are not finite, naming the layer.
@@ -57,6 +58,8 @@ def choose(
             spectra[name] = LayerSpectrum(n_in, n_out, initial_stable_rank=initial.get(name))
             continue
         spectra[name], d = spectrum_of(name, layer, config, statistics.pop(name, None), initial.get(name))
+        if keep == "none":
+            continue
         most = max(break_even_rank(n_in, n_out), rank_by_hand(name, config) or 1)
         exact = torch.promote_types(dense_weight(layer).dtype, torch.float32)
         parts[name] = d.shortened(min(most, n_in, n_out), exact)
@@ -68,7 +71,7 @@ def choose(
     if flow is not None:
         plan = keep_faster(plan, flow, config.min_speedup)
     factors = {name: cut(parts.pop(name), plan[name]) for name in plan if name in parts}
-    if complete:
+    if keep == "all":
         for name in plan:
             if name not in factors:
                 factors[name] = cut(decompose(dense_weight(layers[name])), plan[name])
@@ -102,45 +105,94 @@ def share(
     return factors
 
 
+class FactorsInTurn(Mapping[str, Factors]):
+    """Factors of a sharded model: each layer's are worked out on the main process and sent when they are asked for.
+
+    All processes must ask for the same layers in the same order. None of them ever holds more than one layer whole.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        plan: RankPlan,
+        config: CuttlefishConfig,
+        collector: MomentCollector | None,
+        sharded: ShardedModel,
+    ) -> None:
+        self._layers, self._plan, self._config, self._collector = layers, plan, config, collector
+        self._sharded, self._processes = sharded, sharded.processes
+
+    def __getitem__(self, name: str) -> Factors:
+        """Raises ValueError, naming the layer and on all processes, for weights that are not finite."""
+        self._processes.agree()  # one that has failed meanwhile would not answer
+        mine: dict[str, Factors] = {}
+
+        def work(layers: Mapping[str, nn.Module]) -> list[str]:
+            moments = self._collector.moments_of(name) if self._collector is not None else None
+            _, parts = spectrum_of(name, layers[name], self._config, moments, None)
+            mine[name] = cut(parts, self._plan[name])
+            return [name] if mine[name].bias_shift is not None else []
+
+        shifted = self._sharded.from_main(self._layers, work)
+        one = RankPlan({name: self._plan.decisions[name]})
+        return share(self._layers, one, mine, shifted, self._processes)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plan)
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+
 def carry_out(
     model: nn.Module,
     optimizer: Any,
     plan: RankPlan,
     factors: Mapping[str, Factors],
     optimizer_state: str,
-    ddp: DistributedDataParallel | None,
+    wrapper: DistributedDataParallel | ShardedModel | None,
     processes: Processes,
 ) -> FactorizationReport:
-    """Factorize and repair DDP on all processes, or put everything back on all of them and raise."""
+    """Factorize and repair the wrapper on all processes, or put everything back on all of them and raise."""
     told = False
+    sharded = wrapper if isinstance(wrapper, ShardedModel) else None
+
+    def repair() -> ShardedModel | RebuiltDDP | None:
+        if sharded is not None:
+            sharded.exchange()
+            return sharded
+        return None if wrapper is None else RebuiltDDP(cast(DistributedDataParallel, wrapper))
 
     def confirm() -> None:
         nonlocal told
         told = True
         processes.agree()
-        if ddp is None:
-            return
-        rebuilt, error = None, None
+        repaired, error = None, None
         try:
-            rebuilt = RebuiltDDP(ddp)
+            repaired = repair()
         except Exception as caught:
             error = caught
         try:
             processes.agree(error)
         except BaseException:
-            if rebuilt is not None:
-                rebuilt.undo()
+            if repaired is not None:
+                repaired.undo()
             raise
-        if rebuilt is not None:
-            rebuilt.finish()
+        if repaired is not None:
+            repaired.finish()
 
     try:
-        report = factorize(model, plan, optimizer, factors=factors, optimizer_state=optimizer_state, confirm=confirm)
+        report = factorize(
+            model, plan, optimizer, factors=factors, optimizer_state=optimizer_state, sharded=sharded, confirm=confirm
+        )
     except Exception as error:
-        if not told:
+        if sharded is not None:
+            sharded.undo()
+        if not told and not isinstance(error, OtherProcessError):
             processes.agree(error)
         raise
-    _share_optimizer_state(model, optimizer, processes)
+    if sharded is None:
+        _share_optimizer_state(model, optimizer, processes)
     forget_compiled()
     return report
 

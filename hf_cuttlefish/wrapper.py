@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .distributed import Processes, is_distributed
+from .sharding import ShardedModel, find_sharded, is_sharded
 
 MIB = 1024 * 1024
 
@@ -106,6 +107,11 @@ def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
     return ddps[0] if ddps else None
 
 
+def find_fully_shard(model: nn.Module) -> ShardedModel | None:
+    """The model as fully_shard (FSDP2) holds it, or None. Raises ValueError for what is not supported (`ShardedModel`)."""
+    return find_sharded(model, _live_modules()) if is_distributed() else None
+
+
 def _wrappers(model: nn.Module) -> list[nn.Module]:
     """Engines' wrappers among all live objects that hold the model somewhere."""
     engines = [m for m in _live_modules() if isinstance(m, DistributedDataParallel) or type(m).__name__ in _REFUSED]
@@ -129,8 +135,12 @@ def _live_modules() -> list[nn.Module]:
     return found
 
 
-def check_not_wrapped(model: nn.Module) -> None:
-    """Raises ValueError for a model inside an engine's wrapper, or one whose weights an engine has sharded."""
+def check_not_wrapped(model: nn.Module, sharded: bool = False) -> None:
+    """Raises ValueError for a model inside an engine's wrapper, or one whose weights an engine has sharded.
+
+    Args:
+        sharded: whether weights under fully_shard are welcome (somebody takes care of them).
+    """
     if isinstance(model, DistributedDataParallel):
         raise ValueError(
             "the model is wrapped by DDP: pass the model inside it (accelerator.unwrap_model(model)). In the middle of "
@@ -141,9 +151,10 @@ def check_not_wrapped(model: nn.Module) -> None:
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(f"{name or 'the model'} is wrapped by {_REFUSED['FullyShardedDataParallel']}")
     for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+        if is_sharded(parameter) and not sharded:
             raise ValueError(
-                f"{name} is sharded over devices (DTensor: FSDP2 or tensor parallel), which is not supported yet: use DDP"
+                f"{name} is sharded over devices (DTensor: FSDP2 or tensor parallel). In the middle of training use Cuttlefish "
+                "or CuttlefishCallback, which handle fully_shard; otherwise change the model before it is sharded"
             )
         if hasattr(parameter, "ds_id"):
             raise ValueError(f"{name} belongs to DeepSpeed ZeRO-3, which is not supported: use DDP")

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(SCRIPTS))
 
 import loops  # noqa: E402
+import sharded  # noqa: E402
 import trainers  # noqa: E402
 
 ENVIRONMENT = {
@@ -266,6 +267,74 @@ def test_a_killed_process_ends_the_others_and_the_last_checkpoint_resumes(tmp_pa
     assert (tmp_path / "killed" / f"checkpoint-{trainers.SWITCH - 1}").is_dir()
     assert not (tmp_path / "killed" / f"checkpoint-{trainers.SWITCH}").exists()
     launch(2, str(SCRIPTS / "trainers.py"), str(tmp_path), "resumed")
+
+
+# --- fully_shard (FSDP2) ---
+
+
+@pytest.fixture(scope="module")
+def fully_sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    launch(2, str(SCRIPTS / "sharded.py"), str(folder))
+    return json.loads((folder / "sharded.json").read_text()), torch.load(folder / "sharded.pt")
+
+
+def check_as_unsharded(everywhere, tensors, name, options):
+    expected = sharded.train(**{k: v for k, v in options.items() if k != "options"})
+    tolerance = {"bf16 policy": 2e-2}.get(name, 1e-6)
+    for results, _ in everywhere:
+        run = results[name]
+        assert run["sharded"] and run["held"] and run["switched"] == expected["switched"] is not None
+        assert run["plan"] == everywhere[0][0][name]["plan"] and run["losses"] == everywhere[0][0][name]["losses"]
+        assert run["losses"] == pytest.approx(expected["losses"], abs=tolerance)
+        if name != "bf16 policy":
+            assert run["plan"] == expected["plan"] and run["parameters"] == expected["parameters"]
+            assert largest(tensors[name]["_weights"], expected["_weights"]) < 2e-5
+
+
+@pytest.mark.parametrize("name", sharded.SCENARIOS)
+def test_a_sharded_model_trains_as_a_whole_one(fully_sharded, name):
+    """fully_shard on each block and around all; plan, step, losses, and the full state dict in an unsharded model."""
+    everywhere, tensors = fully_sharded
+    check_as_unsharded(everywhere, tensors, name, sharded.SCENARIOS[name])
+    here = [results[name]["numbers here"] for results, _ in everywhere]
+    assert max(here) < 0.51 * sum(here) and sum(here) == everywhere[0][0][name]["parameters"]
+
+
+def test_a_sharded_checkpoint_resumes_after_the_switch_bit_for_bit(fully_sharded):
+    everywhere, tensors = fully_sharded
+    for results, _ in everywhere:
+        assert results["resumed"]["losses"] == results["plain"]["losses"]
+    for part in ("_weights", "_state"):
+        whole, again = tensors["plain"][part], tensors["resumed"][part]
+        assert len(whole) > 20 and whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fully_shard on the layer",
+        "mesh of a part",
+        "tensor parallel",
+        "a DTensor besides",
+        "another dimension",
+        "spectra fails on 0",
+        "optimizer fails on 1",
+        "groups fails on 1",
+        "commit fails on 0",
+    ],
+)
+def test_sharded_faults_are_refused_or_put_back_on_all_processes(fully_sharded, name):
+    assert [faults[name] for _, faults in fully_sharded[0]] == ["ok", "ok"]
+
+
+def test_shards_that_have_copies_stay_equal(tmp_path):
+    """A mesh of 2 copies by 2 shards (HSDP), 4 processes."""
+    launch(4, str(SCRIPTS / "sharded.py"), str(tmp_path), "copies of shards")
+    everywhere, tensors = json.loads((tmp_path / "sharded.json").read_text()), torch.load(tmp_path / "sharded.pt")
+    check_as_unsharded(everywhere, tensors, "copies of shards", {})
+    here = [results["copies of shards"]["numbers here"] for results, _ in everywhere]
+    assert here[:2] == here[2:] and sum(here[:2]) == everywhere[0][0]["copies of shards"]["parameters"]
 
 
 # --- examples ---
