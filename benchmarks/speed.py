@@ -168,42 +168,46 @@ def waves(suite: str) -> list[list[dict[str, Any]]]:
         ]
         return [first, second, third]
     if suite == "cpu":
-        mini = [(eager, 32), ("infer", 1), ("infer", 64)]
+        infer = infer[:2]
+        mini, base = [(eager, 32), *infer], [(eager, 16), *infer]
         return [
             [
-                job("minilm", "dense", *mini),
-                job("minilm", "pairs", *mini),
-                job("minilm", "shared", (eager, 32)),
+                job("bert-base", "dense", *base),
+                job("bert-base", "pairs", *base),
+                job("bert-base", "sequential", (eager, 16)),
+                job("bert-base", "lora", (eager, 16)),
+                job("bert-base", "pairs", (eager, 16), ratio=0.5),
+                job("bert-base", "pairs", (eager, 16), ratio=0.125),
+            ],
+            [job("bert-base", variant, (compiled, 16)) for variant in ("dense", "pairs", "shared")],
+            [
+                other("layers"),
+                other("tracking", model="bert-base"),
+                other("switch", model="bert-base", batch=16),
+                other("tracking", model="minilm"),
+                other("switch", model="minilm", batch=32),
+                other("select", model="minilm", batch=32),
+            ],
+            [
+                job("minilm", "dense", *mini, (compiled, 32)),
+                job("minilm", "pairs", *mini, (compiled, 32)),
+                job("minilm", "merged", *infer),
+                job("minilm", "sequential", (eager, 32)),
+                job("minilm", "lora", (eager, 32)),
+                job("minilm", "shared", (eager, 32), (compiled, 32)),
                 job("minilm", "function", (eager, 32)),
                 job("minilm", "direct", (eager, 32)),
                 job("minilm", "pairs", (eager, 32), ratio=0.5),
                 job("minilm", "pairs", (eager, 32), ratio=0.125),
-                other("tracking", model="minilm"),
-                other("select", model="minilm", batch=32),
-                other("switch", model="minilm", batch=32),
-            ],
-            [
-                job("bert-base", "dense", (eager, 16), ("infer", 1)),
-                job("bert-base", "pairs", (eager, 16), ("infer", 1)),
-                job("bert-base", "shared", (eager, 16)),
-                job("bert-base", "sequential", (eager, 16)),
-                job("bert-base", "lora", (eager, 16)),
-                job("bert-base", "pairs", (eager, 16), ratio=0.125),
-                job("bert-base", "pairs", (eager, 16), ratio=0.5),
-                other("tracking", model="bert-base"),
-                other("select", model="bert-base", batch=16),
-                other("switch", model="bert-base", batch=16),
-            ],
-            [
-                job(model, variant, (compiled, batch))
-                for model, batch in (("minilm", 32), ("bert-base", 16))
-                for variant in ("dense", "pairs", "shared")
             ],
         ]
     smoke = ["dense", "pairs", "direct", "function", "shared", "shared_plain", "mlp", "sequential", "lora"]
     few = [(eager, 2), (compiled, 2), ("infer", 1)]
     return [
-        [job("bert-tiny", v, *(few if v in ("dense", "pairs", "shared", "mlp") else few[:1])) for v in smoke],
+        [
+            *(job("bert-tiny", v, *(few if v in ("dense", "pairs", "shared", "mlp") else few[:1])) for v in smoke),
+            job("bert-tiny", "merged", ("infer", 1)),
+        ],
         [job(m, v, (eager, 2)) for m in ("vit-tiny", "llama-tiny") for v in ("dense", "pairs", "shared", "function")],
         [
             other("layers", small=True),
@@ -517,7 +521,7 @@ class StepJob:
         import forwards
 
         torch, job = self.torch, self.job
-        from hf_cuttlefish import CuttlefishConfig, estimate_ranks
+        from hf_cuttlefish import CuttlefishConfig, estimate_ranks, merge
         from hf_cuttlefish.selection import find_targets
 
         torch.manual_seed(0)
@@ -548,6 +552,8 @@ class StepJob:
                 forwards.use_shared(layers, groups, fused=variant == "shared")
             elif variant == "sequential":
                 forwards.use_sequential(model, layers)
+            elif variant == "merged":
+                merge(model, where="slower", example_inputs={k: v for k, v in batch.items() if k != "labels"})
         self.model = model.to(self.device).train()
         self.optimizer = make_optimizer(model, self.device)
         self.callables = {
@@ -558,7 +564,7 @@ class StepJob:
 
     def _warm_up(self, mode: str, batch: int) -> None:
         """First steps. Others of the wave do the same on this GPU, so that who needs no compiler takes turns."""
-        torch, cuda = self.torch, self.device.type == "cuda"
+        cuda = self.device.type == "cuda"
         alone = contextlib.nullcontext if mode in ("compiled", "graphs") else _turn
         with alone():
             begun = time.perf_counter()
@@ -566,15 +572,13 @@ class StepJob:
             self.first[f"{mode} {batch}"] = time.perf_counter() - begun
             self._release()
         with _turn():
-            self._patiently(lambda: self._run(mode, batch, 3 if cuda else 1))
             if cuda:
+                self._patiently(lambda: self._run(mode, batch, 3))
                 self._release()
-                torch.cuda.reset_peak_memory_stats()
-                self._patiently(lambda: self._run(mode, batch, 1))
-                self.memory[f"{mode} {batch}"] = {
-                    "peak_mb": torch.cuda.max_memory_allocated() / 2**20,
-                    "kept_mb": torch.cuda.memory_allocated() / 2**20,
-                }
+            reset_peak(self.device)
+            self._patiently(lambda: self._run(mode, batch, 1))
+            if cuda or not mode.startswith("infer"):  # a process that has trained keeps more than inference needs
+                self.memory[f"{mode} {batch}"] = {"peak_mb": peak_mb(self.device)}
             self._release()
 
     def _patiently(self, action: Callable[[], Any]) -> Any:
@@ -655,9 +659,20 @@ class StepJob:
         return {"ms": ms}
 
     def extras(self, mode: str, batch: int) -> dict[str, Any]:
-        """By the profiler: the GPU's own time and the number of kernels of one step."""
+        """FLOPs of a step and what its parameters move; by the profiler the GPU's own time and the number of kernels."""
         told = self.job["variant"] in ("dense", "pairs", "shared") and self.job["ratio"] in (None, 0.25)
         result: dict[str, Any] = {}
+        if mode in PLAIN_MODES:
+            from torch.utils.flop_counter import FlopCounterMode
+
+            plain = "infer" if mode == "infer-graph" else mode
+            with FlopCounterMode(display=False) as counter:
+                self._run(plain, batch, 1)
+            result["flops"] = counter.get_total_flops()
+            # Inference reads each parameter once; a step reads it twice and writes its gradient, and AdamW reads gradient,
+            # parameter and two moments and writes the last three.
+            sizes = [p.nbytes * (10 if p.requires_grad and mode == "eager" else 1) for p in self.model.parameters()]
+            result["parameter_bytes"] = sum(sizes)
         if self.device.type == "cuda" and told:
             with contextlib.suppress(Exception):
                 self._run(mode, batch, 1)
@@ -820,6 +835,8 @@ class LayersJob(OtherJob):
             (4096, 14336),
         ]
         sizes = [32768, 4096, 8192]
+        if not on_gpu:
+            shapes, sizes = [(768, 768), (768, 3072), (3072, 768), (1024, 4096), (384, 384)], [2048]
         if small:
             shapes, sizes = [(64, 256)], [128]
         rows = []
@@ -828,21 +845,21 @@ class LayersJob(OtherJob):
                 if n * m > 30e6 and tokens == 32768:
                     continue
                 for count in (1, 3) if n == m else (1,):
-                    if time.perf_counter() - begun > min(seconds, 40):
+                    if time.perf_counter() - begun > min(seconds, 40 if on_gpu else 240):
                         break
                     rows += self.one(forwards, n, m, count, tokens, dtype, peaks)
         return {"peaks": peaks, "rows": rows}
 
     def peaks(self, dtype: Any, small: bool) -> dict[str, float]:
-        """FLOP/s of a large matrix product and bytes/s of a large copy, on random data."""
+        """Best FLOP/s of a large matrix product and bytes/s of a large copy, on random data."""
         torch = self.torch
-        size = 8192 if self.device.type == "cuda" else 1024
+        size = 8192 if self.device.type == "cuda" else 2048
         a = torch.randn(size, size, device=self.device, dtype=dtype)
         b = torch.randn(size, size, device=self.device, dtype=dtype)
-        ms = statistics.median(timed(lambda: a @ b, 12, self.device)[2:])
+        ms = min(timed(lambda: a @ b, 12, self.device)[2:])
         big = torch.randn(2**28 if self.device.type == "cuda" else 2**24, device=self.device)
         out = torch.empty_like(big)
-        copy = statistics.median(timed(lambda: out.copy_(big), 12, self.device)[2:])
+        copy = min(timed(lambda: out.copy_(big), 12, self.device)[2:])
         return {"flops": 2 * size**3 / ms * 1000, "bytes": 2 * big.nbytes / copy * 1000}
 
     def one(
@@ -981,8 +998,7 @@ class SwitchJob(OtherJob):
         spent = _clock_parts(self.sync)
         rows: list[dict[str, float]] = []
         for _ in range(3 * few + 2):
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
+            reset_peak(self.device)
             begun = self.sync()
             with torch.autocast("cuda", dtype=torch.bfloat16) if on_gpu else contextlib.nullcontext():
                 loss = model(**batch).loss
@@ -990,14 +1006,13 @@ class SwitchJob(OtherJob):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             done = self.sync()
-            peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else _resident_mb()
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
+            peak = peak_mb(self.device)
+            reset_peak(self.device)
             switched = cuttlefish.step()
             after = self.sync()
             rows.append(
                 {"step_ms": 1000 * (done - begun), "cuttlefish_ms": 1000 * (after - done), "peak_mb": peak}
-                | {"cuttlefish_peak_mb": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else _resident_mb()}
+                | {"cuttlefish_peak_mb": peak_mb(self.device)}
                 | {"switched": switched}
             )
         report = cuttlefish.report
@@ -1115,9 +1130,10 @@ class SelectJob(OtherJob):
     def compare(self, dense: Callable[[], None], make: Callable[[], Callable[[], None]]) -> dict[str, float]:
         """Medians of dense and factorized steps in turn."""
         low, times = make(), {"dense": [], "low_rank": []}
-        for _ in range(3):
+        on_gpu = self.device.type == "cuda"
+        for _ in range(3 if on_gpu else 2):
             for key, step in (("dense", dense), ("low_rank", low)):
-                times[key] += timed(step, 9 if self.device.type == "cuda" else 3, self.device)[1:]
+                times[key] += timed(step, 9 if on_gpu else 3, self.device)[1:]
         return {key: statistics.median(ms) for key, ms in times.items()}
 
 
@@ -1125,7 +1141,7 @@ def _clock_parts(sync: Callable[[], float]) -> dict[str, float]:
     """Wrap what the controller calls at the switch; the dictionary fills with milliseconds as it runs."""
     import functools
 
-    from hf_cuttlefish import controller, patching, ranks
+    from hf_cuttlefish import controller, patching, ranks, switch
 
     spent: dict[str, float] = {}
 
@@ -1141,21 +1157,38 @@ def _clock_parts(sync: Callable[[], float]) -> dict[str, float]:
         return call
 
     for module, name in (
-        *((controller, "plan_ranks"), (controller, "cut"), (controller, "factorize"), (ranks, "decompose")),
-        *((patching, "_validate"), (patching, "_commit")),
-        *((controller.MomentCollector, "moments"), (controller.MomentCollector, "add")),
+        *((controller, "choose"), (controller, "carry_out"), (controller.MomentCollector, "add")),
+        *((switch, "plan_ranks"), (switch, "cut"), (ranks, "decompose"), (patching, "_commit")),
     ):
-        if hasattr(module, name):
-            setattr(module, name, clocked(name, getattr(module, name)))
+        setattr(module, name, clocked(name, getattr(module, name)))
     return spent
 
 
-def _resident_mb() -> float:
+def reset_peak(device: Any) -> None:
+    """Begin to measure the peak of memory anew; on a CPU free memory goes back to the system first (Linux only)."""
+    import ctypes
+
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb(device: Any) -> float:
+    """The largest amount of memory held since `reset_peak`, MiB: allocated on a GPU, resident in the process on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmRSS"):
+            if line.startswith("VmHWM"):
                 return int(line.split()[1]) / 1024
-    return 0.0
+    return float("nan")
 
 
 JOBS: dict[str, Any] = {
@@ -1177,8 +1210,12 @@ def tables(record: dict[str, Any]) -> Iterator[str]:
         f"transformers {e.get('transformers')}. Medians; in brackets the quartiles.\n"
     )
     dense = {(r["wave"], r["model"], r["mode"], r["batch"]): r for r in record["steps"] if r["variant"] == "dense"}
+    peaks = next((job["peaks"] for job in record.get("layers", [])), None)
     rows = []
     for r in record["steps"]:
+        floor = ""
+        if peaks and "flops" in r:
+            floor = f"{r['ms'] / 1000 / max(r['flops'] / peaks['flops'], r['parameter_bytes'] / peaks['bytes']):.2f}"
         base = dense.get((r["wave"], r["model"], r["mode"], r["batch"]))
         rows.append(
             (
@@ -1189,6 +1226,7 @@ def tables(record: dict[str, Any]) -> Iterator[str]:
                 f"{r['parameters'] / 1e6:.1f}M",
                 f"{r['ms']:.2f} ({r['q1']:.2f}-{r['q3']:.2f})",
                 f"{r['ms'] / base['ms']:.2f}" if base else "",
+                floor,
                 f"{r['gpu_ms']:.2f}" if "gpu_ms" in r else "",
                 f"{r['kernels']:.0f}" if "kernels" in r else "",
                 f"{r['peak_mb']:.0f}" if "peak_mb" in r else "",
@@ -1196,7 +1234,11 @@ def tables(record: dict[str, Any]) -> Iterator[str]:
         )
     rows.sort(key=lambda row: (row[0], row[1].startswith("infer"), row[1], row[2]))
     yield _markdown(
-        ("model", "mode", "batch", "layers", "parameters", "ms", "/ dense", "GPU ms", "kernels", "peak MiB"), rows
+        (
+            *("model", "mode", "batch", "layers", "parameters", "ms", "/ dense", "/ floor"),
+            *("GPU ms", "kernels", "peak MiB"),
+        ),
+        rows,
     )
     for job in record.get("layers", []):
         p = job["peaks"]
@@ -1232,13 +1274,19 @@ def tables(record: dict[str, Any]) -> Iterator[str]:
             ],
         )
     if record.get("tracking"):
+        steps = {j["model"]: j["step_ms"] for j in record.get("switch", [])}
         yield _markdown(
-            ("model", "matrices", "cold ms", "warm ms", "svdvals ms", "largest relative error"),
+            (
+                *("model", "matrices", "cold ms", "warm ms", "svdvals ms", "largest relative error"),
+                "dense steps that a run's checks cost",
+            ),
             [
                 (
                     *(j["model"], j["matrices"], f"{j['cold_ms']:.1f}", f"{j['warm_ms']:.1f}"),
                     ", ".join(f"{where} {ms:.0f}" for where, ms in j["svdvals_ms"].items()),
                     f"{j['largest_relative_error']:.1e}",
+                    # 30% of 30 checks come before the switch, the first of them cold.
+                    f"{(j['cold_ms'] + 9 * j['warm_ms']) / steps[j['model']]:.2f}" if j["model"] in steps else "",
                 )
                 for j in record["tracking"]
                 if "cold_ms" in j
@@ -1274,7 +1322,8 @@ def tables(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _markdown(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    lines = [header, tuple("---" for _ in header), *rows]
+    used = [i for i in range(len(header)) if not rows or any(row[i] != "" for row in rows)]
+    lines = [[line[i] for i in used] for line in (header, tuple("---" for _ in header), *rows)]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 

@@ -126,10 +126,11 @@ class FlowRecorder:
 
     Args:
         model: the module whose forward gets the batch. layers: name -> dense or low-rank layer.
+        inference: look at forward passes without gradients, and not at those with them.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        self.model, self.layers = model, dict(layers)
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], inference: bool = False) -> None:
+        self.model, self.layers, self.inference = model, dict(layers), inference
         self.compiled: bool | None = None
         """Whether the model runs compiled; None until it is known."""
         self.step_time: StepTime | None = None
@@ -214,7 +215,7 @@ class FlowRecorder:
         def hook(module: nn.Module, args: tuple) -> None:
             if torch.compiler.is_compiling():  # compiled anew at this very step: nothing here to be seen
                 return
-            if not args or not isinstance(args[0], torch.Tensor) or not torch.is_grad_enabled():
+            if not args or not isinstance(args[0], torch.Tensor) or torch.is_grad_enabled() == self.inference:
                 return
             self._calls[name] = self._calls.get(name, 0) + 1
             if name in self._names:
@@ -497,39 +498,49 @@ def table(rows: Sequence[GroupTiming]) -> list[str]:
     return lines
 
 
-def slower_layers(
-    model: nn.Module, inputs: Mapping[str, Any], min_speedup: float = 1.0, timer: Callable[..., Timing] | None = None
-) -> list[str]:
-    """Names of the factorized layers that would be faster dense, in inference at the shapes of `inputs`.
+def time_inference(
+    model: nn.Module, inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor, timer: Timer = time_group
+) -> list[GroupTiming]:
+    """Forward times of the factorized layers, one row each, dense and as pairs, at the shapes of `inputs`.
+
+    The model runs once, eagerly and without gradients; layers that it does not call have no row.
 
     Args:
-        inputs: keyword arguments of the model's forward, on its device. min_speedup: pairs slower than this are named.
-        timer: (group, ranks, forward only) -> Timing; for tests.
+        inputs: keyword arguments of the model's forward, or positional ones, on its device.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    flow = FlowRecorder(model, layers)
+    flow = FlowRecorder(model, layers, inference=True)
+    training = [module for module in model.modules() if module.training]
     flow.start()
-    training = model.training
     try:
         model.eval()
-        with torch.enable_grad():  # the recorder looks at nothing else
-            model(**inputs)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            if isinstance(inputs, torch.Tensor):
+                model(inputs)
+            elif isinstance(inputs, Mapping):
+                model(**inputs)
+            else:
+                model(*inputs)
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
         flow.stop()
-    slow: list[str] = []
-    measure = timer or _time_inference
+    rows = []
     for group in flow.groups():
-        for name, (out, bias) in zip(group.layers, group.outs, strict=True):
-            single = replace(group, layers=(name,), outs=((out, bias),), input_grad=False, weight_grad=False)
-            dense, low = measure(single, (None,)), measure(single, (layers[name].rank,))
-            if max(dense.device_ms, dense.host_ms) < min_speedup * max(low.device_ms, low.host_ms):
-                slow.append(name)
-    return slow
+        for name, out in zip(group.layers, group.outs, strict=True):
+            single = replace(group, layers=(name,), outs=(out,), input_grad=False, weight_grad=False)
+            rank = layers[name].rank
+            rows.append(GroupTiming(single, (rank,), timer(single, (None,), False), timer(single, (rank,), False)))
+    return rows
 
 
-def _time_inference(group: Group, ranks: Sequence[int | None]) -> Timing:
-    return time_group(group, ranks, False)
+def slower_layers(rows: Iterable[GroupTiming]) -> list[str]:
+    """Names of the layers that are slower as pairs, by `time_inference`; what a call takes is the longer of device and host."""
+    return [row.group.layers[0] for row in rows if _longer(row.dense) < _longer(row.low_rank)]
+
+
+def _longer(timing: Timing) -> float:
+    return max(timing.device_ms, timing.host_ms)
 
 
 def _names(rows: Iterable[GroupTiming]) -> frozenset[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from hf_cuttlefish import Cuttlefish, CuttlefishConfig, estimate_ranks, factorize, profiling
+from hf_cuttlefish import Cuttlefish, CuttlefishConfig, estimate_ranks, factorize, merge, profiling
 from hf_cuttlefish.patching import low_rank_layers
 from hf_cuttlefish.profiling import FlowRecorder, Group, GroupTiming, StepTime, Timing, choose, keep_faster
 from hf_cuttlefish.ranks import LayerSpectrum, plan_ranks
@@ -271,7 +271,7 @@ def test_a_wrong_objective_or_speedup_is_named() -> None:
         CuttlefishConfig(min_speedup=0.5)
 
 
-# --- real times, and inference ---
+# --- real times ---
 
 
 def test_real_times_are_finite_measured_once_and_leave_the_random_state_alone() -> None:
@@ -291,16 +291,106 @@ def test_frozen_layers_and_inputs_without_gradients_can_be_timed() -> None:
     assert profiling.time_group(frozen, (8,)).device_ms > 0
 
 
-def test_layers_slower_in_inference_are_named() -> None:
+# --- inference, and merge where it pays ---
+
+
+def small_products_are_slow(found: Group, ranks: Sequence[int | None], compiled: bool) -> Timing:
+    """A fake device on which 32 x 32 at rank 8 is faster dense, and 32 x 64 as a pair."""
+    (out, _), (rank,), n = *found.outs, ranks, found.in_features
+    return Timing((n * out if rank is None else 600 + rank * (n + out)) / 1000)
+
+
+def served(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A factorized model, and what it is served with."""
+    monkeypatch.setattr(profiling.time_inference, "__defaults__", (small_products_are_slow,))
+    model = bert().eval()
+    factorize(model, dict.fromkeys(find_targets(model), 8))
+    return model, {"input_ids": torch.randint(1, 50, (1, 5))}
+
+
+@pytest.mark.parametrize("form", ["mapping", "tensor", "tuple"])
+def test_merge_where_slower_merges_just_those_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Any, form: str
+) -> None:
+    model, inputs = served(monkeypatch)
+    expected = model(**inputs).logits
+    given = {"mapping": inputs, "tensor": inputs["input_ids"], "tuple": (inputs["input_ids"],)}[form]
+    with caplog.at_level("INFO", "hf_cuttlefish"):
+        assert merge(model, "slower", given) is model
+    left = {name.split("layer.")[1][2:] for name in low_rank_layers(model)}
+    assert left == {"intermediate.dense", "output.dense"}
+    assert "merged 8 of 12 factorized layers" in caplog.text and "(0 never ran" in caplog.text
+    assert "at rank 8: 1.024 -> " in caplog.text and "2.048 -> " in caplog.text
+    torch.testing.assert_close(model(**inputs).logits, expected)
+    assert all(not module._forward_pre_hooks for module in model.modules())
+    assert set(model.config.quantization_config["ranks"]) == set(low_rank_layers(model))
+    model.save_pretrained(tmp_path)
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert list(low_rank_layers(loaded)) == list(low_rank_layers(model))
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    merge(loaded)
+    assert not hasattr(loaded.config, "quantization_config")
+    torch.testing.assert_close(loaded(**inputs).logits, expected)
+
+
+def test_inference_is_timed_without_gradients_whatever_the_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = served(monkeypatch)
+    model.train()
+    model.bert.encoder.layer[0].eval()
+    modes = [module.training for module in model.modules()]
+    seen: list[Group] = []
+
+    def timer(found: Group, ranks: Sequence[int | None], compiled: bool) -> Timing:
+        seen.append(found)
+        return Timing(1.0)
+
+    with torch.inference_mode():
+        rows = profiling.time_inference(model, inputs, timer)
+    assert len(rows) == 12 and len(seen) == 24
+    assert not any(found.input_grad or found.weight_grad for found in seen)
+    assert profiling.slower_layers(rows) == []  # as fast is no reason to give up the smaller form
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_host_time_counts_in_inference() -> None:
+    launches = row("a", dense=1.0, low=0.5, dense_host=2.0, low_host=3.0)
+    assert profiling.slower_layers([launches]) == ["a"]
+
+
+def test_merge_where_slower_in_real_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At full rank a pair does twice the work of the dense layer: the clock must see it."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(256, 256)])})
+    model.forward = lambda x: model["layers"][0](x)  # type: ignore[method-assign]
+    factorize(model, {"layers.0": 256})
+    merge(model, "slower", torch.randn(512, 256))
+    assert not low_rank_layers(model)
+
+
+def test_what_merge_is_not_told_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = served(monkeypatch)
+    with pytest.raises(ValueError, match="where is 'faster': it must be 'all' or 'slower'"):
+        merge(model, "faster")
+    with pytest.raises(ValueError, match="give a batch of them as example_inputs"):
+        merge(model, where="slower")
+    with pytest.raises(ValueError, match="with where='slower' only"):
+        merge(model, example_inputs=inputs)
+    with pytest.raises(TypeError, match="got str"):
+        merge(model, "slower", "text")
+    unused = nn.ModuleDict({"used": nn.Identity(), "model": model})
+    unused.forward = lambda x: x  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="no factorized layer of ModuleDict runs"):
+        merge(unused, "slower", torch.ones(1))
+    assert len(low_rank_layers(model)) == 12
+
+
+def test_merge_refuses_to_drop_an_adapter() -> None:
+    peft = pytest.importorskip("peft")
     model = bert()
     factorize(model, dict.fromkeys(find_targets(model), 8))
-
-    def timer(single: Group, ranks: Sequence[int | None]) -> Timing:
-        return by_size(single, ranks, False)
-
-    inputs = {"input_ids": torch.randint(1, 50, (1, 5))}
-    assert profiling.slower_layers(model, inputs, 1.0, timer) == []
-    slow = profiling.slower_layers(model, inputs, 2.0, timer)
-    assert {name.split(".")[-1] for name in slow} == {"query", "key", "value", "dense"}
-    assert all("attention" in name for name in slow)
-    assert all(not layer._forward_pre_hooks for layer in low_rank_layers(model).values())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query.down"], init_lora_weights=False))
+    with pytest.raises(ValueError, match=r"query is a Linear, and what it adds would be lost.*merge_and_unload"):
+        merge(model)
+    whole, inputs = adapted.merge_and_unload().eval(), batch()
+    expected = whole(**inputs).logits
+    torch.testing.assert_close(merge(whole)(**inputs).logits, expected)
