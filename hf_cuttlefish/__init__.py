@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging as _logging
 
+from tqdm import tqdm as _tqdm  # type: ignore[import-untyped]  # comes with transformers
+
 from .callback import CuttlefishCallback
+from .checkpoints import last_whole_checkpoint
 from .config import CuttlefishConfig
 from .controller import Cuttlefish
 from .layers import LowRankLinear
+from .model_card import write_model_card
 from .patching import factorize, merge
 from .plan import RankPlan
 from .ranks import estimate_ranks
-from .saving import follow_checkpoints
+from .saving import follow_checkpoints, save_merged
 from .saving import register as _register
 from .spectrum import stable_rank
 
@@ -26,17 +30,24 @@ __all__ = [
     "estimate_ranks",
     "factorize",
     "follow_checkpoints",
+    "last_whole_checkpoint",
     "merge",
+    "save_merged",
     "stable_rank",
+    "write_model_card",
 ]
 
 
 class _Console(_logging.StreamHandler):
-    """Shows our lines where the program has configured no logging of its own, as transformers does."""
+    """Shows our lines where the program has configured no logging of its own, as transformers does.
+
+    A progress bar that stands in the way, such as Trainer's, is taken away and drawn again below.
+    """
 
     def emit(self, record: _logging.LogRecord) -> None:
         if not _logging.getLogger().handlers:
-            super().emit(record)
+            with _tqdm.external_write_mode(file=self.stream):
+                super().emit(record)
 
 
 _logger = _logging.getLogger(__name__)

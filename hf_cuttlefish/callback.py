@@ -10,18 +10,20 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler, ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from .checkpoints import STATISTICS_FILE
 from .config import CuttlefishConfig
 from .controller import Cuttlefish
-from .plan import RankPlan, group_name
-from .report import FactorizationReport, count_parameters
+from .model_card import write_model_card
+from .patching import low_rank_layers, restructure
+from .plan import RankPlan
+from .report import FactorizationReport
 from .saving import follow_checkpoints
 
 logger = logging.getLogger(__name__)
-
-STATISTICS_FILE = "cuttlefish_statistics.safetensors"
 
 
 class CuttlefishCallback(TrainerCallback, ExportableState):
@@ -32,6 +34,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
 
     Attributes:
         plan, switch_step, history, report, reason: as of `Cuttlefish`; they can be read during and after training.
+        restart_from: with switch="restart", the checkpoint folder from which a new Trainer goes on; None once it has.
 
     Raises:
         TypeError: config is something else. At the start of training: as `Cuttlefish`.
@@ -41,7 +44,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         self.config = CuttlefishConfig.coerce(config)
         self.cuttlefish: Cuttlefish | None = None
         self._saved: dict[str, Any] | None = None
-        self._logged_check = -1
+        self.restart_from: str | None = None
+        self._trainer: tuple[TrainingArguments, TrainerState] | None = None
 
     # --- what can be read ---
 
@@ -78,6 +82,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         """Between here and the loading of a checkpoint's weights there is no event: let the weights choose the structure."""
         if model is not None:
             follow_checkpoints(model, kwargs.get("optimizer"))
+            if _is_to_be_sharded(args):
+                _shape_like_checkpoint(model, args)
 
     def on_train_begin(
         self,
@@ -99,9 +105,14 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
                 f"nn.DataParallel over {args.n_gpu} GPUs is not supported: set CUDA_VISIBLE_DEVICES to one of them, or start "
                 "one process for each with torchrun or accelerate launch"
             )
+        if _is_to_be_sharded(args) and args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end could not go back to a checkpoint from before the switch under FSDP, whose shards are "
+                "fixed by then: set it to False, and load the best checkpoint with from_pretrained after the run"
+            )
+        self.restart_from = None
         _move_to_front(self)
         follow_checkpoints(model)
-        self._logged_check = -1
         name = type(self).__name__
         saved = self._saved or _callback_state(state, name) if state.global_step else None
         self._saved = None
@@ -113,6 +124,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             kwargs.get("optimizer"),
             self.config,
             total_steps=state.max_steps,
+            scheduler=kwargs.get("lr_scheduler"),
             loss_factor=float(args.world_size) if args.average_tokens_across_devices else 1.0,
         )
         if saved:
@@ -126,12 +138,14 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         # A checkpoint of a run without this callback has no place for its state, and Trainer would fail to save it.
         if isinstance(state.stateful_callbacks, dict):
             state.stateful_callbacks.setdefault(name, self.state())
+        self._trainer = args, state
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.cuttlefish is not None and self.cuttlefish.step():
             control.should_log = True
             if self.config.switch == "restart":
                 control.should_save = control.should_training_stop = True
+                self.restart_from = str(_checkpoint_folder(args, state))
                 if state.is_world_process_zero:
                     logger.info(
                         "Cuttlefish: training stops here, after the switch (switch='restart'). %s holds the factorized "
@@ -150,35 +164,25 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Add to the Trainer's log: mean stable rank of each kind of projection, parameters, step of the switch."""
-        if self.cuttlefish is None or logs is None:
+        if self.cuttlefish is None or logs is None or "loss" not in logs:
             return
-        extra: dict[str, Any] = {}
-        if self.cuttlefish.checks and self.cuttlefish.checks[-1] != self._logged_check and "loss" in logs:
-            self._logged_check = self.cuttlefish.checks[-1]
-            kinds: dict[str, list[float]] = {}
-            for layer, value in self.cuttlefish.latest().items():
-                kinds.setdefault(group_name(layer).rpartition("*.")[2], []).append(value)
-            extra = {f"stable_rank/{kind}": round(sum(v) / len(v), 4) for kind, v in kinds.items()}
-        if "loss" in logs and model is not None:
-            extra["parameters"] = count_parameters(model)
-            if self.switch_step is not None:
-                extra["switch_step"] = self.switch_step
+        extra = self.cuttlefish.logs()
         logs.update(extra)
-        if extra and state.log_history and state.log_history[-1].get("step") == state.global_step:
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(extra)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.cuttlefish is None:
-            return
-        self.cuttlefish.note_save()
-        statistics = self.cuttlefish.statistics_state()
-        folder = _checkpoint_folder(args, state)
-        if statistics is not None and state.is_world_process_zero and folder.is_dir():
-            from safetensors.torch import save_file
-
-            partial = folder / f".{STATISTICS_FILE}.partial"
-            save_file(statistics, partial, metadata={"step": str(state.global_step)})
-            os.replace(partial, folder / STATISTICS_FILE)
+        if self.cuttlefish is not None:
+            self.cuttlefish.note_save()
+            if self.cuttlefish.processes.size > 1:  # only here do all of them come by, and their sums are needed
+                self._save_statistics(args, state)
+            folder = _checkpoint_folder(args, state)
+            if state.is_world_process_zero and folder.is_dir() and low_rank_layers(self.cuttlefish.model):
+                metrics = next((r for r in reversed(state.log_history) if any(k.startswith("eval_") for k in r)), None)
+                try:
+                    write_model_card(folder, self.cuttlefish.model, report=self.report, metrics=metrics)
+                except Exception as error:  # the checkpoint itself is whole
+                    logger.warning("Cuttlefish: %s got no model card: %s", folder, error)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -189,16 +193,53 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
     # --- ExportableState: what Trainer writes into trainer_state.json ---
 
     def state(self) -> dict[str, Any]:
-        """{"args": constructor arguments, "attributes": what is set afterwards}, JSON only."""
+        """{"args": constructor arguments, "attributes": what is set afterwards}, JSON only.
+
+        Trainer asks before it writes trainer_state.json, the last of a checkpoint's files, and before it deletes older
+        checkpoints: the time to write the statistics, so that no whole checkpoint is without them.
+        """
+        if self._trainer is not None and self.cuttlefish is not None and self.cuttlefish.processes.size == 1:
+            self._save_statistics(*self._trainer)
         run = self.cuttlefish.state_dict() if self.cuttlefish is not None else self._saved
         return {"args": {"config": self.config.to_dict()}, "attributes": {"_saved": run}}
+
+    def _save_statistics(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Beside the checkpoint of this step, if statistics are being gathered: whole or not at all."""
+        statistics = None if self.cuttlefish is None else self.cuttlefish.statistics_state()
+        folder = _checkpoint_folder(args, state)
+        if statistics is not None and state.is_world_process_zero and folder.is_dir():
+            from safetensors.torch import save_file
+
+            partial = folder / f".{STATISTICS_FILE}.partial"
+            save_file(statistics, partial, metadata={"step": str(state.global_step)})
+            os.replace(partial, folder / STATISTICS_FILE)
 
 
 def _callback_state(state: TrainerState, name: str) -> dict[str, Any] | None:
     entry = state.stateful_callbacks.get(name) if isinstance(state.stateful_callbacks, dict) else None
     if isinstance(entry, list):
         entry = entry[-1] if entry else None
-    return entry["attributes"].get("_saved") if isinstance(entry, dict) else None
+    attributes: Any = entry.get("attributes") if isinstance(entry, dict) else {}
+    if not isinstance(attributes, dict):
+        raise ValueError(f"trainer_state.json: the state of {name} has no attributes: {entry!r:.80}")
+    return attributes.get("_saved")
+
+
+def _is_to_be_sharded(args: TrainingArguments) -> bool:
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+
+
+def _shape_like_checkpoint(model: nn.Module, args: TrainingArguments) -> None:
+    """Factorize as the checkpoint to be resumed is, before FSDP shards the model: its weights are loaded afterwards."""
+    folder = args.resume_from_checkpoint
+    if isinstance(folder, bool) or str(folder).lower() in ("true", "1"):
+        folder = get_last_checkpoint(str(args.output_dir)) if folder and Path(str(args.output_dir)).is_dir() else None
+    path = Path(str(folder)) / TRAINER_STATE_NAME
+    if folder is None or not path.is_file():
+        return
+    saved = _callback_state(TrainerState.load_from_json(str(path)), CuttlefishCallback.__name__)
+    if saved and saved["plan"]:
+        restructure(model, dict(RankPlan.from_dict(saved["plan"])))
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -21,13 +21,13 @@ from .history import StableRankHistory
 from .layers import dense_weight
 from .learning_rate import check_can_scale, scale_learning_rate
 from .patching import low_rank_layers
-from .plan import RankPlan
+from .plan import RankPlan, group_name
 from .profiling import FlowRecorder
-from .report import FactorizationReport
+from .report import FactorizationReport, count_parameters
 from .selection import find_targets, is_meta
 from .sharding import ShardedModel
 from .spectrum import StableRankTracker
-from .statistics import MomentCollector
+from .statistics import MomentCollector, steps_in
 from .switch import FactorsInTurn, carry_out, choose, share
 from .wrapper import (
     check_can_step,
@@ -112,6 +112,7 @@ class Cuttlefish:
         self._tracker = StableRankTracker()
         self._switch_at: int | None = None
         self._finished = False
+        self._logged_check = -1
         self._collector: MomentCollector | None = None
         self._flow: FlowRecorder | None = None
         self.layers: dict[str, nn.Module] = {}
@@ -217,9 +218,9 @@ class Cuttlefish:
         if self._collector is not None and self._collector.running:
             self._collector.step()
         self._watch_flow()
+        if self.global_step % self.check_steps == 0 and self.global_step != self._switch_at:
+            self._measure()
         if self._switch_at is None:
-            if self.global_step % self.check_steps == 0:
-                self._measure()
             self._decide()
         self._schedule()
         if self._switch_at is not None and self.global_step >= self._switch_at:
@@ -261,6 +262,24 @@ class Cuttlefish:
     def latest(self) -> dict[str, float]:
         """Stable rank of each layer at the last check."""
         return {name: values[-1] for name, values in self._history.ranks.items() if values}
+
+    def logs(self) -> dict[str, float]:
+        """What a tracker shows of the run, as in `accelerator.log({"loss": ..., **cuttlefish.logs()}, step=...)`.
+
+        Mean stable rank of each kind of projection if there was a check since the last call, the model's parameters, and
+        the step of the switch once there was one. The Trainer callback adds the same to each log.
+        """
+        values: dict[str, float] = {}
+        if self.checks and self.checks[-1] != self._logged_check:
+            self._logged_check = self.checks[-1]
+            kinds: dict[str, list[float]] = {}
+            for layer, value in self.latest().items():
+                kinds.setdefault(group_name(layer).rpartition("*.")[2], []).append(value)
+            values = {f"stable_rank/{kind}": round(sum(v) / len(v), 4) for kind, v in kinds.items()}
+        values["parameters"] = count_parameters(self.model)
+        if self.switch_step is not None:
+            values["switch_step"] = self.switch_step
+        return values
 
     def start_at(self, step: int) -> None:
         """Join a run that has come to `step` without us. Raises ValueError if that is at or past a fixed switch_step."""
@@ -334,8 +353,10 @@ class Cuttlefish:
                 starts anew, and the switch comes later.
 
         Raises:
-            ValueError: a state written by a newer version, or one that does not fit the model.
+            ValueError: a state written by a newer version, one that does not fit the model, or one that is broken.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"the saved state of Cuttlefish must be a JSON object, got {state!r:.80}")
         version = state.get("version", STATE_VERSION)
         missing = sorted(set(self.state_dict()) - set(state) - {"version"})
         if missing:
@@ -344,6 +365,9 @@ class Cuttlefish:
             raise ValueError(
                 f"this state has version {version}, and this hf_cuttlefish reads up to {STATE_VERSION}: upgrade it"
             )
+        for name in ("global_step", "switch_at", "switch_step"):
+            if type(state[name]) is not int and (state[name] is not None or name == "global_step"):
+                raise ValueError(f"the saved state's {name} must be a whole number of steps, got {state[name]!r:.80}")
         # JSON files are written with sorted keys; the order of layers is the model's.
         order = {name: i for i, (name, _) in enumerate(self.model.named_modules())}
         plan = None if state["plan"] is None else RankPlan.from_dict(state["plan"])
@@ -354,7 +378,7 @@ class Cuttlefish:
             raise ValueError(
                 f"the saved run had switched at step {state['switch_step']} and factorized {len(plan)} layers, but the model "
                 f"here has {len(present)} factorized layers: load the checkpoint's weights first "
-                "(follow_checkpoints(model), then load_state_dict; with model_init, load with from_pretrained(checkpoint))"
+                "(follow_checkpoints(model), then load_state_dict; with model_init, call follow_checkpoints inside it)"
             )
         if plan is None and present:
             raise ValueError("the saved run had not switched, but the model here is factorized already")
@@ -362,16 +386,16 @@ class Cuttlefish:
             self._collector.stop()
             self._collector = None
         self.plan = plan
-        self.global_step = int(state["global_step"])
+        self.global_step = state["global_step"]
         self.switch_step, self.reason = state["switch_step"], state["reason"]
         self._switch_at, self._finished = state["switch_at"], bool(state["finished"])
         if state["report"] is not None and plan is not None:
-            self.report = FactorizationReport(plan=plan, **state["report"])
+            self.report = FactorizationReport.from_dict(plan, state["report"])
         self._history = StableRankHistory.from_dict(state["history"])
         self._history.ranks = dict(sorted(self._history.ranks.items(), key=lambda item: order.get(item[0], -1)))
         self._tracker.forget()
         if state["gathering"] and not self._finished and self._switch_at is not None:
-            steps = self.processes.from_main(lambda: None if statistics is None else int(statistics["steps"]))
+            steps = self.processes.from_main(lambda: None if statistics is None else steps_in(statistics))
             if steps is None:
                 self._switch_at = max(self._switch_at, min(self.global_step + self.statistics_steps, self.total_steps))
                 self._say(
@@ -490,15 +514,23 @@ class Cuttlefish:
 
     def _try_switch(self) -> bool:
         collector, self._collector = self._collector, None
-        if collector is not None:
-            collector.stop()
-        if self._flow is not None:
-            self._flow.stop()
         try:
+            if collector is not None:
+                collector.stop()
+            if self._flow is not None:
+                self._flow.stop()
             switched = self._switch(collector)
         except ProcessLostError:
             raise  # there is no going on, whatever on_error says
         except Exception as error:
+            if self.switch_step is not None:  # all has changed, and training goes on low rank
+                self._say(
+                    logging.WARNING,
+                    "Cuttlefish: switched at step %d, but what comes after it failed: %s",
+                    self.switch_step,
+                    error,
+                )
+                return True
             self._finish(f"the switch failed: {error}")
             if self.config.on_error == "raise":
                 raise
@@ -562,16 +594,16 @@ class Cuttlefish:
             factors = share(self.layers, plan, mine, shifted, self.processes)
         state = self.config.optimizer_state
         report = carry_out(self.model, self.optimizer, plan, factors, state, self.sharded or self.ddp, self.processes)
-        if self.config.learning_rate_scale != 1:
-            scaled = scale_learning_rate(self.optimizer, self.scheduler, self.config.learning_rate_scale)
-            report.optimizer += f"; {scaled}"
-        finished = time.perf_counter()
-        report.seconds = {"statistics": gathered - clock, "ranks": planned - gathered, "total": finished - clock}
         report.step = self.switch_step = self.global_step
         self.plan, self.report = plan, report
         self._finished = True
         self._verify_at = self.global_step + 1
         self.layers = {}
+        if self.config.learning_rate_scale != 1:
+            scaled = scale_learning_rate(self.optimizer, self.scheduler, self.config.learning_rate_scale)
+            report.optimizer += f"; {scaled}"
+        finished = time.perf_counter()
+        report.seconds = {"statistics": gathered - clock, "ranks": planned - gathered, "total": finished - clock}
         self._say(logging.INFO, "%s (%s)\n%s", report.headline(), self.reason, "\n".join(str(report).splitlines()[1:]))
         return True
 

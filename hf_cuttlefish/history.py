@@ -47,10 +47,16 @@ class StableRankHistory:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StableRankHistory:
-        """Reads what `to_dict` wrote. Raises ValueError for lists that do not fit together."""
+        """Reads what `to_dict` wrote. Raises ValueError for anything else, and for lists that do not fit together."""
         history = cls()
-        history.steps = [int(s) for s in data["steps"]]
-        history.ranks = {str(n): [float(v) for v in values] for n, values in data["ranks"].items()}
+        try:
+            history.steps = [int(s) for s in data["steps"]]
+            history.ranks = {str(n): [float(v) for v in values] for n, values in data["ranks"].items()}
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise ValueError(
+                'the stable-rank history must be {"steps": [numbers], "ranks": {layer: [numbers]}}, and it is not: '
+                f"{error!r:.200}"
+            ) from error
         if any(len(values) != len(history.steps) for values in history.ranks.values()):
             raise ValueError("the stable-rank history does not have one value a step for each layer")
         return history

@@ -25,8 +25,10 @@ from .layers import (
     is_quantized,
 )
 from .plan import RankDecision, RankPlan
+from .profiling import slower_layers, time_inference
+from .profiling import table as timing_table
 from .report import FactorizationReport, block_containers, count_parameters
-from .selection import skipped_parameters
+from .selection import lost_when_saved, skipped_parameters
 from .sharding import ShardedModel, part_like, whole
 from .wrapper import check_no_ddp, check_not_wrapped, repair_ddp
 
@@ -102,27 +104,62 @@ def factorize(
     gather = whole if sharded is None else sharded.whole
     edit = None if optimizer is None else optimizers.prepare(optimizer, parameters, optimizer_state, gather)
     factored = time.perf_counter()
-    _commit(model, layers, pairs, shifts, edit, parameters, confirm)
-    after = _sizes(model, layers, plan)
-    return FactorizationReport(
-        rank_plan,
-        *(before[0], after[0]),
-        *(before[1], after[1]),
-        *(before[2], after[2]),
-        seconds={"factors": factored - started, "patch": time.perf_counter() - factored},
-        optimizer="no optimizer" if edit is None else edit.summary,
-        skipped=skipped_parameters(model),
-    )
+    skipped = skipped_parameters(model)
+    reports: list[FactorizationReport] = []
+
+    def settle() -> None:
+        """All that may still fail, while everything can be put back."""
+        after = _sizes(model, layers, plan)
+        reports.append(
+            FactorizationReport(
+                rank_plan,
+                *(before[0], after[0]),
+                *(before[1], after[1]),
+                *(before[2], after[2]),
+                seconds={"factors": factored - started},
+                optimizer="no optimizer" if edit is None else edit.summary,
+                skipped=skipped,
+            )
+        )
+        if confirm is not None:
+            confirm()
+
+    _commit(model, layers, pairs, shifts, edit, parameters, settle)
+    reports[0].seconds["patch"] = time.perf_counter() - factored
+    return reports[0]
 
 
-def merge(model: nn.Module) -> nn.Module:
-    """Turn every LowRankLinear back into the dense class it came from, in place; returns the model.
+def merge(model: nn.Module, where: str = "all", example_inputs: Any = None) -> nn.Module:
+    """Turn LowRankLinears back into the dense class they came from, in place; returns the model.
 
-    The bias Parameters stay the same objects, and the low-rank structure is removed from `model.config`.
+    The bias Parameters stay the same objects, and merged layers are removed from the structure noted in `model.config`.
+
+    Args:
+        where: "all", or "slower": only the layers that are faster dense in inference. They are timed here, eagerly, on the
+            device of `example_inputs` and at their shapes; a few milliseconds for each distinct shape and rank. The others
+            stay pairs, and the model saves and loads like any factorized one. Times differ from process to process: where
+            several hold replicas, let one merge and save.
+        example_inputs: for "slower", what the model is served with: keyword arguments of its forward (as a tokenizer gives
+            them), or a tensor or a tuple of positional ones.
 
     Raises:
-        ValueError: the model has no factorized layer, or factors that are quantized.
+        TypeError: example_inputs of another type.
+        ValueError: the model has no factorized layer, factors that are quantized or hold an adapter; another `where`;
+            "slower" without example_inputs or with inputs with which no factorized layer runs, "all" with some.
     """
+    if where not in ("all", "slower"):
+        raise ValueError(f"where is {where!r}: it must be 'all' or 'slower'")
+    if (example_inputs is None) == (where == "slower"):
+        raise ValueError(
+            "where='slower' times the layers at the shapes that you serve: give a batch of them as example_inputs"
+            if example_inputs is None
+            else "example_inputs are used with where='slower' only: give both or neither"
+        )
+    if example_inputs is not None and not isinstance(example_inputs, (Mapping, tuple, list, torch.Tensor)):
+        raise TypeError(
+            "example_inputs must be keyword arguments of the model's forward, a tensor or a tuple of positional ones, got "
+            f"{type(example_inputs).__name__}"
+        )
     _check_model(model)
     layers = low_rank_layers(model)
     if not layers:
@@ -130,11 +167,38 @@ def merge(model: nn.Module) -> nn.Module:
     if "" in layers:
         raise ValueError("this is a LowRankLinear and not a model that holds some: use layer.to_dense()")
     for name, layer in layers.items():
-        if any(is_quantized(child.weight) for child in (layer.down, layer.up)):
-            raise ValueError(f"the factors of {name} are quantized, and have no product: merge before quantizing")
+        for child in (layer.down, layer.up):
+            if is_quantized(child.weight):
+                raise ValueError(f"the factors of {name} are quantized, and have no product: merge before quantizing")
+            if not isinstance(child, nn.Linear):
+                raise ValueError(
+                    f"a factor of {name} is a {type(child).__name__}, and what it adds would be lost: with PEFT call "
+                    "merge_and_unload() first"
+                )
+    if where == "slower":
+        layers = _slower(model, layers, example_inputs)
     _swap(model, {id(layer): _keep_hooks(layer, layer.to_dense()) for layer in layers.values()})
     write_structure(model)
     return model
+
+
+def _slower(model: nn.Module, layers: Mapping[str, LowRankLinear], inputs: Any) -> dict[str, LowRankLinear]:
+    """The layers that are faster dense, with a log line that says so."""
+    rows = time_inference(model, inputs)
+    if not rows:
+        raise ValueError(
+            f"no factorized layer of {type(model).__name__} runs with these example_inputs: they say nothing of its speed"
+        )
+    slower = set(slower_layers(rows))
+    logger.info(
+        "Cuttlefish: merged %d of %d factorized layers, the ones that are faster dense at these shapes (%d never ran and stay "
+        "pairs). Forward times, dense -> pair:\n%s",
+        len(slower),
+        len(layers),
+        len(layers) - len(rows),
+        "\n".join(timing_table(rows)),
+    )
+    return {name: layer for name, layer in layers.items() if name in slower}
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
@@ -290,6 +354,11 @@ def _validate(model: nn.Module, plan: Mapping[str, int]) -> dict[str, DenseLayer
             continue
         seen[id(module)] = name
         chosen[name] = cast(DenseLayer, module)
+    if lost := lost_when_saved(model, chosen):
+        raise ValueError(
+            f"transformers stores {lost[0]} in another layout or under another name than it has in {type(model).__name__}, and "
+            "its factors would be lost by save_pretrained: leave it out of the plan"
+        )
     return chosen
 
 

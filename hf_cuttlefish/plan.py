@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,8 @@ from typing import Any
 from .layers import check_rank
 
 PLAN_VERSION = 1
+LARGEST_SIZE = 2**40
+"""Of a layer's inputs or outputs in a plan; what is larger was never written by us."""
 
 
 def break_even_rank(in_features: int, out_features: int) -> int:
@@ -69,10 +72,13 @@ class RankPlan(Mapping[str, int]):
                     f"decisions must hold a RankDecision for {name}, got {d!r:.80}; {{name: rank}} can be given to factorize as it is"
                 )
             for size in (d.in_features, d.out_features):
-                if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                    raise ValueError(f"{name} has the size {size!r}: sizes are whole numbers of at least 1")
+                if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= LARGEST_SIZE:
+                    raise ValueError(f"{name} has the size {size!r}: sizes are whole numbers from 1 to {LARGEST_SIZE}")
+            for field_name in ("stable_rank", "predicted_loss_increase"):
+                _check_number(getattr(d, field_name), f"{field_name} of {name}")
             if d.rank is not None:
                 check_rank(d.rank, d.in_features, d.out_features, name)
+        _check_number(self.predicted_loss_increase, "the plan's predicted_loss_increase")
 
     def __eq__(self, other: object) -> bool:
         """Equal to another plan with the same decisions, and to any mapping with the same ranks."""
@@ -113,7 +119,10 @@ class RankPlan(Mapping[str, int]):
         """JSON text; written to `path` as well if one is given."""
         text = json.dumps(self.to_dict(), indent=2)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            # A plan that lies there stays until this one is whole.
+            partial = Path(path).with_name(f".{Path(path).name}.partial")
+            partial.write_text(text + "\n", encoding="utf-8")
+            os.replace(partial, path)
         return text
 
     @classmethod
@@ -147,12 +156,10 @@ class RankPlan(Mapping[str, int]):
     @classmethod
     def from_json(cls, source: str | Path) -> RankPlan:
         """Reads JSON text, or the file at a path. Raises ValueError for what is no plan, FileNotFoundError for no file."""
-        text = (
-            source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text("utf-8")
-        )
         try:
-            data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+            is_text = isinstance(source, str) and source.lstrip().startswith("{")
+            data = json.loads(str(source) if is_text else Path(source).read_text("utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"the plan is no JSON: {error}") from error
         return cls.from_dict(data)
 
@@ -161,6 +168,13 @@ class RankPlan(Mapping[str, int]):
         from .report import plan_table
 
         return "\n".join([plan_table(self), *(f"note: {note}" for note in self.notes)])
+
+
+def _check_number(value: Any, name: str) -> None:
+    """Raises TypeError, naming the field, unless the value is a number that fits a float, or None."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**300
+    if not (value is None or isinstance(value, float) or whole):
+        raise TypeError(f"{name} must be a number or null, got {value!r:.80}")
 
 
 def group_name(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -25,6 +25,9 @@ class FactorizationReport:
         seconds: time of each part of the switch.
         optimizer: what became of the optimizer's state.
         skipped: parameters that are no layers (3-D expert weights) and stayed dense.
+
+    Raises:
+        TypeError: a count that is no whole number, or another field of the wrong type.
     """
 
     plan: RankPlan
@@ -39,6 +42,26 @@ class FactorizationReport:
     skipped: dict[str, int] = field(default_factory=dict)
     step: int | None = None
 
+    def __post_init__(self) -> None:
+        counts = {f.name: getattr(self, f.name) for f in fields(self) if "parameters" in f.name}
+        wrong = [f"{name} {value!r:.80}" for name, value in counts.items() if type(value) is not int or value < 0]
+        wrong += [f"step {self.step!r:.80}"] if not isinstance(self.step, int | None) else []
+        wrong += [f"optimizer {self.optimizer!r:.80}"] if not isinstance(self.optimizer, str) else []
+        for name, kinds in (("seconds", (int, float)), ("skipped", int)):
+            value = getattr(self, name)
+            if not isinstance(value, dict) or not all(isinstance(v, kinds) for v in value.values()):
+                wrong.append(f"{name} {value!r:.80}")
+        if wrong:
+            raise TypeError(f"the report of the switch has values of the wrong type: {', '.join(wrong)}")
+
+    @classmethod
+    def from_dict(cls, plan: RankPlan, data: Mapping[str, Any]) -> FactorizationReport:
+        """Reads what `to_dict` wrote, the plan aside. Raises ValueError for anything else."""
+        try:
+            return cls(plan=plan, **data)
+        except TypeError as error:
+            raise ValueError(f"the saved report of the switch cannot be read: {error!s:.200}") from error
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         result = {k: v for k, v in asdict(self).items() if k != "plan"}
@@ -50,7 +73,7 @@ class FactorizationReport:
             f"Cuttlefish factorized {len(self.plan)} of {len(self.plan.decisions)} target layers"
             + (f" at step {self.step}" if self.step is not None else "")
             + f": {_count(self.parameters_before)} -> {_count(self.parameters_after)} parameters "
-            f"({self.parameters_after / self.parameters_before:.0%}), encoder "
+            f"({self.parameters_after / max(1, self.parameters_before):.0%}), encoder "
             f"{_count(self.encoder_parameters_before)} -> {_count(self.encoder_parameters_after)} "
             f"({self.encoder_parameters_after / max(1, self.encoder_parameters_before):.0%})"
         )

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import optimizer as optimizers
 from .layers import DENSE_TYPES, LowRankLinear, dense_origin, dense_weight
 from .patching import QUANT_METHOD, STRUCTURE_VERSION, low_rank_layers, restructure, write_structure
+from .wrapper import check_not_wrapped, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,9 @@ class CuttlefishLoader(HfQuantizer):
             )
         _check_files(model, ranks, checkpoint_files or ())
         restructure(model, ranks)
+        for layer in low_rank_layers(model).values():
+            # It comes from the file, or is an error; xLSTM's _init_weights takes its gates' biases for granted.
+            layer.down._is_hf_initialized = True  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # From here on it is an ordinary model: nothing about it is quantized.
@@ -87,7 +92,7 @@ class CuttlefishLoader(HfQuantizer):
                 delattr(holder, key)
         for module in model.modules():
             config = getattr(module, "config", None)
-            if config is not None and "_is_quantized" in vars(config):
+            if isinstance(config, PreTrainedConfig) and "_is_quantized" in vars(config):
                 del config._is_quantized
         write_structure(model)
         flags = [getattr(p, "_is_hf_initialized", False) for p in model.parameters()]
@@ -145,6 +150,62 @@ def follow_checkpoints(model: nn.Module, optimizer: Any = None) -> None:
     write_structure(model)  # a dense model made from a factorized one's config must not be saved with its note
 
 
+def save_merged(model: PreTrainedModel, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+    """Save a factorized model as the dense model that it stands for, in a folder that loads without hf_cuttlefish.
+
+    The model itself stays factorized, on its device, and may go on training. Peak memory: the model, and on the CPU the
+    dense weights of its factorized layers; they are multiplied out one layer at a time, so that a device holds one of them.
+
+    Args:
+        model: bare, or as DDP or torch.compile has wrapped it.
+        folder: made if it is missing.
+        kwargs: as of `save_pretrained`: max_shard_size, is_main_process, push_to_hub, ...
+
+    Raises:
+        TypeError: the model has no `save_pretrained` of transformers (for a PEFT model merge its adapters first).
+        ValueError: it has no factorized layer, a layer is on the meta device, or an engine has sharded the model.
+        NotADirectoryError: the folder is a file.
+    """
+    model = unwrap(model)  # type: ignore[assignment]
+    check_not_wrapped(model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"save_merged saves models of transformers, got {type(model).__name__}; of a PEFT model give "
+            "model.merge_and_unload(), of any other module use merge(copy.deepcopy(model))"
+        )
+    layers = low_rank_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no factorized layer to merge: use save_pretrained")
+    for name, layer in layers.items():
+        if layer.up.weight.is_meta or layer.down.weight.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device (left on disk): load the model into memory before merging it"
+            )
+    if os.path.isfile(folder):
+        raise NotADirectoryError(f"{os.fspath(folder)} is a file: give a folder")
+    dense: dict[int, nn.Module] = {}
+    for layer in layers.values():
+        dense[id(layer)] = twin = layer.to_dense()
+        twin.weight = nn.Parameter(twin.weight.detach().cpu(), requires_grad=False)
+    merged = cast(PreTrainedModel, _twin(model, dense, {}))
+    write_structure(merged)
+    merged.save_pretrained(folder, **kwargs)
+
+
+def _twin(module: nn.Module, new: Mapping[int, nn.Module], known: dict[int, Any]) -> nn.Module:
+    """A module of the same tensors, whose structure and configs are its own, with the modules in `new` exchanged (by id)."""
+    if id(module) in new:
+        return new[id(module)]
+    if id(module) not in known:
+        known[id(module)] = twin = copy.copy(module)
+        children = {n: None if c is None else _twin(c, new, known) for n, c in module._modules.items()}
+        twin.__dict__["_modules"] = children
+        for key, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig):
+                twin.__dict__[key] = copy.deepcopy(value, known)
+    return known[id(module)]
+
+
 def _finder(model: nn.Module) -> Callable[[str], str | None]:
     """A function that gives a saved layer's name in this model (see `names_in`), or None."""
     prefix = f"{getattr(model, 'base_model_prefix', '') or ''}."
@@ -166,14 +227,14 @@ def _check_files(model: nn.Module, ranks: Mapping[str, int], files: Iterable[str
     for file in files:
         if not str(file).endswith(".safetensors"):
             continue
-        with safe_open(file, framework="pt") as opened:
+        with _opened(file) as opened:
             keys = [key for key in opened.keys() if key.endswith((".down.weight", ".up.weight"))]  # noqa: SIM118 (no dict)
             for key, renamed in _renamed(model, keys):
                 layer, _, part = renamed.removesuffix(".weight").rpartition(".")
                 name = find(layer)
                 if name is None:
                     continue
-                found = opened.get_slice(key).get_shape()[0 if part == "down" else 1]
+                found = _rank_of(key, part, opened.get_slice(key).get_shape())
                 if name not in ranks:
                     raise ValueError(
                         f"the weights hold factors of {name} (rank {found}), and config.json does not say that it is "
@@ -184,6 +245,14 @@ def _check_files(model: nn.Module, ranks: Mapping[str, int], files: Iterable[str
                         f"config.json says that {name} has rank {ranks[name]}, and the weights hold rank {found}: "
                         f"{_DISAGREE}"
                     )
+
+
+def _opened(file: str) -> Any:
+    """The open file; its header is held against its length before anything is read."""
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file, or was cut off: {error!s:.200}") from error
 
 
 def _follow(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
@@ -229,11 +298,20 @@ def _split(module: nn.Module, key: str) -> tuple[str | None, str]:
 
 def _structure(name: str, parts: Mapping[str, torch.Size]) -> int | None:
     """The rank that one layer's tensors have, None for dense. Raises ValueError where they contradict each other."""
-    ranks = {None if part == "dense" else shape[0 if part == "down" else -1] for part, shape in parts.items()}
+    ranks = {
+        None if part == "dense" else _rank_of(f"{name}.{part}.weight", part, shape) for part, shape in parts.items()
+    }
     if len(ranks) > 1:
         shapes = {part: tuple(shape) for part, shape in parts.items()}
         raise ValueError(f"the weights of {name} do not fit together: {shapes}")
     return ranks.pop()
+
+
+def _rank_of(key: str, part: str, shape: Sequence[int]) -> int:
+    """The rank that a factor of this shape has: (rank, in) for "down", (out, rank) for "up"."""
+    if len(shape) != 2:
+        raise ValueError(f"{key} has the shape {tuple(shape)}: a factor has two dimensions; nothing is loaded")
+    return shape[0 if part == "down" else 1]
 
 
 def _check_shapes(name: str, layer: nn.Module, rank: int | None, parts: Mapping[str, torch.Size]) -> None:
@@ -307,6 +385,8 @@ def _converted(
     for name, (converter, olds) in groups.items():
         try:
             values = converter.convert(name, model=module, config=module.config)
+            if isinstance(values, tuple):
+                values, _ = values  # transformers 5.0 gives its errors beside
         except Exception:  # whatever a conversion makes of an incomplete set
             values = {}
         yield olds, {key: value[0] if isinstance(value, list) else value for key, value in values.items()}

@@ -6,12 +6,18 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Any
 
+import regex  # type: ignore[import-untyped]  # re, with a time limit; transformers brings it
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .config import CuttlefishConfig
 from .layers import DENSE_TYPES, DenseLayer, LowRankLinear, check_rank, dense_weight, is_quantized
+
+PATTERN_SECONDS = 1.0
+"""A regular expression that takes longer on one name is refused."""
 
 
 def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> dict[str, DenseLayer]:
@@ -28,13 +34,21 @@ def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> di
         config: its target_modules, exclude_modules and rank_pattern are read.
 
     Raises:
-        ValueError: a pattern that matches no layer that could be factorized, with the closest names.
+        ValueError: a pattern that matches no layer that could be factorized, with the closest names; PEFT's adapters.
         TypeError: the model is no module, or a target is quantized (packed weights cannot be factorized).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    adapted = next((n for n, m in model.named_modules() if type(m).__module__.startswith("peft.") and n), None)
+    if adapted is not None:
+        raise ValueError(
+            f"{adapted} belongs to PEFT, which trains adapters beside frozen weights: factorize first and add the adapters "
+            "then, or merge_and_unload() them before"
+        )
     config = config or CuttlefishConfig()
     candidates = dict(_candidates(model))
+    for name in lost_when_saved(model, candidates):
+        del candidates[name]
     if config.target_modules == "all-linear":
         inside = _block_names(model)
         # A layer with one input or output (the gate of a shared expert) has no rank at which it would be smaller.
@@ -71,7 +85,35 @@ def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> di
 
 def matches(pattern: str, name: str) -> bool:
     """PEFT's rule for rank_pattern keys: the pattern, as a regular expression, matches the whole name or its ending."""
-    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+    return _is_match(rf"(.*\.)?({pattern})", name)
+
+
+def lost_when_saved(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of the layers whose factors would not come back under their names from `save_pretrained`.
+
+    transformers 5 stores some models in another layout (Kimi's vision tower: q, k and v as one tensor, rows rearranged) or
+    under names that only whole weights get (Inkling 2). Its patterns are not made for factors.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return []
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:  # before transformers knew such changes
+        return []
+    loading = [c for c in get_model_conversion_mapping(model, add_legacy=False) if type(c).__name__ != "PrefixChange"]
+    saving = [c.reverse_transform() for c in loading[::-1]]
+    return [n for n in names if not all(_comes_back(f"{n}.{part}.weight", saving, loading) for part in ("down", "up"))]
+
+
+def _comes_back(key: str, saving: list[Any], loading: list[Any]) -> bool:
+    renamed = key
+    for conversions in (saving, loading):
+        for conversion in conversions:
+            new, match = conversion.rename_source_key(renamed)
+            if match is not None and hasattr(conversion, "operations"):
+                return False  # it would be put together with others, or rearranged
+            renamed = new
+    return renamed == key
 
 
 def skipped_parameters(model: nn.Module) -> dict[str, int]:
@@ -166,7 +208,7 @@ def _matching(
     model: nn.Module, candidates: dict[str, DenseLayer], wanted: str | list[str], field: str
 ) -> dict[str, DenseLayer]:
     def hit(pattern: str, name: str, is_regex: bool) -> bool:
-        return re.fullmatch(pattern, name) is not None if is_regex else name == pattern or name.endswith("." + pattern)
+        return _is_match(pattern, name) if is_regex else name == pattern or name.endswith("." + pattern)
 
     is_regex = isinstance(wanted, str)
     patterns = [wanted] if isinstance(wanted, str) else wanted
@@ -187,6 +229,17 @@ def _matching(
             raise ValueError(f"{field} {pattern!r} matches no module; {_closest(pattern, candidates)}")
         found |= names
     return {name: module for name, module in candidates.items() if name in found}
+
+
+def _is_match(pattern: str, name: str) -> bool:
+    """Whether the pattern matches the whole name. It may come from a file, and some patterns take years to say no."""
+    try:
+        return regex.fullmatch(pattern, name, timeout=PATTERN_SECONDS) is not None
+    except TimeoutError as error:
+        raise ValueError(
+            f"the pattern {pattern!r:.200} takes more than {PATTERN_SECONDS} s on {name!r:.200}: write it without repeats "
+            "inside repeats, or list name endings"
+        ) from error
 
 
 def _closest(pattern: str, names: Iterable[str]) -> str:

@@ -89,7 +89,7 @@ class ShardedModel:
     def reshard(self) -> None:
         """Let every module hold its shards: an evaluation leaves the outermost block's weights whole."""
         for module in self._roots:
-            module.reshard()
+            module.reshard()  # type: ignore[operator]
 
     def from_main(self, layers: Mapping[str, nn.Module], function: Callable[[Mapping[str, nn.Module]], T]) -> T:
         """`Processes.from_main` for a function of the layers, which see whole weights: each is gathered when it is asked for.
@@ -107,7 +107,7 @@ class ShardedModel:
 
         if not processes.is_main:
             while (name := processes.from_main(lambda: None)) is not None:
-                whole(layers[name].weight)  # type: ignore[arg-type]
+                whole(layers[name].weight)
         return processes.from_main(work)
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -120,9 +120,13 @@ class MomentCollector:
             shapes, wanted = {k: tuple(v.shape) for k, v in parts.items()}, self._shapes(name)
             if shapes != wanted:
                 raise ValueError(f"the saved statistics of {name} have the shapes {shapes}, and it needs {wanted}")
-        missing = {"batches", "steps", "terms_total", "losses", "has_loss"} - set(flat)
-        if missing:
-            raise ValueError(f"the saved statistics have no {', '.join(sorted(missing))}")
+        wrong = [
+            key
+            for key in ("batches", "steps", "terms_total", "losses", "has_loss")
+            if key not in flat or flat[key].numel() != 1
+        ]
+        if wrong:
+            raise ValueError(f"the saved statistics have no single number for {', '.join(wrong)}")
         self.sums = sums
         self.batches, self.steps = int(flat["batches"]), int(flat["steps"])
         self.terms_total = float(flat["terms_total"])
@@ -217,6 +221,13 @@ class MomentCollector:
                 s["signal"].addmm_(h.mT, h, alpha=stride)
                 s["metric"].addmm_(x.mT, x, alpha=stride)
                 s["other"].add_(g.square().sum(), alpha=stride)
+
+
+def steps_in(flat: Mapping[str, torch.Tensor]) -> int:
+    """The steps that saved statistics were gathered in. Raises ValueError where they do not say it."""
+    if "steps" not in flat or flat["steps"].numel() != 1:
+        raise ValueError("the saved statistics do not say in how many steps they were gathered")
+    return int(flat["steps"])
 
 
 class _Tap:

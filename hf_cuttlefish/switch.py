@@ -63,6 +63,7 @@ def choose(
         most = max(break_even_rank(n_in, n_out), rank_by_hand(name, config) or 1)
         exact = torch.promote_types(dense_weight(layer).dtype, torch.float32)
         parts[name] = d.shortened(min(most, n_in, n_out), exact)
+        del d  # two matrices in fp64, which would stay while the next layer is worked on
     if flow is not None and config.rank_rule == "loss":
         sizes = {name: s.in_features + s.out_features for name, s in spectra.items()}
         prices = rank_prices(flow.groups(), sizes, bool(flow.compiled))
@@ -165,6 +166,7 @@ def carry_out(
 
     def confirm() -> None:
         nonlocal told
+        forget_compiled()
         told = True
         processes.agree()
         repaired, error = None, None
@@ -191,16 +193,13 @@ def carry_out(
         if not told and not isinstance(error, OtherProcessError):
             processes.agree(error)
         raise
-    if sharded is None:
+    if sharded is None and processes.size > 1:
         _share_optimizer_state(model, optimizer, processes)
-    forget_compiled()
     return report
 
 
 def _share_optimizer_state(model: nn.Module, optimizer: Any, processes: Processes) -> None:
     """The projected state comes out of matrix products, which need not round the same on every device."""
-    if processes.size == 1:
-        return
     state = optimizers.inner_optimizer(optimizer).state
     for pair in low_rank_layers(model).values():
         for parameter in (pair.down.weight, pair.up.weight):

@@ -25,8 +25,8 @@ MIB = 1024 * 1024
 
 _REFUSED = {
     "DataParallel": "nn.DataParallel: start one process for each GPU with torchrun or accelerate launch (DDP)",
-    "FullyShardedDataParallel": "FSDP1, whose flat parameters are fixed when it is built: use DDP",
-    "DeepSpeedEngine": "DeepSpeed, whose partitions are fixed when it is built: use DDP",
+    "FullyShardedDataParallel": "FSDP1, whose flat parameters are fixed when it is built: use FSDP2 (fsdp_version: 2) or DDP",
+    "DeepSpeedEngine": "DeepSpeed, whose partitions are fixed when it is built: use FSDP2 (fsdp_version: 2) or DDP",
 }
 """Engines whose wrappers are known and cannot be repaired, and what to do instead."""
 
@@ -157,7 +157,9 @@ def check_not_wrapped(model: nn.Module, sharded: bool = False) -> None:
                 "or CuttlefishCallback, which handle fully_shard; otherwise change the model before it is sharded"
             )
         if hasattr(parameter, "ds_id"):
-            raise ValueError(f"{name} belongs to DeepSpeed ZeRO-3, which is not supported: use DDP")
+            raise ValueError(
+                f"{name} belongs to DeepSpeed ZeRO-3, which is not supported: use FSDP2 (fsdp_version: 2) or DDP"
+            )
         if type(parameter).__name__ == "FlatParameter" or getattr(parameter, "_fsdp_flattened", False):
             raise ValueError(f"{name} is flattened by {_REFUSED['FullyShardedDataParallel']}")
 

@@ -1,0 +1,89 @@
+"""The learning rate after the switch: the rates of the optimizer, and what its scheduler works out the next ones from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from .optimizer import inner_optimizer
+
+IN_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr")
+"""Rates that an optimizer's groups hold; the last two are OneCycleLR's."""
+IN_SCHEDULERS = ("base_lrs", "max_lrs", "min_lrs", "default_min_lr", "eta_min", "_last_lr")
+"""Rates that a scheduler holds. All of them are saved in its state_dict, so that a resumed run has them scaled already."""
+
+
+def check_can_scale(optimizer: Any, scheduler: Any) -> None:
+    """Raises unless `scale_learning_rate` would last: what a scheduler works out next must follow from what is scaled.
+
+    Raises:
+        TypeError: no scheduler that is known.
+        ValueError: a scheduler of another optimizer, one that drives the optimizer and was not given, or an optimizer that
+            sets its rate by itself.
+    """
+    inner = inner_optimizer(optimizer)
+    if any(group.get("lr") is None for group in inner.param_groups):
+        raise ValueError(
+            f"learning_rate_scale needs a learning rate, and {type(inner).__name__} finds its own (lr is None): give it one, "
+            "or leave learning_rate_scale at 1"
+        )
+    if scheduler is None:
+        if any("initial_lr" in group for group in inner.param_groups):
+            raise ValueError(
+                "learning_rate_scale: a scheduler drives this optimizer (its groups have an initial_lr) and would undo the "
+                "scaling at its next step: pass it, Cuttlefish(..., scheduler=scheduler)"
+            )
+        return
+    for part in _parts(scheduler):
+        if not isinstance(part, LRScheduler) and not hasattr(part, "min_lrs"):  # the latter: transformers' GreedyLR
+            raise TypeError(
+                f"scheduler is a {type(part).__module__}.{type(part).__name__}: learning_rate_scale knows the schedulers of "
+                "torch.optim.lr_scheduler and transformers"
+            )
+        if inner_optimizer(part.optimizer) is not inner:
+            raise ValueError(
+                f"the scheduler ({type(part).__name__}) drives another optimizer than the one given: pass the scheduler of "
+                "this optimizer"
+            )
+
+
+def scale_learning_rate(optimizer: Any, scheduler: Any, scale: float) -> str:
+    """Multiply the rate of every group, now and in all that the scheduler will set, by `scale`; returns a line to tell.
+
+    Raises:
+        TypeError, ValueError: as `check_can_scale`; nothing has been changed then.
+    """
+    check_can_scale(optimizer, scheduler)
+    groups = inner_optimizer(optimizer).param_groups
+    before = float(groups[0]["lr"])
+    holders: list[tuple[dict[str, Any], tuple[str, ...]]] = [(group, IN_GROUPS) for group in groups]
+    holders += [(vars(part), IN_SCHEDULERS) for part in (_parts(scheduler) if scheduler is not None else ())]
+    # One tensor may stand in several places: all products are worked out before the first is written.
+    scaled = [
+        (holder, name, _times(holder[name], scale))
+        for holder, names in holders
+        for name in names
+        if holder.get(name) is not None
+    ]
+    for holder, name, value in scaled:
+        if name == "lr" and isinstance(holder[name], torch.Tensor):
+            holder[name].copy_(value)  # a compiled or captured step reads this very tensor
+        else:
+            holder[name] = value
+    return f"learning rate times {scale:g} from here on ({before:.3g} -> {float(groups[0]['lr']):.3g})"
+
+
+def _times(rates: Any, scale: float) -> Any:
+    return [rate * scale for rate in rates] if isinstance(rates, (list, tuple)) else rates * scale
+
+
+def _parts(scheduler: Any) -> Iterator[Any]:
+    """The scheduler inside Accelerate's wrapper, and those that it is made of."""
+    while type(scheduler).__module__.startswith("accelerate.") and hasattr(scheduler, "scheduler"):
+        scheduler = scheduler.scheduler
+    yield scheduler
+    for part in getattr(scheduler, "_schedulers", ()):
+        yield from _parts(part)

@@ -1,0 +1,97 @@
+"""Trainer and Accelerate under FSDP2, run by torchrun: fsdp_trainer.py FOLDER. Rank 0 writes FOLDER/results.json.
+
+Accelerate leaves FSDP out, without a word, where it finds no GPU. It is told that this is one here; everything after that
+is its own and torch's real FSDP2, on gloo. Each result says whether FSDP was really on.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from loops import tiny_bert
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from trainers import UNTIL_KILLED, Rows
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+from hf_cuttlefish import CuttlefishCallback
+
+STEPS = 10
+
+
+def trainer(
+    folder: Path, kind: str, resume: str | None = None, seed: int = 0, **changes: Any
+) -> tuple[Trainer, CuttlefishCallback]:
+    sharding = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"], "state_dict_type": kind}
+    sharding |= {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
+    options: dict[str, Any] = {
+        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "adam_epsilon": 1e-3,
+        "logging_steps": 1, "save_strategy": "steps", "save_steps": 2, "seed": 1, "use_cpu": True, "report_to": [], "disable_tqdm": True,
+        "average_tokens_across_devices": False, "fsdp": "full_shard auto_wrap", "fsdp_config": sharding,
+        "resume_from_checkpoint": resume, **changes,
+    }  # fmt: skip
+    args = TrainingArguments(**options)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    callback = CuttlefishCallback(UNTIL_KILLED)
+    return Trainer(
+        model=tiny_bert(seed), args=args, train_dataset=Rows(), eval_dataset=Rows(8), callbacks=[callback]
+    ), callback
+
+
+def run(folder: Path, kind: str, resume: str | None = None, seed: int = 0) -> dict[str, Any]:
+    made, callback = trainer(folder, kind, resume, seed)
+    made.train(resume_from_checkpoint=resume)
+    return {
+        "on": made.accelerator.distributed_type == "FSDP"
+        and all(isinstance(p, DTensor) for p in made.model.parameters()),
+        "losses": [r["loss"] for r in made.state.log_history if "loss" in r],
+        "switched": callback.switch_step,
+        "plan": dict(callback.plan or {}),
+        "shards": [p.to_local().double().sum().item() for p in made.model.parameters()],
+    }
+
+
+def best_model(folder: Path) -> str:
+    made, _ = trainer(
+        folder,
+        "FULL_STATE_DICT",
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )
+    try:
+        made.train()
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    results: dict[str, Any] = {"best": best_model(folder / "best")}
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        results[kind] = run(folder / kind, kind)
+        for step in (4, 6, 8):
+            results[f"{kind} {step}"] = run(folder / "again", kind, str(folder / kind / f"checkpoint-{step}"), seed=9)
+    whole = AutoModelForSequenceClassification.from_pretrained(folder / "FULL_STATE_DICT" / f"checkpoint-{STEPS}")
+    results["loaded"] = [p.double().sum().item() for p in whole.parameters()]
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, results)
+    if dist.get_rank() == 0:
+        (folder / "results.json").write_text(json.dumps(everywhere), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
