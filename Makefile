@@ -14,10 +14,11 @@ export TOKENIZERS_PARALLELISM := false
 
 INSTALLED := $(VENV)/.installed
 INSTALLED_NOTEBOOKS := $(VENV)/.installed-notebooks
-CHECKED := hf_cuttlefish examples $(wildcard tests benchmarks)
+INSTALLED_DOCS := $(VENV)/.installed-docs
+CHECKED := hf_cuttlefish examples $(wildcard tests benchmarks notebooks)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: help venv demo test lint types format notebooks clean
+.PHONY: help venv demo test lint types format notebooks docs nightly clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -58,13 +59,22 @@ $(INSTALLED_NOTEBOOKS): $(INSTALLED)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
 	touch $@
 
-ifeq ($(NOTEBOOKS),)
-notebooks:
-	@echo "no notebooks to execute"
-else
-notebooks: $(INSTALLED_NOTEBOOKS)  ## execute the notebooks
-	$(RUN) -m nbconvert --to notebook --execute --output-dir runs/notebooks $(NOTEBOOKS)
-endif
+notebooks: $(INSTALLED_NOTEBOOKS)  ## execute the notebooks into runs/notebooks, and check what came of them
+	$(RUN) -m nbconvert --log-level WARN --to notebook --execute --output-dir runs/notebooks $(NOTEBOOKS)
+	$(RUN) notebooks/check.py runs/notebooks
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(INSTALLED_DOCS)  ## build the documentation into runs/site; any warning is an error
+	$(RUN) -m mkdocs build --strict
+
+nightly: $(INSTALLED)  ## the long forms: kill 200 runs and resume them, spoil 10,000 files, try every model class
+	$(RUN) benchmarks/kill.py --kills 200 --disk 40 --out runs/kill.json
+	$(RUN) benchmarks/fuzz.py --mutations 10000 --out runs/fuzz.json
+	$(RUN) benchmarks/compatibility.py --out runs/compatibility.json
 
 clean:  ## remove the virtual environment and the caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -30,7 +30,7 @@ ENVIRONMENT = {
     **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"},
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
 }
-LIMIT = 240
+LIMIT = 480
 """Seconds that a launch may take on a busy machine; usual are 15 to 60."""
 
 ON_THEIR_OWN = {"autocast", "frozen layers", "ranks by singular values", "ranks by shape", "switch found"}
@@ -335,6 +335,36 @@ def test_shards_that_have_copies_stay_equal(tmp_path):
     check_as_unsharded(everywhere, tensors, "copies of shards", {})
     here = [results["copies of shards"]["numbers here"] for results, _ in everywhere]
     assert here[:2] == here[2:] and sum(here[:2]) == everywhere[0][0]["copies of shards"]["parameters"]
+
+
+@pytest.fixture(scope="module")
+def trained_sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp")
+    launch(2, str(SCRIPTS / "fsdp_trainer.py"), str(folder))
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_trainer_switches_and_resumes_under_fsdp2(trained_sharded, trained, kind):
+    """Switch, save, resume before, at and after the switch: the same losses as under DDP, and the same shards in the end."""
+    for everywhere in trained_sharded:
+        run = everywhere[kind]
+        assert run["on"] and run["switched"] == trainers.SWITCH and len(run["plan"]) == 12
+        assert run["losses"] == pytest.approx(trained[0][0]["plain"]["losses"], abs=1e-4)
+        for step in (4, 6, 8):
+            again = everywhere[f"{kind} {step}"]
+            assert again["on"] and again["switched"] == trainers.SWITCH and again["plan"] == run["plan"]
+            assert again["losses"] == run["losses"] and again["shards"] == run["shards"]
+
+
+def test_an_fsdp2_checkpoint_loads_with_automodel(trained_sharded):
+    shards = [everywhere["FULL_STATE_DICT"]["shards"] for everywhere in trained_sharded]
+    assert trained_sharded[0]["loaded"] == pytest.approx([sum(parts) for parts in zip(*shards, strict=True)], abs=1e-6)
+
+
+def test_fsdp2_refuses_to_go_back_to_a_best_model(trained_sharded):
+    for everywhere in trained_sharded:
+        assert "load_best_model_at_end" in everywhere["best"] and "from_pretrained" in everywhere["best"]
 
 
 # --- examples ---
