@@ -18,6 +18,7 @@ Processes are forked from one that has imported everything, so that a run takes 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import platform
@@ -57,6 +58,8 @@ NOBODY = 65534
 """A user without rights."""
 LIMIT = 120
 """Seconds after which a run counts as hung."""
+GRACE = 15
+"""Seconds that the other process may take to end once one has been killed; torchrun gives it less."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- jobs
@@ -202,6 +205,7 @@ def _watch(children: list[int], reader: int, fault: Fault | None, typical: Run |
     events: list[tuple[float, str]] = []
     started, due, sent, rest = time.monotonic(), None, False, b""
     waiting, codes = set(children), []
+    alone_since: float | None = None
     kill = fault if fault is not None and fault.kind in SIGNALS else None
     talking = True
     while waiting or talking:
@@ -223,6 +227,10 @@ def _watch(children: list[int], reader: int, fault: Fault | None, typical: Run |
             if done:
                 waiting.discard(pid)
                 codes.append(status)
+                alone_since = time.monotonic()
+        if sent and waiting and alone_since is not None and time.monotonic() - alone_since > GRACE:
+            for pid in waiting:  # as torchrun does; a process that looks for the dead one may wait for half an hour
+                os.kill(pid, signal.SIGKILL)
         if time.monotonic() - started > LIMIT:
             for pid in waiting:
                 os.kill(pid, signal.SIGKILL)
@@ -259,6 +267,7 @@ def _child(
         log = os.open(folder.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        faulthandler.dump_traceback_later(0.8 * LIMIT, file=log)  # of a run that hangs
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         trainers = _observe(writer, fault, folder)

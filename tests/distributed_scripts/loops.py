@@ -564,8 +564,8 @@ def refused_options() -> str:
 
 
 def refused_engines() -> str:
-    """FSDP1, FSDP2 and nn.DataParallel, by wrapper and by the model inside."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    """FSDP1 and nn.DataParallel, by wrapper and by the model inside."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
     verdicts = []
 
@@ -573,11 +573,6 @@ def refused_engines() -> str:
         optimizer = torch.optim.AdamW(model.parameters())
         verdicts.append(expect(ValueError, words, call=lambda: Cuttlefish(model, optimizer, config(), total_steps=9)))
 
-    sharded = tiny_bert()
-    for block in sharded.bert.encoder.layer:
-        fully_shard(block)
-    fully_shard(sharded)
-    refused(sharded, "FSDP2")
     inner = tiny_bert()
     whole = FullyShardedDataParallel(inner, use_orig_params=True, device_id=torch.device("cpu"))
     refused(whole, "FSDP1")
