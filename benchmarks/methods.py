@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, RankPlan, estimate_ranks, factorize
 from hf_cuttlefish.factorization import GRADIENT_DAMPING, INPUT_DAMPING, Decomposition, LayerMoments, cut, decompose
-from hf_cuttlefish.layers import dense_weight
+from hf_cuttlefish.layers import LowRankLinear, dense_weight
 from hf_cuttlefish.patching import low_rank_layers
 from hf_cuttlefish.plan import RankDecision, break_even_rank
 from hf_cuttlefish.ranks import LayerSpectrum, allowed_rank, plan_ranks, random_matrix_scale
@@ -72,7 +72,13 @@ class Product(Method):
     def start(self, training: Training) -> None:
         """Attach to the model and its optimizer."""
         config = self.config(training)
-        self.cuttlefish = Cuttlefish(training.model, training.optimizer, config, total_steps=training.total_steps)
+        self.cuttlefish = Cuttlefish(
+            training.model,
+            training.optimizer,
+            config,
+            total_steps=training.total_steps,
+            scheduler=training.scheduler,
+        )
 
     def due(self, training: Training) -> bool:
         """True at the step of the switch, and where stable ranks alone decide, at every step that may be it."""
@@ -148,10 +154,9 @@ class OneShot(Method):
         if self.decay == 0 or training.step < self.switch_step:
             return
         for layer in low_rank_layers(training.model).values():
-            up, down = layer.up.weight, layer.down.weight
-            with torch.no_grad():
-                up.grad.add_(up @ (down @ down.mT), alpha=self.decay)
-                down.grad.add_((up.mT @ up) @ down, alpha=self.decay)
+            by_up, by_down = product_gradients(layer)
+            layer.up.weight.grad.add_(by_up, alpha=self.decay)
+            layer.down.weight.grad.add_(by_down, alpha=self.decay)
 
     def due(self, training: Training) -> bool:
         """True at the step of the switch."""
@@ -218,6 +223,13 @@ class Lora(Method):
             r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=list(find_targets(model)), modules_to_save=full
         )
         return get_peft_model(model, config)
+
+
+@torch.no_grad()
+def product_gradients(layer: LowRankLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of ||up down||_F^2 / 2 by `up` and by `down`, without the product (Khodak et al., arXiv 2105.01029)."""
+    up, down = layer.up.weight, layer.down.weight
+    return up @ (down @ down.mT), (up.mT @ up) @ down
 
 
 def in_metric(weight: torch.Tensor, moments: LayerMoments, metric: str) -> LayerMoments:

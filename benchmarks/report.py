@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 Record = dict[str, Any]
@@ -23,6 +24,13 @@ LABELS = {
     "whitened_after": "whitened SVD after 2/3",
     "lora": "LoRA (merged size)",
 }
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#D55E00", "#F0E442")
+"""Okabe and Ito's, which colour-blind readers tell apart; markers differ as well."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+YOUNG = 0.2
+"""Share of the run before which a switch counts as early in the calibration."""
+FELL = 3e-4
+"""Measured increases of the loss below this (it may also fall) are drawn at the lower edge of the calibration."""
 
 
 def write_report(folder: Path) -> None:
@@ -321,6 +329,65 @@ def _ablation_table(records: list[Record], dense: dict[Any, Record]) -> str:
     return _table((*header, "loss against full rank", *datasets), (row(groups[k]) for k in ordered))
 
 
+def _latest_switch_table(records: list[Record]) -> str:
+    """Validation split, by how late the switch was allowed to come."""
+
+    def latest(r: Record) -> float:
+        return r["options"].get("latest_switch", 0.4)
+
+    def row(members: list[Record]) -> list[str]:
+        shares = sorted(r["switch_share"] for r in members)
+        return [
+            f"{latest(members[0]):g}",
+            f"{shares[0]:.0%} to {shares[-1]:.0%}" if shares[0] < shares[-1] else f"{shares[0]:.0%}",
+            _show(100 * r["validation"]["accuracy"] for r in members),
+            _show((r["validation"]["loss"] for r in members), 3),
+            str(len(members)),
+        ]
+
+    groups = _grouped(records, latest)
+    header = ("latest_switch", "switched at", "accuracy", "loss", "seeds")
+    return _table(header, (row(groups[key]) for key in sorted(groups)))
+
+
+def _after_switch_table(tuned: list[Record], branches: list[Record]) -> str:
+    """Differences on the validation split that a changed low-rank phase makes, run by run, to the same run without it."""
+    rows: dict[tuple[Any, ...], list[tuple[float, float]]] = defaultdict(list)
+
+    def note(key: tuple[Any, ...], record: Record, base: Record) -> None:
+        a, b = record["validation"], base["validation"]
+        rows[key].append((100 * (a["accuracy"] - b["accuracy"]), a["loss"] - b["loss"]))
+
+    def identity(r: Record, options: dict[str, Any]) -> tuple[Any, ...]:
+        return r["dataset"], r["budget"], r["seed"], json.dumps(options, sort_keys=True)
+
+    plain = {identity(r, r["options"]): r for r in tuned}
+    for r in tuned:
+        others = {k: v for k, v in r["options"].items() if k != "lr_after"}
+        if "lr_after" in r["options"] and (base := plain.get(identity(r, others))) is not None:
+            setting = f"learning rate x {r['options']['lr_after']:g}"
+            where = "H100, bf16", f"{base['switch_share']:.0%}"
+            note((r["dataset"], r["budget"], setting, *where), r, base)
+    unchanged = {"learning_rate_scale": 1.0, "frobenius_decay": None}
+    bases = {identity(r, {}): r for r in branches if r["setting"] == unchanged}
+    for r in branches:
+        if r["setting"] == unchanged or (base := bases.get(identity(r, {}))) is None:
+            continue
+        scale, decay = r["setting"]["learning_rate_scale"], r["setting"]["frobenius_decay"]
+        setting = f"learning rate x {scale:.3g}" if decay is None else f"Frobenius decay {decay:g}"
+        note((r["dataset"], r["budget"], setting, "CPU, fp32", f"{r['switch_step'] / r['steps']:.0%}"), r, base)
+    return _table(
+        ("data", "budget", "low-rank phase", "on", "switch at", "accuracy, points", "loss", "seeds"),
+        (
+            (
+                *(dataset, f"{budget:.3f}", setting, device, at),
+                *(_show((a for a, _ in found), sign=True), _show((b for _, b in found), 3, sign=True), str(len(found))),
+            )
+            for (dataset, budget, setting, device, at), found in sorted(rows.items())
+        ),
+    )
+
+
 def _options(record: Record) -> str:
     return ", ".join(f"{k}={v}" for k, v in record["options"].items())
 
@@ -352,8 +419,9 @@ def _plot_sizes(records: list[Record], path: Path) -> None:
     """Accuracy by the share of the target parameters kept, a line for each method."""
     figure, axes = _axes()
     methods = [m for m in LABELS if any(r["method"] == m for r in records)]
-    colours = {m: f"C{i}" for i, m in enumerate(m for m in methods if m not in ("dense", "cuttlefish"))}
-    colours = {m: "C9" if c == "C3" else c for m, c in colours.items()} | {"dense": "black", "cuttlefish": "red"}
+    others = [m for m in methods if m not in ("dense", "cuttlefish")]
+    looks = {m: (COLOURS[i % 8], MARKERS[i % 8]) for i, m in enumerate(others)}
+    looks |= {"dense": ("black", ""), "cuttlefish": ("black", "o")}
     for method in methods:
         groups = _grouped((r for r in records if r["method"] == method), _method_key)
         points = {
@@ -364,9 +432,10 @@ def _plot_sizes(records: list[Record], path: Path) -> None:
             axes.axhline(points[method, 0.0][1], color="black", linewidth=1, linestyle="--", label=LABELS[method])
             continue
         own = method == "cuttlefish"
-        style = {"color": colours[method], "linewidth": 2.4 if own else 1.2, "zorder": 3 if own else 2, "capsize": 2}
+        colour, usual = looks[method]
+        style = {"color": colour, "linewidth": 2.4 if own else 1.2, "zorder": 3 if own else 2, "capsize": 2}
         free = points.pop((method, 0.0), None) if own else None
-        for label, marker, line in ((LABELS[method], "o", sorted(points.values())), ("our default", "*", [free])):
+        for label, marker, line in ((LABELS[method], usual, sorted(points.values())), ("our default", "*", [free])):
             if not line or line[0] is None:
                 continue
             xs, ys, errors = zip(*line, strict=True)
@@ -385,32 +454,63 @@ def _plot_sizes(records: list[Record], path: Path) -> None:
 
 
 def _plot_calibration(records: list[Record], path: Path) -> None:
-    """Predicted increase of the loss against the increase measured at the switch."""
-    figure, axes = _axes()
-    colours = {d: f"C{i}" for i, d in enumerate(_unique(r["dataset"] for r in records))}
-    for dataset, colour in colours.items():
-        chosen = [r for r in records if r["dataset"] == dataset]
-        xs = [r["method_notes"]["predicted_loss_increase"] for r in chosen]
-        for i, (split, marker) in enumerate((("train", "x"), ("validation", "o"))):
-            ys = [_measured(r)[i] for r in chosen]  # type: ignore[index]
-            axes.scatter(xs, ys, marker=marker, color=colour, s=22, alpha=0.7, label=f"{dataset}, {split}")
-    low = min(r["method_notes"]["predicted_loss_increase"] for r in records)
-    high = max(r["method_notes"]["predicted_loss_increase"] for r in records)
-    line = [max(low, 1e-6), max(high, 1e-5)]
-    axes.plot(line, line, color="black", linewidth=1, label="measured = predicted")
-    axes.set_xscale("log")
-    axes.set_yscale("symlog", linthresh=1e-3)
-    axes.set_xlabel("predicted increase of the loss")
-    axes.set_ylabel("measured increase at the switch")
-    axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
+    """Predicted increase of the loss against the increase measured at the switch, on both splits."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9.6, 4.6), sharex=True, sharey=True, layout="constrained")
+    datasets = _unique(r["dataset"] for r in records)
+    for i, (axes, split) in enumerate(zip(panels, ("training rows", "validation split"), strict=True)):
+        for dataset, colour, marker in zip(datasets, COLOURS, MARKERS, strict=False):
+            for r in (r for r in records if r["dataset"] == dataset):
+                x, y = r["method_notes"]["predicted_loss_increase"], _measured(r)[i]  # type: ignore[index]
+                fill = "none" if r["switch_share"] < YOUNG - 0.005 else colour
+                shape = marker if y > FELL else "$\\downarrow$"
+                axes.plot(x, max(y, FELL), linestyle="", marker=shape, color=colour, markerfacecolor=fill, alpha=0.8)
+        ends = [min(r["method_notes"]["predicted_loss_increase"] for r in records), 0.2]
+        axes.plot(ends, ends, color="black", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=FELL * 0.8)
+        axes.set_title(split)
+        axes.set_xlabel("predicted increase of the loss")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("measured increase at the switch")
+    keys = [
+        Line2D([], [], linestyle="", marker=marker, color=colour, label=dataset)
+        for dataset, colour, marker in zip(datasets, COLOURS, MARKERS, strict=False)
+    ]
+    early = f"hollow: switched before {YOUNG:.0%} of the run"
+    keys += [
+        Line2D([], [], linestyle="", marker="o", color="grey", markerfacecolor="none", label=early),
+        Line2D([], [], linestyle="", marker="$\\downarrow$", color="grey", label=f"less than {FELL:g}, or it fell"),
+        Line2D([], [], color="black", linewidth=1, label="measured = predicted"),
+    ]
+    figure.legend(handles=keys, fontsize=8, ncols=3, loc="outside lower center")
     _save(figure, path)
+
+
+def _calibration_ratios(records: list[Record]) -> str:
+    """Median of measured over predicted increase, by data set and by the share of the run at which the switch came."""
+    shares = ((0.0, 0.15), (0.15, 0.25), (0.25, 1.0))
+
+    def cell(dataset: str, low: float, high: float) -> str:
+        chosen = [r for r in records if r["dataset"] == dataset and low <= r["switch_share"] < high]
+        pairs = [(_measured(r)[1], r["method_notes"]["predicted_loss_increase"]) for r in chosen]  # type: ignore[index]
+        return f"{median(measured / predicted for measured, predicted in pairs):.1f} (n {len(pairs)})" if pairs else ""
+
+    rows = [[d, *(cell(d, *ends) for ends in shares)] for d in _unique(r["dataset"] for r in records)]
+    return _table(("data", *(f"switch at {low:.0%} to {high:.0%}" for low, high in shares)), rows)
 
 
 def _plot_switch(records: list[Record], dense: dict[Any, Record], path: Path) -> None:
     """Difference from full rank by the time of the switch."""
     figure, axes = _axes()
-    for budget in sorted({r["budget"] for r in records}, reverse=True):
+    budgets = sorted({r["budget"] for r in records}, reverse=True)
+    for budget, colour, marker in zip(budgets, COLOURS, MARKERS, strict=False):
         groups = _grouped((r for r in records if r["budget"] == budget), lambda r: r["options"]["switch"])
         points = []
         for at in sorted(groups):
@@ -419,9 +519,9 @@ def _plot_switch(records: list[Record], dense: dict[Any, Record], path: Path) ->
                 points.append((100 * at, *mean_and_error(values)))
         if points:
             xs, ys, errors = zip(*points, strict=True)
-            axes.errorbar(
-                xs, ys, [0 if math.isnan(e) else e for e in errors], marker="o", capsize=2, label=f"{budget:.3f} kept"
-            )
+            errors = [0 if math.isnan(e) else e for e in errors]
+            style = {"color": colour, "marker": marker, "capsize": 2, "label": f"{budget:.3f} kept"}
+            axes.errorbar(xs, ys, errors, **style)
     axes.axhline(0, color="black", linewidth=1, linestyle="--")
     axes.set_xlabel("switch, % of the run")
     axes.set_ylabel("accuracy against full rank, points")
