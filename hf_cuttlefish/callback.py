@@ -83,7 +83,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         if model is not None:
             follow_checkpoints(model, kwargs.get("optimizer"))
             if _is_to_be_sharded(args):
-                _shape_like_checkpoint(model, args)
+                _shape_like_checkpoint(model, args, type(self).__name__)
 
     def on_train_begin(
         self,
@@ -229,7 +229,7 @@ def _is_to_be_sharded(args: TrainingArguments) -> bool:
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
 
 
-def _shape_like_checkpoint(model: nn.Module, args: TrainingArguments) -> None:
+def _shape_like_checkpoint(model: nn.Module, args: TrainingArguments, name: str) -> None:
     """Factorize as the checkpoint to be resumed is, before FSDP shards the model: its weights are loaded afterwards."""
     folder = args.resume_from_checkpoint
     if isinstance(folder, bool) or str(folder).lower() in ("true", "1"):
@@ -237,7 +237,7 @@ def _shape_like_checkpoint(model: nn.Module, args: TrainingArguments) -> None:
     path = Path(str(folder)) / TRAINER_STATE_NAME
     if folder is None or not path.is_file():
         return
-    saved = _callback_state(TrainerState.load_from_json(str(path)), CuttlefishCallback.__name__)
+    saved = _callback_state(TrainerState.load_from_json(str(path)), name)
     if saved and saved["plan"]:
         restructure(model, dict(RankPlan.from_dict(saved["plan"])))
 

@@ -58,6 +58,7 @@ def last_whole_checkpoint(output_dir: str | os.PathLike[str], processes: int | N
 def what_is_missing(folder: str | os.PathLike[str], processes: int = 1) -> str | None:
     """Why a run can't go on exactly from this checkpoint, or None if it can.
 
+    For what Trainer itself writes, FSDP's checkpoints among it; DeepSpeed's have a layout of their own and are not known here.
     Looked at: trainer_state.json (written last of all), weights, optimizer, scheduler, the random state of each process, and
     our statistics where they were being gathered. A file that was cut off is found by its header or its end.
     """
@@ -75,7 +76,12 @@ def what_is_missing(folder: str | os.PathLike[str], processes: int = 1) -> str |
     for part in sharded:
         if not (part / ".metadata").is_file():  # torch.distributed.checkpoint writes it last
             return f"{part.name} holds no .metadata"
-    names = [] if sharded else [*_weights(folder), "optimizer.pt", "scheduler.pt"]
+    if sharded:
+        names = ["scheduler.pt"]
+    elif (folder / "pytorch_model_fsdp.bin").exists():  # FSDP with FULL_STATE_DICT
+        names = ["pytorch_model_fsdp.bin", "optimizer.bin", "scheduler.pt"]
+    else:
+        names = [*_weights(folder), "optimizer.pt", "scheduler.pt"]
     names += ["scaler.pt"] if (folder / "scaler.pt").exists() else []
     names += ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
     for name in names:

@@ -138,9 +138,9 @@ class Cuttlefish:
         """Find the engine. DDP may come later (a loop that prepares the model afterwards): the first step looks again."""
         if low_rank_layers(self.model):
             return  # nothing will be changed, so any engine is fine
-        check_not_wrapped(self.model, sharded=True)
-        check_optimizer(self.optimizer)
         self.sharded = find_fully_shard(self.model)
+        check_not_wrapped(self.model, sharded=self.sharded is not None)
+        check_optimizer(self.optimizer)
         self.ddp = find_ddp(self.model)
         if self.ddp is not None:
             self.processes = Processes(self.ddp.process_group)
@@ -382,6 +382,10 @@ class Cuttlefish:
             )
         if plan is None and present:
             raise ValueError("the saved run had not switched, but the model here is factorized already")
+        report = None
+        if state["report"] is not None and plan is not None:
+            report = FactorizationReport.from_dict(plan, state["report"])
+        history = StableRankHistory.from_dict(state["history"])
         if self._collector is not None:
             self._collector.stop()
             self._collector = None
@@ -389,9 +393,7 @@ class Cuttlefish:
         self.global_step = state["global_step"]
         self.switch_step, self.reason = state["switch_step"], state["reason"]
         self._switch_at, self._finished = state["switch_at"], bool(state["finished"])
-        if state["report"] is not None and plan is not None:
-            self.report = FactorizationReport.from_dict(plan, state["report"])
-        self._history = StableRankHistory.from_dict(state["history"])
+        self.report, self._history = report, history
         self._history.ranks = dict(sorted(self._history.ranks.items(), key=lambda item: order.get(item[0], -1)))
         self._tracker.forget()
         if state["gathering"] and not self._finished and self._switch_at is not None:

@@ -10,8 +10,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .optimizer import inner_optimizer
 
-IN_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr")
-"""Rates that an optimizer's groups hold; the last two are OneCycleLR's."""
+IN_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+"""Rates that an optimizer's groups hold; the third and fourth are OneCycleLR's, the last is SWALR's."""
 IN_SCHEDULERS = ("base_lrs", "max_lrs", "min_lrs", "default_min_lr", "eta_min", "_last_lr")
 """Rates that a scheduler holds. All of them are saved in its state_dict, so that a resumed run has them scaled already."""
 

@@ -166,6 +166,16 @@ def merge(model: nn.Module, where: str = "all", example_inputs: Any = None) -> n
         raise ValueError(f"{type(model).__name__} has no factorized layer to merge")
     if "" in layers:
         raise ValueError("this is a LowRankLinear and not a model that holds some: use layer.to_dense()")
+    check_mergeable(layers)
+    if where == "slower":
+        layers = _slower(model, layers, example_inputs)
+    _swap(model, {id(layer): _keep_hooks(layer, layer.to_dense()) for layer in layers.values()})
+    write_structure(model)
+    return model
+
+
+def check_mergeable(layers: Mapping[str, LowRankLinear]) -> None:
+    """Raises ValueError, naming the layer, for factors that are quantized or hold an adapter."""
     for name, layer in layers.items():
         for child in (layer.down, layer.up):
             if is_quantized(child.weight):
@@ -175,11 +185,6 @@ def merge(model: nn.Module, where: str = "all", example_inputs: Any = None) -> n
                     f"a factor of {name} is a {type(child).__name__}, and what it adds would be lost: with PEFT call "
                     "merge_and_unload() first"
                 )
-    if where == "slower":
-        layers = _slower(model, layers, example_inputs)
-    _swap(model, {id(layer): _keep_hooks(layer, layer.to_dense()) for layer in layers.values()})
-    write_structure(model)
-    return model
 
 
 def _slower(model: nn.Module, layers: Mapping[str, LowRankLinear], inputs: Any) -> dict[str, LowRankLinear]:

@@ -24,7 +24,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import optimizer as optimizers
 from .layers import DENSE_TYPES, LowRankLinear, dense_origin, dense_weight
-from .patching import QUANT_METHOD, STRUCTURE_VERSION, low_rank_layers, restructure, write_structure
+from .patching import (
+    QUANT_METHOD,
+    STRUCTURE_VERSION,
+    check_mergeable,
+    low_rank_layers,
+    restructure,
+    write_structure,
+)
 from .wrapper import check_not_wrapped, unwrap
 
 logger = logging.getLogger(__name__)
@@ -163,7 +170,8 @@ def save_merged(model: PreTrainedModel, folder: str | os.PathLike[str], **kwargs
 
     Raises:
         TypeError: the model has no `save_pretrained` of transformers (for a PEFT model merge its adapters first).
-        ValueError: it has no factorized layer, a layer is on the meta device, or an engine has sharded the model.
+        ValueError: it has no factorized layer, a layer is on the meta device, a factor is quantized or holds an adapter, or an
+            engine has sharded the model.
         NotADirectoryError: the folder is a file.
     """
     model = unwrap(model)  # type: ignore[assignment]
@@ -176,6 +184,7 @@ def save_merged(model: PreTrainedModel, folder: str | os.PathLike[str], **kwargs
     layers = low_rank_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no factorized layer to merge: use save_pretrained")
+    check_mergeable(layers)
     for name, layer in layers.items():
         if layer.up.weight.is_meta or layer.down.weight.is_meta:
             raise ValueError(

@@ -272,12 +272,17 @@ def _groups(module: nn.Module) -> list[Any]:
     needed = ("fsdp_params", "mesh_info", "mp_policy", "offload_policy", "post_forward_mesh_info", "_init_mp_dtypes")
     for group in groups:
         missing = [name for name in needed if not hasattr(group, name)]
+        for entry in getattr(group, "fsdp_params", [])[:1]:
+            missing += [name for name in _OF_ENTRIES if not hasattr(entry, name)]
         if missing:
             raise ValueError(
                 f"the fully_shard of torch {torch.__version__} keeps its parameters in another way than is known (no "
                 f"{missing[0]}): use DDP, or torch 2.13"
             )
     return list(groups)
+
+
+_OF_ENTRIES = ("sharded_param", "_module_info", "_post_load_hook_handle", "fsdp_placement", "is_dtensor", "_param_fqn")
 
 
 def _reset(entry: Any) -> Callable[..., None]:

@@ -122,6 +122,8 @@ class FactorsInTurn(Mapping[str, Factors]):
     ) -> None:
         self._layers, self._plan, self._config, self._collector = layers, plan, config, collector
         self._sharded, self._processes = sharded, sharded.processes
+        self.all_know = False
+        """Whether every process has heard of the error that was raised."""
 
     def __getitem__(self, name: str) -> Factors:
         """Raises ValueError, naming the layer and on all processes, for weights that are not finite."""
@@ -134,9 +136,16 @@ class FactorsInTurn(Mapping[str, Factors]):
             mine[name] = cut(parts, self._plan[name])
             return [name] if mine[name].bias_shift is not None else []
 
-        shifted = self._sharded.from_main(self._layers, work)
+        try:
+            shifted = self._sharded.from_main(self._layers, work)
+        except Exception:
+            self.all_know = True
+            raise
         one = RankPlan({name: self._plan.decisions[name]})
         return share(self._layers, one, mine, shifted, self._processes)[name]
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would work the factors out
+        return name in self._plan
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._plan)
@@ -187,10 +196,11 @@ def carry_out(
         report = factorize(
             model, plan, optimizer, factors=factors, optimizer_state=optimizer_state, sharded=sharded, confirm=confirm
         )
-    except Exception as error:
+    except BaseException as error:
         if sharded is not None:
             sharded.undo()
-        if not told and not isinstance(error, OtherProcessError):
+        all_know = told or getattr(factors, "all_know", False) or isinstance(error, OtherProcessError)
+        if isinstance(error, Exception) and not all_know:
             processes.agree(error)
         raise
     if sharded is None and processes.size > 1:

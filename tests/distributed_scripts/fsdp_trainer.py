@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from trainers import UNTIL_KILLED, Rows
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from hf_cuttlefish import CuttlefishCallback
+from hf_cuttlefish import CuttlefishCallback, last_whole_checkpoint
 
 STEPS = 10
 
@@ -80,6 +80,8 @@ def main() -> None:
     for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
         results[kind] = run(folder / kind, kind)
         for step in (4, 6, 8):
+            if last_whole_checkpoint(folder / kind) is None:
+                raise RuntimeError(f"{kind}: no checkpoint counts as whole")
             results[f"{kind} {step}"] = run(folder / "again", kind, str(folder / kind / f"checkpoint-{step}"), seed=9)
     whole = AutoModelForSequenceClassification.from_pretrained(folder / "FULL_STATE_DICT" / f"checkpoint-{STEPS}")
     results["loaded"] = [p.double().sum().item() for p in whole.parameters()]

@@ -180,12 +180,13 @@ def part_of_the_processes() -> str:
     return expect(ValueError, "a mesh of 1", call=lambda: cuttlefish_of(shard(tiny_bert(), mesh=mesh)))
 
 
-def tensor_parallel() -> str:
+def tensor_parallel(alone: bool = False) -> str:
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     model, mesh = tiny_bert(), init_device_mesh("cpu", (size(), 1), mesh_dim_names=("data", "tensor"))
     parallelize_module(model, mesh["tensor"], {"bert.encoder.layer.0.intermediate.dense": ColwiseParallel()})
-    shard(model, mesh=mesh["data"])
+    if not alone:
+        shard(model, mesh=mesh["data"])
     return expect(ValueError, "intermediate.dense", "tensor parallel", call=lambda: cuttlefish_of(model))
 
 
@@ -222,12 +223,15 @@ def failing(where: str, culprit: int) -> str:
     steps(model, optimizer, cuttlefish, 0, SWITCH - 1)
     owner, name = {
         "spectra": (switch, "spectrum_of"), "optimizer": (optimizers, "prepare"), "groups": (sharding.ShardedModel, "exchange"),
-        "commit": (optimizers.OptimizerEdit, "apply"),
+        "commit": (optimizers.OptimizerEdit, "apply"), "factors": (switch, "spectrum_of"),
     }[where]  # fmt: skip
     original = getattr(owner, name)
 
+    calls: list[int] = []
+
     def broken(*args: Any, **kwargs: Any) -> Any:
-        if rank() == culprit:
+        calls.append(1)
+        if rank() == culprit and (where != "factors" or len(calls) > 13):  # 12 layers for the plan, then the factors
             if where == "groups":
                 original(*args, **kwargs)
             raise OSError("injected")
@@ -311,6 +315,8 @@ def main() -> None:
             "a DTensor besides": not_on_all_of_it(),
             "another dimension": other_dimension(),
             "spectra fails on 0": failing("spectra", 0),
+            "factors fails on 0": failing("factors", 0),
+            "tensor parallel alone": tensor_parallel(alone=True),
             "optimizer fails on 1": failing("optimizer", 1),
             "groups fails on 1": failing("groups", 1),
             "commit fails on 0": failing("commit", 0),
