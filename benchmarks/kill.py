@@ -30,6 +30,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -45,6 +46,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 import transformers
+from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -563,6 +565,9 @@ def main() -> int:
         write_docs(json.loads(arguments.out.read_text(encoding="utf-8")))
         return 0
     torch.set_num_threads(1)
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is shared with the children, and who is killed with it in hand stops the rest
     transformers.utils.logging.set_verbosity_error()
     if "example" in arguments.jobs:
         import text_classification  # noqa: F401 (imported once, before the forks)

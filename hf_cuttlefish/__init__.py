@@ -45,9 +45,15 @@ class _Console(_logging.StreamHandler):
     """
 
     def emit(self, record: _logging.LogRecord) -> None:
-        if not _logging.getLogger().handlers:
-            with _tqdm.external_write_mode(file=self.stream):
-                super().emit(record)
+        if _logging.getLogger().handlers:
+            return
+        # Without tqdm's lock, which processes share: one that was killed with it in hand would stop us for ever.
+        bars = [bar for bar in getattr(_tqdm, "_instances", ()) if hasattr(bar, "clear")]
+        for bar in bars:
+            bar.clear(nolock=True)
+        super().emit(record)
+        for bar in bars:
+            bar.refresh(nolock=True)
 
 
 _logger = _logging.getLogger(__name__)
