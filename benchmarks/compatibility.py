@@ -681,7 +681,7 @@ def write_docs(results: list[dict[str, Any]], versions: dict[str, str], classes:
         "same plan twice from one seed, full rank equal to dense, factorize, forward, backward, save, AutoModel load with equal "
         "outputs, merge. Written by",
         "`python benchmarks/compatibility.py`; every class with its result is in "
-        "[compatibility.json](../benchmarks/results/compatibility.json).",
+        "`benchmarks/results/compatibility.json`.",
         "",
         f"{', '.join(f'{k} {v}' for k, v in versions.items())}: {len(results):,} classes{part} of "
         f"{len({r['model_type'] for r in results})} model types. {len(tested)} build and run; {by_status[REFUSED]} of these have "
