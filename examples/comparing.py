@@ -28,11 +28,25 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig
+from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig, write_model_card
 from hf_cuttlefish.plotting import plot_ranks, plot_stable_ranks
 
 SCORES = {"test_accuracy": ("test accuracy", "{:.2%}"), "test_perplexity": ("test perplexity", "{:.2f}")}
 """What a run may be judged by: title and format in the table."""
+
+
+@dataclass
+class MethodArguments:
+    """How to train; what the examples' ModelArguments begin with."""
+
+    method: str = field(
+        default="cuttlefish",
+        metadata={
+            "help": "dense: ordinary training. cuttlefish: the same with CuttlefishCallback. both: one after the "
+            "other from the same seed, compared.",
+            "choices": ["dense", "cuttlefish", "both"],
+        },
+    )
 
 
 @dataclass
@@ -43,11 +57,16 @@ class CuttlefishArguments:
     rank_ratio: float | None = field(default=None, metadata={"help": "Rank as a share of the full rank."})
     switch_step: int | None = field(default=None, metadata={"help": "Switch after this step. None: when ranks settle."})
     target_ratio: float | None = field(default=None, metadata={"help": "Share of the parameters to keep."})
+    switch: str | None = field(
+        default=None, metadata={"help": "in_place, or restart: save at the switch, stop, and go on with a new Trainer."}
+    )
 
-    def callback(self) -> CuttlefishCallback:
-        """The callback with the settings that were given, or with none at all."""
+    def callbacks(self, method: str) -> list[TrainerCallback]:
+        """Nothing for "dense"; else CuttlefishCallback(), or one with the settings that were given."""
+        if method == "dense":
+            return []
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        return CuttlefishCallback(CuttlefishConfig(**given)) if given else CuttlefishCallback()
+        return [CuttlefishCallback(CuttlefishConfig(**given)) if given else CuttlefishCallback()]
 
 
 class StepTimer(TrainerCallback):
@@ -91,39 +110,51 @@ def median_seconds(step_seconds: dict[int, float], switch_step: int | None) -> t
     return (statistics.median(before) if before else None, statistics.median(after) if after else None)
 
 
-def train_and_measure(method: str, trainer: Trainer, test: Dataset) -> dict[str, Any]:
+def train_and_measure(method: str, new_trainer: Callable[[], Trainer], test: Dataset, data: str = "") -> dict[str, Any]:
     """Train, save in the folder `model` of the Trainer's output folder, evaluate on `test`; what its arguments ask for.
+
+    Args:
+        new_trainer: makes model and Trainer, with the same callbacks each time; called again where --switch restart has
+            stopped the run at its switch, to go on from there. data: name of the data set, for a picture's title.
 
     Returns:
         What was measured, JSON-ready. With a CuttlefishCallback that switched, also step and ranks, which are drawn into
         the parent folder.
     """
+    trainer, timer = new_trainer(), StepTimer()
+    trainer.add_callback(timer)
+    callbacks = trainer.callback_handler.callbacks
+    cuttlefish = next((c for c in callbacks if isinstance(c, CuttlefishCallback)), None)
     args = trainer.args
     folder = Path(str(args.output_dir)) / "model"
-    timer = StepTimer()
-    trainer.add_callback(timer)
     measured: dict[str, Any] = {"method": method, "switch_step": None}
     if args.do_train:
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        while cuttlefish is not None and cuttlefish.restart_from is not None:
+            args.resume_from_checkpoint = cuttlefish.restart_from
+            trainer = new_trainer()
+            trainer.add_callback(timer)
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         measured["train_seconds"] = time.perf_counter() - start
         measured["train_steps"] = trainer.state.global_step
         measured["step_seconds"] = timer.seconds
         trainer.save_model(str(folder))
         measured["model_folder"] = str(folder)
         if trainer.is_world_process_zero():  # the one process that saves
+            if cuttlefish is not None and cuttlefish.plan is not None:
+                write_model_card(folder, trainer.accelerator.unwrap_model(trainer.model), report=cuttlefish.report)
             measured["saved_bytes"] = sum(file.stat().st_size for file in folder.iterdir())
     if args.do_eval:
         found = trainer.evaluate(test, metric_key_prefix="test")
         measured |= {key: found[key] for key in ("test_loss", "test_accuracy") if key in found}
-    measured |= count_parameters(trainer.model)
+    measured |= count_parameters(trainer.accelerator.unwrap_model(trainer.model))
 
-    callbacks = trainer.callback_handler.callbacks
-    cuttlefish = next((c for c in callbacks if isinstance(c, CuttlefishCallback)), None)
     if cuttlefish is not None and cuttlefish.plan is not None:
         measured["switch_step"], measured["ranks"] = cuttlefish.switch_step, dict(cuttlefish.plan)
         if trainer.is_world_process_zero():
-            plot_stable_ranks(cuttlefish.history, cuttlefish.switch_step, folder.parents[1] / "stable_ranks.png")
+            title = f"Stable ranks during training{f' on {data}' if data else ''}"
+            plot_stable_ranks(cuttlefish.history, cuttlefish.switch_step, folder.parents[1] / "stable_ranks.png", title)
             plot_ranks(cuttlefish.plan, folder.parents[1] / "ranks.png")
     return measured
 
@@ -172,10 +203,12 @@ def run_methods(
     args: TrainingArguments,
     run: Callable[[str, TrainingArguments], dict[str, Any]],
     blocks: str = "encoder",
+    about: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Call `run` for the method, or for dense and cuttlefish in turn, each with an output folder of its own.
 
-    Prints the comparison and writes results.json into OUTPUT_DIR; `blocks` names what the repeated blocks form.
+    Prints the comparison and writes results.json into OUTPUT_DIR, with `about` in it; `blocks` names what the repeated
+    blocks form.
     """
     output_dir = Path(str(args.output_dir))
     results = []
@@ -189,6 +222,7 @@ def run_methods(
         print(f"\n{comparison(results, blocks)}\n")
         record = {
             "arguments": sys.argv[1:],
+            **(about or {}),
             "seed": args.seed,
             "torch": torch.__version__,
             "transformers": transformers.__version__,

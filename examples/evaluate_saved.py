@@ -23,8 +23,8 @@ from transformers import (
 )
 
 import hf_cuttlefish  # noqa: F401  (this line teaches from_pretrained to load factorized folders)
-from accuracy import load_accuracy
 from bundled_data import TEXT_DATASETS
+from class_accuracy import load_accuracy
 from text_classification import DataArguments, load_splits, tokenize
 
 

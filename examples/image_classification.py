@@ -29,7 +29,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     DefaultDataCollator,
-    EvalPrediction,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -38,9 +37,9 @@ from transformers import (
     set_seed,
 )
 
-from accuracy import load_accuracy
 from bundled_data import IMAGE_DATASETS, fashion_mnist
-from comparing import CuttlefishArguments, check_arguments, make_parser, run_methods, train_and_measure
+from class_accuracy import metrics
+from comparing import CuttlefishArguments, MethodArguments, check_arguments, make_parser, run_methods, train_and_measure
 from loading import limited, load_raw, three_splits, with_classes
 
 DEFAULTS = {
@@ -65,7 +64,7 @@ DEFAULTS = {
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(MethodArguments):
     """Which model, and how to train it."""
 
     model_name_or_path: str | None = field(
@@ -77,14 +76,6 @@ class ModelArguments:
     config_overrides: str | None = field(
         default=None,
         metadata={"help": "Sizes of the ViT with random weights, as hidden_size=192,num_hidden_layers=6,patch_size=4."},
-    )
-    method: str = field(
-        default="cuttlefish",
-        metadata={
-            "help": "dense: ordinary training. cuttlefish: the same with CuttlefishCallback. both: one after the "
-            "other from the same seed, compared.",
-            "choices": ["dense", "cuttlefish", "both"],
-        },
     )
 
 
@@ -191,26 +182,23 @@ def train(
         return {**processor(pictures, return_tensors="pt"), "labels": rows["labels"]}
 
     encoded = splits.with_transform(to_pixels)
-    set_seed(training_args.seed)  # before the model: its weights, or those of its new head, are random
-    model = load_model(model_args, splits["train"].features["labels"].names, size)
-    metric = load_accuracy(hub=data_args.dataset_name not in IMAGE_DATASETS)
+    callbacks = cuttlefish_args.callbacks(method)  # the only difference from dense training
+    compute_metrics = metrics(hub=data_args.dataset_name not in IMAGE_DATASETS)
 
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        found = metric.compute(predictions=np.argmax(prediction.predictions, axis=-1), references=prediction.label_ids)
-        return {"accuracy": found["accuracy"]}
+    def new_trainer() -> Trainer:
+        set_seed(training_args.seed)  # before the model: its weights, or those of its new head, are random
+        return Trainer(
+            model=load_model(model_args, splits["train"].features["labels"].names, size),
+            args=training_args,
+            train_dataset=encoded["train"],
+            eval_dataset=encoded["validation"],
+            processing_class=processor,
+            data_collator=DefaultDataCollator(),
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+        )
 
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        train_dataset=encoded["train"],
-        eval_dataset=encoded["validation"],
-        processing_class=processor,
-        data_collator=DefaultDataCollator(),
-        compute_metrics=compute_metrics,
-        # The only difference from dense training; CuttlefishCallback(), unless a setting was given.
-        callbacks=[cuttlefish_args.callback()] if method == "cuttlefish" else [],
-    )
-    return train_and_measure(method, trainer, encoded["test"])
+    return train_and_measure(method, new_trainer, encoded["test"], data_args.dataset_name)
 
 
 def main() -> None:

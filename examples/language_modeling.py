@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from bundled_data import DIALOG_DATASETS
-from comparing import CuttlefishArguments, check_arguments, make_parser, run_methods, train_and_measure
+from comparing import CuttlefishArguments, MethodArguments, check_arguments, make_parser, run_methods, train_and_measure
 from loading import limited, load_raw, three_splits
 
 DEFAULTS = {
@@ -65,7 +65,7 @@ END = "<|end|>"
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(MethodArguments):
     """Which model, and how to train it."""
 
     model_name_or_path: str | None = field(
@@ -75,14 +75,6 @@ class ModelArguments:
     config_overrides: str | None = field(
         default=None,
         metadata={"help": "Sizes of the Llama with random weights, as hidden_size=256,num_hidden_layers=6."},
-    )
-    method: str = field(
-        default="cuttlefish",
-        metadata={
-            "help": "dense: ordinary training. cuttlefish: the same with CuttlefishCallback. both: one after the "
-            "other from the same seed, compared.",
-            "choices": ["dense", "cuttlefish", "both"],
-        },
     )
 
 
@@ -200,18 +192,21 @@ def train(
     with training_args.main_process_first(desc="cut into pieces"):
         blocks = to_blocks(splits, tokenizer, data_args.block_size)
 
-    set_seed(training_args.seed)  # before the model: its weights are random
-    trainer = Trainer(
-        model=make_model(model_args, tokenizer, data_args.block_size),
-        args=training_args,
-        train_dataset=blocks["train"],
-        eval_dataset=blocks["validation"],
-        processing_class=tokenizer,
-        data_collator=DefaultDataCollator(),
-        # The only difference from dense training; CuttlefishCallback(), unless a setting was given.
-        callbacks=[cuttlefish_args.callback()] if method == "cuttlefish" else [],
-    )
-    measured = train_and_measure(method, trainer, blocks["test"])
+    callbacks = cuttlefish_args.callbacks(method)  # the only difference from dense training
+
+    def new_trainer() -> Trainer:
+        set_seed(training_args.seed)  # before the model: its weights are random
+        return Trainer(
+            model=make_model(model_args, tokenizer, data_args.block_size),
+            args=training_args,
+            train_dataset=blocks["train"],
+            eval_dataset=blocks["validation"],
+            processing_class=tokenizer,
+            data_collator=DefaultDataCollator(),
+            callbacks=callbacks,
+        )
+
+    measured = train_and_measure(method, new_trainer, blocks["test"], data_args.dataset_name)
     if "test_loss" in measured:
         measured["test_perplexity"] = math.exp(measured["test_loss"])
     return measured

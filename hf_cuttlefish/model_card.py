@@ -69,9 +69,9 @@ def model_card(
     title = name or type(model).__name__
     results = [
         EvalResult(task, dataset, dataset, key, value, metric_name=key)
-        for dataset in datasets[:1]  # which of several data sets the numbers belong to is not known
+        for dataset in datasets
         for key, value in numbers.items()
-        if task is not None and len(datasets) == 1
+        if task is not None and len(datasets) == 1  # which of several data sets the numbers belong to is not known
     ]
     data = ModelCardData(
         library_name="transformers",

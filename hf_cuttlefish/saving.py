@@ -32,6 +32,7 @@ from .patching import (
     restructure,
     write_structure,
 )
+from .selection import conversions
 from .wrapper import check_not_wrapped, unwrap
 
 logger = logging.getLogger(__name__)
@@ -369,7 +370,7 @@ def _rename(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str)
 
 def _renamed(module: nn.Module, keys: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Each key of a file with the name that `from_pretrained` gives it in this model."""
-    renamings = [t for t in _conversions(module) if hasattr(t, "rename_source_key") and not hasattr(t, "operations")]
+    renamings = [t for t in conversions(module) if hasattr(t, "rename_source_key") and not hasattr(t, "operations")]
     for key in keys:
         new = key
         for renaming in renamings:
@@ -381,7 +382,7 @@ def _converted(
     module: nn.Module, keys: Iterable[tuple[str, str]], tensors: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[list[str], dict[str, torch.Tensor]]]:
     """What `from_pretrained` puts together (experts to one stack): (keys of a file, resulting tensors by name)."""
-    converters = [t for t in _conversions(module) if hasattr(t, "operations")]
+    converters = [t for t in conversions(module) if hasattr(t, "operations")]
     groups: dict[str, tuple[Any, list[str]]] = {}
     for old, new in sorted(keys, key=lambda pair: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", pair[1])]):
         for converter in converters:
@@ -399,15 +400,6 @@ def _converted(
         except Exception:  # whatever a conversion makes of an incomplete set
             values = {}
         yield olds, {key: value[0] if isinstance(value, list) else value for key, value in values.items()}
-
-
-def _conversions(module: nn.Module) -> list[Any]:
-    """How `from_pretrained` changes names and layouts for this model; nothing before transformers knew such changes."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:
-        return []
-    return list(get_model_conversion_mapping(module)) if isinstance(module, PreTrainedModel) else []
 
 
 def _names_factor(module: nn.Module, key: str) -> bool:

@@ -94,21 +94,24 @@ def lost_when_saved(model: nn.Module, names: Iterable[str]) -> list[str]:
     transformers 5 stores some models in another layout (Kimi's vision tower: q, k and v as one tensor, rows rearranged) or
     under names that only whole weights get (Inkling 2). Its patterns are not made for factors.
     """
-    if not isinstance(model, PreTrainedModel):
-        return []
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:  # before transformers knew such changes
-        return []
-    loading = [c for c in get_model_conversion_mapping(model, add_legacy=False) if type(c).__name__ != "PrefixChange"]
+    loading = [c for c in conversions(model, add_legacy=False) if type(c).__name__ != "PrefixChange"]
     saving = [c.reverse_transform() for c in loading[::-1]]
     return [n for n in names if not all(_comes_back(f"{n}.{part}.weight", saving, loading) for part in ("down", "up"))]
 
 
+def conversions(model: nn.Module, **options: Any) -> list[Any]:
+    """How `from_pretrained` changes names and layouts for a model; none before transformers knew such changes."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:
+        return []
+    return list(get_model_conversion_mapping(model, **options)) if isinstance(model, PreTrainedModel) else []
+
+
 def _comes_back(key: str, saving: list[Any], loading: list[Any]) -> bool:
     renamed = key
-    for conversions in (saving, loading):
-        for conversion in conversions:
+    for changes in (saving, loading):
+        for conversion in changes:
             new, match = conversion.rename_source_key(renamed)
             if match is not None and hasattr(conversion, "operations"):
                 return False  # it would be put together with others, or rearranged

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loops import STEPS, SWITCH, batches, config, mine, rank, size, tiny_bert, weights
+from loops import STEPS, SWITCH, batches, config, expect, mine, rank, size, tiny_bert, weights
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import load as load_sharded
@@ -153,16 +153,6 @@ def resumed(folder: Path) -> dict[str, Any]:
 
 
 # --- what must be refused, and what must be put back ---
-
-
-def expect(error: type[BaseException], *words: str, call: Any) -> str:
-    try:
-        call()
-    except error as caught:
-        return "ok" if all(w in str(caught) for w in words) else f"the message lacks {words}: {caught}"
-    except BaseException as caught:
-        return f"{type(caught).__name__}: {caught}"
-    return "nothing was raised"
 
 
 def cuttlefish_of(model: nn.Module) -> Cuttlefish:

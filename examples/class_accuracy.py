@@ -6,11 +6,13 @@ same call: `Accuracy().compute(predictions=..., references=...)` is `{"accuracy"
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
+from transformers import EvalPrediction
 
 
 class Accuracy(evaluate.Metric):
@@ -34,5 +36,16 @@ def load_accuracy(hub: bool) -> evaluate.EvaluationModule:
         try:
             return evaluate.load("accuracy")
         except (FileNotFoundError, ConnectionError):
-            print("The hub's accuracy metric can't be reached; examples/accuracy.py computes the same.")
+            print("The hub's accuracy metric can't be reached; examples/class_accuracy.py computes the same.")
     return Accuracy()
+
+
+def metrics(hub: bool) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Trainer's `compute_metrics` for a classifier, by `load_accuracy`."""
+    metric = load_accuracy(hub)
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        found = metric.compute(predictions=np.argmax(prediction.predictions, axis=-1), references=prediction.label_ids)
+        return {"accuracy": found["accuracy"]}
+
+    return compute_metrics
