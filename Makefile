@@ -44,9 +44,10 @@ test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)  ## run the tests
 	$(RUN) -m pytest $(PYTEST_ARGS)
 
+# Without ruff's cache: it keeps the verdict on a file when only the file that the import named has gone.
 lint: $(INSTALLED)  ## check style and formatting
-	$(RUN) -m ruff check $(CHECKED)
-	$(RUN) -m ruff format --check $(CHECKED)
+	$(RUN) -m ruff check --no-cache $(CHECKED)
+	$(RUN) -m ruff format --no-cache --check $(CHECKED)
 
 format: $(INSTALLED)  ## put style and formatting right where that can be done automatically
 	$(RUN) -m ruff check --fix $(CHECKED)

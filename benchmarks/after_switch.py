@@ -21,13 +21,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from accuracy import quieten, share
 from data import TASKS, build
 from methods import create, product_gradients
 from torch import nn
 from training import TRAIN_ROWS_MEASURED, Training, _all_batches, load_once
 
 import hf_cuttlefish
-from accuracy import quieten, share
 from hf_cuttlefish.patching import low_rank_layers
 
 
