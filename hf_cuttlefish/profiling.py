@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,8 +26,10 @@ MIN_SPEEDUP = 1.05
 """Default of `min_speedup`: a margin for noise, not yet fitted to measurements on a GPU (docs/speed.md); the paper took 1.5."""
 TIMED_STEPS = 3
 """Steps that a FlowRecorder times on a GPU; the quickest counts: a check of the stable ranks may fall into the others."""
-REPEATS = 5
-"""Timed batches of calls; the quickest counts: whatever else runs on the machine can only slow a batch down."""
+ROUNDS = 3
+"""Rounds in which all that is to be compared has its turn; the quickest of each counts: other work slows a few of one round."""
+REPEATS = 3
+"""Timed batches of calls in a round; the quickest counts, too."""
 BATCH_MS = 4.0
 """About how long one timed batch of calls takes."""
 
@@ -254,13 +256,24 @@ _CACHE: dict[tuple[Any, ...], Timing] = {}
 
 
 def time_group(group: Group, ranks: Sequence[int | None], compiled: bool = False) -> Timing:
-    """Forward and backward of a group with random weights and inputs; measured once for each (device, dtypes, shape, ranks)."""
-    key = (*group.key, tuple(ranks), compiled)
-    if key not in _CACHE:
-        gpus = [group.device] if group.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=gpus), torch.enable_grad():
-            _CACHE[key] = _time(_training_call(group, ranks, compiled), group.device, compiled)
-    return _CACHE[key]
+    """Forward and backward of a group with random weights and inputs; the random state stays as it was."""
+    gpus = [group.device] if group.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus), torch.enable_grad():
+        return _time(_training_call(group, ranks, compiled), group.device, compiled)
+
+
+def time_in_turn(
+    wanted: Sequence[tuple[Group, tuple[int | None, ...]]], compiled: bool = False, timer: Timer = time_group
+) -> list[Timing]:
+    """The best of `ROUNDS` timings of each; measured once for each (device, dtypes, shape, ranks) and remembered."""
+    keys = [(timer, *group.key, ranks, compiled) for group, ranks in wanted]
+    new = {key: job for key, job in zip(keys, wanted, strict=True) if key not in _CACHE}
+    for _ in range(ROUNDS):
+        for key, (group, ranks) in new.items():
+            found = timer(group, ranks, compiled)
+            best = _CACHE.get(key, found)
+            _CACHE[key] = Timing(min(found.device_ms, best.device_ms), min(found.host_ms, best.host_ms))
+    return [_CACHE[key] for key in keys]
 
 
 def measure_groups(
@@ -273,14 +286,14 @@ def measure_groups(
         compiled: whether the model runs compiled: then only the device's time counts.
         timer: what measures; `time_group`.
     """
-    rows = []
-    for group in groups:
-        planned = tuple(ranks.get(name) for name in group.layers)
-        if any(rank is not None for rank in planned):
-            dense = timer(group, (None,) * len(planned), compiled)
-            low = timer(group, tuple(None if r is None else _rounded(r, group.in_features) for r in planned), compiled)
-            rows.append(GroupTiming(group, planned, dense, low))
-    return rows
+    planned = [(group, tuple(ranks.get(name) for name in group.layers)) for group in groups]
+    planned = [(group, some) for group, some in planned if any(rank is not None for rank in some)]
+    jobs: list[tuple[Group, tuple[int | None, ...]]] = []
+    for group, some in planned:
+        jobs.append((group, (None,) * len(some)))
+        jobs.append((group, tuple(None if r is None else _rounded(r, group.in_features) for r in some)))
+    times = time_in_turn(jobs, compiled, timer)
+    return [GroupTiming(*row, dense, low) for row, dense, low in zip(planned, times[::2], times[1::2], strict=True)]
 
 
 def rank_prices(
@@ -295,13 +308,16 @@ def rank_prices(
         sizes: m + n of every layer that needs a price; one that was not seen to run gets the typical one of its size.
     """
     slopes: dict[str, tuple[float, int]] = {}
+    jobs: list[tuple[Group, tuple[int | None, ...]]] = []
     for group in groups:
         for name, (out, bias) in zip(group.layers, group.outs, strict=True):
             single = replace(group, layers=(name,), outs=((out, bias),))
             most = group.in_features * out // (group.in_features + out)
-            low, high = max(1, most // 4), max(2, most)
-            cheap, dear = timer(single, (low,), compiled), timer(single, (high,), compiled)
-            slopes[name] = ((dear.device_ms - cheap.device_ms) / (high - low) * group.calls, group.in_features + out)
+            jobs += [(single, (max(1, most // 4),)), (single, (max(2, most),))]
+    times = time_in_turn(jobs, compiled, timer)
+    for (single, (low,)), (_, (high,)), cheap, dear in zip(jobs[::2], jobs[1::2], times[::2], times[1::2], strict=True):
+        slope = (dear.device_ms - cheap.device_ms) / (cast(int, high) - cast(int, low)) * single.calls
+        slopes[single.layers[0]] = slope, single.in_features + single.outs[0][0]
     typical = sorted(slope / size for slope, size in slopes.values())
     middle = max(typical[len(typical) // 2], 1e-12) if typical else 1.0
     prices = {name: max(slope, middle * size / 4) for name, (slope, size) in slopes.items()}
@@ -351,7 +367,7 @@ def _time(call: Callable[[], Any], device: torch.device, compiled: bool) -> Timi
     one = 1000 * (time.perf_counter() - began)
     found = [one]
     repeats = max(1, min(50, int(BATCH_MS / max(one, 1e-3))))
-    for _ in range(REPEATS if one < 25 * BATCH_MS else 2):
+    for _ in range(REPEATS if one < 5 * BATCH_MS else 0):
         began = time.perf_counter()
         for _ in range(repeats):
             call()
@@ -525,13 +541,13 @@ def time_inference(
         for module in training:
             module.training = True
         flow.stop()
-    rows = []
+    jobs: list[tuple[Group, tuple[int | None, ...]]] = []
     for group in flow.groups():
         for name, out in zip(group.layers, group.outs, strict=True):
             single = replace(group, layers=(name,), outs=(out,), input_grad=False, weight_grad=False)
-            rank = layers[name].rank
-            rows.append(GroupTiming(single, (rank,), timer(single, (None,), False), timer(single, (rank,), False)))
-    return rows
+            jobs += [(single, (None,)), (single, (layers[name].rank,))]
+    times = time_in_turn(jobs, False, timer)
+    return [GroupTiming(*jobs[i], *times[i - 1 : i + 1]) for i in range(1, len(jobs), 2)]
 
 
 def slower_layers(rows: Iterable[GroupTiming]) -> list[str]:

@@ -90,8 +90,9 @@ class CuttlefishLoader(HfQuantizer):
         _check_files(model, ranks, checkpoint_files or ())
         restructure(model, ranks)
         for layer in low_rank_layers(model).values():
-            # It comes from the file, or is an error; xLSTM's _init_weights takes its gates' biases for granted.
-            layer.down._is_hf_initialized = True  # type: ignore[assignment]
+            # Until the weights are loaded: the _init_weights of xLSTM and OneFormer fill the bias of every nn.Linear of
+            # theirs without asking whether it has one.
+            vars(layer.down)["bias"] = torch.empty(0)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # From here on it is an ordinary model: nothing about it is quantized.
@@ -102,6 +103,8 @@ class CuttlefishLoader(HfQuantizer):
             config = getattr(module, "config", None)
             if isinstance(config, PreTrainedConfig) and "_is_quantized" in vars(config):
                 del config._is_quantized
+        for layer in low_rank_layers(model).values():
+            vars(layer.down).pop("bias", None)
         write_structure(model)
         flags = [getattr(p, "_is_hf_initialized", False) for p in model.parameters()]
         for name, layer in low_rank_layers(model).items():

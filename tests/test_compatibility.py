@@ -33,6 +33,7 @@ PASSING = [
     "ASTForAudioClassification",
     "YolosForObjectDetection",
     "SamModel",
+    "OneFormerModel",
     "LlavaForConditionalGeneration",
 ]
 """Encoders, decoders, both, state spaces, experts, audio, vision and images with text; not those of tiny_models."""

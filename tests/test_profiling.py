@@ -278,10 +278,10 @@ def test_real_times_are_finite_measured_once_and_leave_the_random_state_alone() 
     profiling._CACHE.clear()
     state = torch.get_rng_state()
     found = group("a", "b", n=32, out=48)
-    timing = profiling.time_group(found, (8, None))
+    timing = profiling.time_in_turn([(found, (8, None))])[0]
     assert math.isfinite(timing.device_ms) and timing.device_ms > 0
     assert timing.host_ms == 0.0
-    assert profiling.time_group(replace(found, layers=("c", "d")), (8, None)) is timing
+    assert profiling.time_in_turn([(replace(found, layers=("c", "d")), (8, None))])[0] is timing
     assert len(profiling._CACHE) == 1
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -346,7 +346,7 @@ def test_inference_is_timed_without_gradients_whatever_the_mode(monkeypatch: pyt
 
     with torch.inference_mode():
         rows = profiling.time_inference(model, inputs, timer)
-    assert len(rows) == 12 and len(seen) == 24
+    assert len(rows) == 12 and len(seen) == 6 * profiling.ROUNDS  # three shapes, dense and as pairs
     assert not any(found.input_grad or found.weight_grad for found in seen)
     assert profiling.slower_layers(rows) == []  # as fast is no reason to give up the smaller form
     assert [module.training for module in model.modules()] == modes
