@@ -33,7 +33,6 @@ PASSING = [
     "ASTForAudioClassification",
     "YolosForObjectDetection",
     "SamModel",
-    "OneFormerModel",
     "LlavaForConditionalGeneration",
 ]
 """Encoders, decoders, both, state spaces, experts, audio, vision and images with text; not those of tiny_models."""
@@ -51,6 +50,11 @@ def test_a_class_passes_every_step(name):
     result = matrix.check(name, *CLASSES[name])
     assert result["status"] == matrix.PASSES, result["reason"]
     assert result["layers"] > 0 and result["trained"] > 0 and result["parameters"] < matrix.MOST_PARAMETERS
+
+
+def test_a_model_whose_init_weights_fills_every_bias_is_loaded():
+    result = matrix.check("OneFormerModel", *CLASSES["OneFormerModel"])
+    assert result["status"] == matrix.NOT_RUN, result["reason"]  # saved, loaded and merged; no inputs for it are known
 
 
 def test_a_model_without_such_layers_is_refused_with_a_reason():
