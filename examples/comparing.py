@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import (
     HfArgumentParser,
@@ -58,7 +59,8 @@ class CuttlefishArguments:
     switch_step: int | None = field(default=None, metadata={"help": "Switch after this step. None: when ranks settle."})
     target_ratio: float | None = field(default=None, metadata={"help": "Share of the parameters to keep."})
     switch: str | None = field(
-        default=None, metadata={"help": "in_place, or restart: save at the switch, stop, and go on with a new Trainer."}
+        default=None,
+        metadata={"help": "auto, in_place, or restart: save at the switch, stop, go on with a new Trainer."},
     )
 
     def callbacks(self, method: str) -> list[TrainerCallback]:
@@ -133,6 +135,8 @@ def train_and_measure(method: str, new_trainer: Callable[[], Trainer], test: Dat
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         while cuttlefish is not None and cuttlefish.restart_from is not None:
             args.resume_from_checkpoint = cuttlefish.restart_from
+            if args.deepspeed_plugin is not None:
+                AcceleratorState._reset_state()  # Accelerate takes DeepSpeed's settings once in its life
             trainer = new_trainer()
             trainer.add_callback(timer)
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -21,6 +21,7 @@ from .model_card import write_model_card
 from .patching import low_rank_layers, restructure
 from .plan import RankPlan
 from .report import FactorizationReport
+from .restart import FULL_RANK_STATE
 from .saving import follow_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         self._saved: dict[str, Any] | None = None
         self.restart_from: str | None = None
         self._trainer: tuple[TrainingArguments, TrainerState] | None = None
+        self._full_rank: dict[str, Any] | None = None
+        self._is_due = False
 
     # --- what can be read ---
 
@@ -82,7 +85,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         """Between here and the loading of a checkpoint's weights there is no event: let the weights choose the structure."""
         if model is not None:
             follow_checkpoints(model, kwargs.get("optimizer"))
-            if _is_to_be_sharded(args):
+            if _is_to_be_parted(args):
                 _shape_like_checkpoint(model, args, type(self).__name__)
 
     def on_train_begin(
@@ -105,12 +108,17 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
                 f"nn.DataParallel over {args.n_gpu} GPUs is not supported: set CUDA_VISIBLE_DEVICES to one of them, or start "
                 "one process for each with torchrun or accelerate launch"
             )
-        if _is_to_be_sharded(args) and args.load_best_model_at_end:
+        if _is_to_be_parted(args) and args.load_best_model_at_end:
             raise ValueError(
-                "load_best_model_at_end could not go back to a checkpoint from before the switch under FSDP, whose shards are "
-                "fixed by then: set it to False, and load the best checkpoint with from_pretrained after the run"
+                "load_best_model_at_end could not go back to a checkpoint from before the switch under FSDP or DeepSpeed, whose "
+                "parts are fixed by then: set it to False, and load the best checkpoint with from_pretrained after the run"
             )
-        self.restart_from = None
+        if self.config.switch == "restart" and args.save_strategy == "best":
+            raise ValueError(
+                "save_strategy is 'best', by which Trainer may not save at the switch, and switch is 'restart': set "
+                "save_strategy to 'steps' or 'epoch', or switch to 'auto'"
+            )
+        self.restart_from, self._full_rank, self._is_due = None, None, False
         _move_to_front(self)
         follow_checkpoints(model)
         name = type(self).__name__
@@ -126,7 +134,14 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             total_steps=state.max_steps,
             scheduler=kwargs.get("lr_scheduler"),
             loss_factor=float(args.world_size) if args.average_tokens_across_devices else 1.0,
+            can_restart=True,
         )
+        if self.cuttlefish.restarts:
+            for option in ("save_only_model", "save_on_each_node"):
+                if getattr(args, option):
+                    raise ValueError(
+                        f"{option} is True, and the switch under DeepSpeed needs one whole checkpoint: set it to False"
+                    )
         if saved:
             self.cuttlefish.load_state_dict(
                 saved, _load_statistics(args, state) if state.is_world_process_zero else None
@@ -143,16 +158,23 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.cuttlefish is not None and self.cuttlefish.step():
             control.should_log = True
-            if self.config.switch == "restart":
-                control.should_save = control.should_training_stop = True
-                self.restart_from = str(_checkpoint_folder(args, state))
-                if state.is_world_process_zero:
-                    logger.info(
-                        "Cuttlefish: training stops here, after the switch (switch='restart'). %s holds the factorized "
-                        "model and the state of the run; the same command with --resume_from_checkpoint %s goes on low rank.",
-                        _checkpoint_folder(args, state),
-                        _checkpoint_folder(args, state),
-                    )
+            if self.cuttlefish.restarts:
+                control.should_save = self._is_due = True  # on_save carries it out
+            elif self.config.switch == "restart":
+                control.should_save = True
+                self._stop_to_restart(args, state, control)
+
+    def _stop_to_restart(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        folder = _checkpoint_folder(args, state)
+        control.should_training_stop = True
+        if state.is_world_process_zero and self.restart_from != str(folder):
+            logger.info(
+                "Cuttlefish: training stops here, after the switch (by restart). %s holds the factorized model and the state "
+                "of the run; the same command with --resume_from_checkpoint %s goes on low rank.",
+                folder,
+                folder,
+            )
+        self.restart_from = str(folder)
 
     def on_log(
         self,
@@ -176,13 +198,36 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             self.cuttlefish.note_save()
             if self.cuttlefish.processes.size > 1:  # only here do all of them come by, and their sums are needed
                 self._save_statistics(args, state)
+            model: nn.Module | None = self.cuttlefish.model
+            if self._is_due:
+                self._switch_in_checkpoint(args, state, control)
+                model = self.cuttlefish.switched_model
             folder = _checkpoint_folder(args, state)
-            if state.is_world_process_zero and folder.is_dir() and low_rank_layers(self.cuttlefish.model):
+            if state.is_world_process_zero and folder.is_dir() and model is not None and low_rank_layers(model):
                 metrics = next((r for r in reversed(state.log_history) if any(k.startswith("eval_") for k in r)), None)
                 try:
-                    write_model_card(folder, self.cuttlefish.model, report=self.report, metrics=metrics)
+                    write_model_card(folder, model, report=self.report, metrics=metrics)
                 except Exception as error:  # the checkpoint itself is whole
                     logger.warning("Cuttlefish: %s got no model card: %s", folder, error)
+
+    def _switch_in_checkpoint(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        """The engine cannot be edited: the checkpoint just saved takes the switch, and the run stops to be resumed from it."""
+        cuttlefish, folder = cast(Cuttlefish, self.cuttlefish), _checkpoint_folder(args, state)
+        full_rank = self._full_rank or cuttlefish.state_dict()
+        if not cuttlefish.switch_in_checkpoint(folder):
+            self._is_due = False
+            return
+        self._full_rank = full_rank  # the model here stays as it was, and so does what is saved with it
+        if state.is_world_process_zero:
+            name = type(self).__name__
+            saved = TrainerState.load_from_json(str(folder / FULL_RANK_STATE))
+            entry = self._entry(cuttlefish.state_dict())
+            before = saved.stateful_callbacks[name]
+            saved.stateful_callbacks[name] = [*before[:-1], entry] if isinstance(before, list) else entry
+            (folder / STATISTICS_FILE).unlink(missing_ok=True)
+            saved.save_to_json(str(folder / FULL_RANK_STATE))
+            os.replace(folder / FULL_RANK_STATE, folder / TRAINER_STATE_NAME)
+        self._stop_to_restart(args, state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -200,7 +245,10 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         """
         if self._trainer is not None and self.cuttlefish is not None and self.cuttlefish.processes.size == 1:
             self._save_statistics(*self._trainer)
-        run = self.cuttlefish.state_dict() if self.cuttlefish is not None else self._saved
+        run = self._full_rank or (self.cuttlefish.state_dict() if self.cuttlefish is not None else self._saved)
+        return self._entry(run)
+
+    def _entry(self, run: dict[str, Any] | None) -> dict[str, Any]:
         return {"args": {"config": self.config.to_dict()}, "attributes": {"_saved": run}}
 
     def _save_statistics(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -225,12 +273,17 @@ def _callback_state(state: TrainerState, name: str) -> dict[str, Any] | None:
     return attributes.get("_saved")
 
 
-def _is_to_be_sharded(args: TrainingArguments) -> bool:
-    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+def _is_to_be_parted(args: TrainingArguments) -> bool:
+    """Whether FSDP or DeepSpeed will fix the structure of the model when they take it."""
+    return (
+        bool(args.fsdp)
+        or getattr(args, "deepspeed_plugin", None) is not None
+        or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+    )
 
 
 def _shape_like_checkpoint(model: nn.Module, args: TrainingArguments, name: str) -> None:
-    """Factorize as the checkpoint to be resumed is, before FSDP shards the model: its weights are loaded afterwards."""
+    """Factorize as the checkpoint to be resumed is, before FSDP or DeepSpeed take the model: its weights are loaded afterwards."""
     folder = args.resume_from_checkpoint
     if isinstance(folder, bool) or str(folder).lower() in ("true", "1"):
         folder = get_last_checkpoint(str(args.output_dir)) if folder and Path(str(args.output_dir)).is_dir() else None

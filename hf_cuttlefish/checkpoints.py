@@ -58,7 +58,7 @@ def last_whole_checkpoint(output_dir: str | os.PathLike[str], processes: int | N
 def what_is_missing(folder: str | os.PathLike[str], processes: int = 1) -> str | None:
     """Why a run can't go on exactly from this checkpoint, or None if it can.
 
-    For what Trainer itself writes, FSDP's checkpoints among it; DeepSpeed's have a layout of their own and are not known here.
+    For what Trainer itself writes, with FSDP's and DeepSpeed's checkpoints.
     Looked at: trainer_state.json (written last of all), weights, optimizer, scheduler, the random state of each process, and
     our statistics where they were being gathered. A file that was cut off is found by its header or its end.
     """
@@ -78,6 +78,10 @@ def what_is_missing(folder: str | os.PathLike[str], processes: int = 1) -> str |
             return f"{part.name} holds no .metadata"
     if sharded:
         names = ["scheduler.pt"]
+    elif any(folder.glob("global_step*")):
+        names, lack = _deepspeed(folder, processes)
+        if lack:
+            return lack
     elif (folder / "pytorch_model_fsdp.bin").exists():  # FSDP with FULL_STATE_DICT
         names = ["pytorch_model_fsdp.bin", "optimizer.bin", "scheduler.pt"]
     else:
@@ -90,6 +94,27 @@ def what_is_missing(folder: str | os.PathLike[str], processes: int = 1) -> str |
     if _gathering(state) and not _is_whole(folder / STATISTICS_FILE, step=str(step)):
         return f"{STATISTICS_FILE} is missing, cut off or of another step"
     return None
+
+
+def is_weights_file(name: str) -> bool:
+    """Whether a file of this name holds weights, whole or a shard of them, or says where they are."""
+    return re.fullmatch(r"(adapter_|pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?", name) is not None
+
+
+def _deepspeed(folder: Path, processes: int) -> tuple[list[str], str | None]:
+    """Names of DeepSpeed's files in the folder that `latest` names, or what it lacks."""
+    try:
+        tag = (folder / "latest").read_text("utf-8").strip()
+    except OSError:
+        return [], "latest, which names DeepSpeed's folder, is missing"
+    files = [f"{tag}/{file.name}" for file in sorted((folder / tag).glob("*.pt"))]
+    if not any(name.endswith("model_states.pt") for name in files):
+        return [], f"{tag} holds no model_states.pt"
+    parts = sum(name.endswith("optim_states.pt") for name in files)
+    if parts not in (0, processes):  # none: ZeRO is off, and the state is with the weights
+        return [], f"{tag} holds optimizer state of {parts} processes, and {processes} resume"
+    weights = [name for name in _weights(folder) if (folder / name).exists()]  # ZeRO-3 may save none of them
+    return [*files, *weights, *(["scheduler.pt"] if (folder / "scheduler.pt").exists() else [])], None
 
 
 def _weights(folder: Path) -> list[str]:

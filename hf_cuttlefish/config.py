@@ -126,10 +126,11 @@ class CuttlefishConfig:
         default=1024, metadata={"help": "At most so many tokens per layer and micro-batch enter the statistics."}
     )
     switch: str = field(
-        default="in_place",
+        default="auto",
         metadata={
             "help": "'in_place': the run goes on in the same process. 'restart' (Trainer): at the switch a checkpoint with the "
-            "factorized weights is written and training stops; resumed from there, it goes on low rank."
+            "factorized weights is written and training stops; resumed from there, it goes on low rank. 'auto': in place "
+            "where the engine allows it, by restart under DeepSpeed."
         },
     )
     optimizer_state: str = field(
@@ -159,7 +160,7 @@ class CuttlefishConfig:
         self._check_choice("rank_rule", RANK_RULES)
         self._check_choice("stable_rank_scale", ("auto", "initial", "random_matrix"))
         self._check_choice("objective", ("size", "speed"))
-        self._check_choice("switch", ("in_place", "restart"))
+        self._check_choice("switch", ("auto", "in_place", "restart"))
         self._check_choice("optimizer_state", ("carry", "reset"))
         self._check_choice("on_error", ("raise", "continue"))
         for name in ("rank_ratio", "accumulative_share", "energy_share"):

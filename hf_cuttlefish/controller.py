@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,8 +25,9 @@ from .patching import low_rank_layers
 from .plan import RankPlan, group_name
 from .profiling import FlowRecorder
 from .report import FactorizationReport, count_parameters
+from .restart import DeepSpeedModel, LowRankCheckpoint
 from .selection import find_targets, is_meta
-from .sharding import ShardedModel
+from .sharding import PartedModel, ShardedModel
 from .spectrum import StableRankTracker
 from .statistics import MomentCollector, steps_in
 from .switch import FactorsInTurn, carry_out, choose, share
@@ -36,6 +38,7 @@ from .wrapper import (
     check_optimizer,
     check_synchronized,
     find_ddp,
+    find_deepspeed,
     find_fully_shard,
     holders,
     unwrap,
@@ -70,6 +73,8 @@ class Cuttlefish:
         scheduler: the scheduler that drives the optimizer; needed for a learning_rate_scale alone.
         loss_factor: what the loss is multiplied by before backward where batches say `num_items_in_batch` (the Trainer with
             average_tokens_across_devices: the number of processes).
+        can_restart: whether the caller saves when `restarts` and `step` says so, calls `switch_in_checkpoint`, and trains on
+            from there in another run, as CuttlefishCallback does; DeepSpeed asks for it.
 
     Attributes:
         plan: the RankPlan carried out, or None. switch_step: the step of the switch, or None.
@@ -91,6 +96,7 @@ class Cuttlefish:
         scaler: Any = None,
         scheduler: Any = None,
         loss_factor: float = 1.0,
+        can_restart: bool = False,
     ) -> None:
         config = CuttlefishConfig.coerce(config)
         if isinstance(total_steps, bool) or not isinstance(total_steps, int):
@@ -101,7 +107,7 @@ class Cuttlefish:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.optimizer, self.scaler, self.loss_factor = optimizer, scaler, loss_factor
         self.scheduler = scheduler
-        self.config = config
+        self.config, self._can_restart = config, can_restart
         self.total_steps = total_steps
         self.global_step = 0
         self.plan: RankPlan | None = None
@@ -119,7 +125,8 @@ class Cuttlefish:
         self._verify_at: int | None = None
         self._looked_again = False
         self.ddp: DistributedDataParallel | None = None
-        self.sharded: ShardedModel | None = None
+        self.sharded: PartedModel | None = None
+        self._checkpoint: LowRankCheckpoint | None = None
         self.processes = Processes()
         error: Exception | None = None
         try:
@@ -138,12 +145,38 @@ class Cuttlefish:
         """Find the engine. DDP may come later (a loop that prepares the model afterwards): the first step looks again."""
         if low_rank_layers(self.model):
             return  # nothing will be changed, so any engine is fine
-        self.sharded = find_fully_shard(self.model)
+        engine = find_deepspeed(self.model, self.optimizer) if is_distributed() else None
+        self.sharded = find_fully_shard(self.model) if engine is None else DeepSpeedModel(self.model, engine)
         check_not_wrapped(self.model, sharded=self.sharded is not None)
         check_optimizer(self.optimizer)
+        if self.restarts:
+            self._check_restart()
+            return
         self.ddp = find_ddp(self.model)
         if self.ddp is not None:
             self.processes = Processes(self.ddp.process_group)
+
+    @property
+    def restarts(self) -> bool:
+        """Whether the engine cannot be edited, so that the switch has to be carried out in a checkpoint."""
+        return isinstance(self.sharded, DeepSpeedModel)
+
+    def _check_restart(self) -> None:
+        if self.config.switch == "in_place":
+            raise ValueError(
+                "switch is 'in_place', and DeepSpeed's partitions are fixed when it is built: use switch='auto' or 'restart', "
+                "FSDP2 or DDP"
+            )
+        if not self._can_restart:
+            raise ValueError(
+                "DeepSpeed's partitions are fixed when it is built, so the switch needs a checkpoint and a new engine: use "
+                "Trainer with CuttlefishCallback, which knows how; or FSDP2 or DDP in a loop of your own"
+            )
+        if self.config.learning_rate_scale != 1:
+            raise ValueError(
+                f"learning_rate_scale is {self.config.learning_rate_scale}, and a switch by restart cannot change the schedule "
+                "that is saved: leave it at 1"
+            )
 
     def _find_layers(self) -> None:
         if low_rank_layers(self.model):
@@ -157,9 +190,10 @@ class Cuttlefish:
         for name, layer in self.layers.items():
             if is_meta(layer):
                 raise ValueError(f"{name} is on the meta device: load the weights before training")
-        optimizers.check_holds(
-            self.optimizer, {name: cast(nn.Parameter, layer.weight) for name, layer in self.layers.items()}
-        )
+        if not self.restarts:  # else `check` below
+            optimizers.check_holds(
+                self.optimizer, {name: cast(nn.Parameter, layer.weight) for name, layer in self.layers.items()}
+            )
         if self.config.learning_rate_scale != 1:
             check_can_scale(self.optimizer, self.scheduler)
         if self.ddp is not None:
@@ -202,6 +236,8 @@ class Cuttlefish:
     def step(self) -> bool:
         """Call after each optimizer step (not after each micro-batch). True on the step that switched.
 
+        Where the model `restarts`, True says that the switch is due: save a checkpoint, then `switch_in_checkpoint`.
+
         Raises:
             RuntimeError or ValueError: the switch failed and on_error is "raise". The model is as before.
         """
@@ -224,8 +260,28 @@ class Cuttlefish:
             self._decide()
         self._schedule()
         if self._switch_at is not None and self.global_step >= self._switch_at:
-            return self._try_switch()
+            return self.restarts or self._try_switch()
         return False
+
+    def switch_in_checkpoint(self, folder: Path) -> bool:
+        """Exchange the checkpoint just saved of this step for that of the factorized model; the model here stays as it is.
+
+        All processes must call it. False where there is no switch, for the reason in `reason`: the checkpoint is as it was.
+        Its trainer_state.json has been renamed; to write that of the low-rank phase is left to the caller, as the last act.
+        A checkpoint of the same step that is saved once more can be exchanged once more.
+
+        Raises:
+            RuntimeError or ValueError: as `step`.
+        """
+        if self._checkpoint is not None:
+            self._checkpoint.write(folder)
+            return True
+        return self._try_switch(folder)
+
+    @property
+    def switched_model(self) -> nn.Module | None:
+        """The factorized model that `switch_in_checkpoint` has saved, for its model card."""
+        return None if self._checkpoint is None else self._checkpoint.model
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -512,16 +568,18 @@ class Cuttlefish:
         if self._collector is not None:
             scaler = self.scaler or getattr(self.optimizer, "scaler", None)
             self._collector.loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
+            if isinstance(self.sharded, DeepSpeedModel):
+                self._collector.loss_scale = self.sharded.loss_scale
             self._collector.loss_factor = self.loss_factor
 
-    def _try_switch(self) -> bool:
+    def _try_switch(self, folder: Path | None = None) -> bool:
         collector, self._collector = self._collector, None
         try:
             if collector is not None:
                 collector.stop()
             if self._flow is not None:
                 self._flow.stop()
-            switched = self._switch(collector)
+            switched = self._switch(collector, folder)
         except ProcessLostError:
             raise  # there is no going on, whatever on_error says
         except Exception as error:
@@ -553,7 +611,7 @@ class Cuttlefish:
             )
         return switched
 
-    def _switch(self, collector: MomentCollector | None) -> bool:
+    def _switch(self, collector: MomentCollector | None, folder: Path | None) -> bool:
         """The main process decides; all of them carry the same plan out, with the same factors, or none does."""
         clock = time.perf_counter()
         if self.ddp is None and self.sharded is None:
@@ -595,11 +653,17 @@ class Cuttlefish:
         else:
             factors = share(self.layers, plan, mine, shifted, self.processes)
         state = self.config.optimizer_state
-        report = carry_out(self.model, self.optimizer, plan, factors, state, self.sharded or self.ddp, self.processes)
+        if isinstance(self.sharded, DeepSpeedModel):
+            checkpoint = LowRankCheckpoint(self.sharded, plan, factors, state)
+            report = checkpoint.write(cast(Path, folder))
+            self._checkpoint = checkpoint
+        else:
+            wrapper = cast(ShardedModel | None, self.sharded) or self.ddp
+            report = carry_out(self.model, self.optimizer, plan, factors, state, wrapper, self.processes)
         report.step = self.switch_step = self.global_step
         self.plan, self.report = plan, report
         self._finished = True
-        self._verify_at = self.global_step + 1
+        self._verify_at = None if self.restarts else self.global_step + 1
         self.layers = {}
         if self.config.learning_rate_scale != 1:
             scaled = scale_learning_rate(self.optimizer, self.scheduler, self.config.learning_rate_scale)

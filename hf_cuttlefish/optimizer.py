@@ -142,11 +142,10 @@ def prepare(
         old = inner.state.get(pair.weight)
         if not old or mode == "reset":
             continue
-        unknown = [k for k in old if k not in LINEAR_STATE + SQUARE_STATE + FACTORED_STATE + SCALAR_STATE]
-        if unknown:
+        if unknown := unknown_state(old):
             reset.update(unknown)
             continue
-        state[pair.down], state[pair.up] = _project(old, pair, gather)
+        state[pair.down], state[pair.up] = project(old, pair, gather)
     if reset:
         logger.warning(
             "Cuttlefish: %s keeps the state %s, which has no known projection; the factors start with empty state.",
@@ -180,10 +179,16 @@ def check_in_step(model: nn.Module, optimizer: Any, before: set[int], pairs: Seq
         )
 
 
+def unknown_state(state: Iterable[str]) -> list[str]:
+    """Names of the kinds of state that `project` does not know."""
+    return [k for k in state if k not in LINEAR_STATE + SQUARE_STATE + FACTORED_STATE + SCALAR_STATE]
+
+
 @torch.no_grad()
-def _project(
-    old: dict[str, Any], pair: FactorParameters, gather: Callable[[torch.Tensor], torch.Tensor]
+def project(
+    old: dict[str, Any], pair: FactorParameters, gather: Callable[[torch.Tensor], torch.Tensor] = whole
 ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state of a pair's two factors, down and up, from that of the weight whose place they take."""
     down, up = gather(pair.down).float(), gather(pair.up).float()
     old = {k: gather(v) if isinstance(v, torch.Tensor) else v for k, v in old.items()}
     for_down: dict[str, Any] = {}

@@ -9,6 +9,7 @@ looked for and missing in another version is refused by name).
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
@@ -22,7 +23,45 @@ from .layers import DENSE_TYPES, LowRankLinear
 T = TypeVar("T")
 
 
-class ShardedModel:
+class PartedModel(ABC):
+    """A model of whose weights no process need hold the whole: each is gathered, used and dropped, one layer at a time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.processes = Processes()
+
+    @abstractmethod
+    def check(self, layers: Mapping[str, nn.Module]) -> None:
+        """Raises ValueError, naming the layer, for target layers that could not be exchanged. layers: name -> dense."""
+
+    @abstractmethod
+    def check_replicas(self, when: str) -> None:
+        """Raises RuntimeError unless all processes have the same parameters."""
+
+    @abstractmethod
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All of a weight, detached; every process must ask at the same time."""
+
+    def from_main(self, layers: Mapping[str, nn.Module], function: Callable[[Mapping[str, nn.Module]], T]) -> T:
+        """`Processes.from_main` for a function of the layers, which see whole weights: each is gathered when it is asked for.
+
+        The other processes take part in the gathering until the function has ended. Nobody keeps more than one weight.
+        """
+        processes = self.processes
+
+        def work() -> T:
+            try:
+                return function(_WholeLayers(layers, processes, self.gather))
+            finally:
+                processes.from_main(lambda: None)  # nothing more is asked for
+
+        if not processes.is_main:
+            while (name := processes.from_main(lambda: None)) is not None:
+                self.gather(cast(torch.Tensor, layers[name].weight))
+        return processes.from_main(work)
+
+
+class ShardedModel(PartedModel):
     """A model under fully_shard: all that the switch asks of it.
 
     `place` each pair, then `exchange`; `finish` or `undo` must follow.
@@ -33,8 +72,7 @@ class ShardedModel:
     """
 
     def __init__(self, model: nn.Module, around: list[nn.Module]) -> None:
-        self.model = model
-        self.processes = Processes()
+        super().__init__(model)
         self._roots = [m for m in (*around, *model.modules()) if is_fully_sharded(m)]
         self._places: dict[int, tuple[Any, Any]] = {}
         for module in self._roots:
@@ -92,23 +130,13 @@ class ShardedModel:
             module.reshard()  # type: ignore[operator]
 
     def from_main(self, layers: Mapping[str, nn.Module], function: Callable[[Mapping[str, nn.Module]], T]) -> T:
-        """`Processes.from_main` for a function of the layers, which see whole weights: each is gathered when it is asked for.
-
-        The other processes take part in the gathering until the function has ended. Nobody keeps more than one weight.
-        """
+        """As of `PartedModel`, with every module holding its shards."""
         self.reshard()
-        processes = self.processes
+        return super().from_main(layers, function)
 
-        def work() -> T:
-            try:
-                return function(_WholeLayers(layers, processes))
-            finally:
-                processes.from_main(lambda: None)  # nothing more is asked for
-
-        if not processes.is_main:
-            while (name := processes.from_main(lambda: None)) is not None:
-                whole(layers[name].weight)
-        return processes.from_main(work)
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All of a tensor, detached; every process must ask at the same time."""
+        return whole(tensor)
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """All of a tensor. Raises OtherProcessError where another process has failed meanwhile, and would not answer."""
@@ -200,13 +228,18 @@ class ShardedModel:
 class _WholeLayers(Mapping[str, nn.Module]):
     """The main process's view: name -> a copy of the layer that holds its whole weight. The bias is left as it is."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], processes: Processes) -> None:
-        self._layers, self._processes = layers, processes
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        processes: Processes,
+        gather: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        self._layers, self._processes, self._gather = layers, processes, gather
 
     def __getitem__(self, name: str) -> nn.Module:
         layer = self._layers[name]
         self._processes.from_main(lambda: name)  # asks the others
-        weight = whole(layer.weight)  # type: ignore[arg-type]
+        weight = self._gather(cast(torch.Tensor, layer.weight))
         view = copy.copy(layer)
         view._parameters = {**layer._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
         return view

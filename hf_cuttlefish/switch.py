@@ -20,7 +20,7 @@ from .plan import RankPlan, break_even_rank
 from .profiling import FlowRecorder, keep_faster, rank_prices
 from .ranks import LayerSpectrum, needs_no_weights, plan_ranks, rank_by_hand, spectrum_of
 from .report import FactorizationReport
-from .sharding import ShardedModel
+from .sharding import PartedModel, ShardedModel
 from .statistics import MomentCollector
 from .wrapper import RebuiltDDP, forget_compiled
 
@@ -107,7 +107,7 @@ def share(
 
 
 class FactorsInTurn(Mapping[str, Factors]):
-    """Factors of a sharded model: each layer's are worked out on the main process and sent when they are asked for.
+    """Factors of a model in parts: each layer's are worked out on the main process and sent when they are asked for.
 
     All processes must ask for the same layers in the same order. None of them ever holds more than one layer whole.
     """
@@ -118,10 +118,10 @@ class FactorsInTurn(Mapping[str, Factors]):
         plan: RankPlan,
         config: CuttlefishConfig,
         collector: MomentCollector | None,
-        sharded: ShardedModel,
+        parted: PartedModel,
     ) -> None:
         self._layers, self._plan, self._config, self._collector = layers, plan, config, collector
-        self._sharded, self._processes = sharded, sharded.processes
+        self._parted, self._processes = parted, parted.processes
         self.all_know = False
         """Whether every process has heard of the error that was raised."""
 
@@ -137,7 +137,7 @@ class FactorsInTurn(Mapping[str, Factors]):
             return [name] if mine[name].bias_shift is not None else []
 
         try:
-            shifted = self._sharded.from_main(self._layers, work)
+            shifted = self._parted.from_main(self._layers, work)
         except Exception:
             self.all_know = True
             raise

@@ -26,7 +26,9 @@ MIB = 1024 * 1024
 _REFUSED = {
     "DataParallel": "nn.DataParallel: start one process for each GPU with torchrun or accelerate launch (DDP)",
     "FullyShardedDataParallel": "FSDP1, whose flat parameters are fixed when it is built: use FSDP2 (fsdp_version: 2) or DDP",
-    "DeepSpeedEngine": "DeepSpeed, whose partitions are fixed when it is built: use FSDP2 (fsdp_version: 2) or DDP",
+    "DeepSpeedEngine": "DeepSpeed, whose partitions are fixed when it is built: train with Trainer and CuttlefishCallback, which "
+    "switch by restart, and resume with --resume_from_checkpoint as a training argument; or use FSDP2 or DDP",
+    "PipelineEngine": "DeepSpeed's pipeline, which is not supported: use FSDP2 (fsdp_version: 2) or DDP",
 }
 """Engines whose wrappers are known and cannot be repaired, and what to do instead."""
 
@@ -112,6 +114,19 @@ def find_fully_shard(model: nn.Module) -> ShardedModel | None:
     return find_sharded(model, _live_modules()) if is_distributed() else None
 
 
+def find_deepspeed(model: nn.Module, optimizer: Any) -> Any:
+    """The DeepSpeed engine that trains the model with this optimizer (or Accelerate's wrapper of it); None if there is none."""
+    engines = [w for w in _wrappers(model) if type(w).__name__ == "DeepSpeedEngine"]
+    inner = getattr(optimizer, "optimizer", optimizer)
+    mine = [engine for engine in engines if engine.optimizer is inner]
+    if engines and not mine:
+        raise ValueError(
+            f"a DeepSpeed engine is around this {type(model).__name__}, and it steps another optimizer than the one given: "
+            "pass the optimizer that deepspeed.initialize or accelerator.prepare returned"
+        )
+    return mine[0] if mine else None
+
+
 def _wrappers(model: nn.Module) -> list[nn.Module]:
     """Engines' wrappers among all live objects that hold the model somewhere."""
     engines = [m for m in _live_modules() if isinstance(m, DistributedDataParallel) or type(m).__name__ in _REFUSED]
@@ -159,7 +174,7 @@ def check_not_wrapped(model: nn.Module, sharded: bool = False) -> None:
             )
         if hasattr(parameter, "ds_id"):
             raise ValueError(
-                f"{name} belongs to DeepSpeed ZeRO-3, which is not supported: use FSDP2 (fsdp_version: 2) or DDP"
+                f"{name} belongs to DeepSpeed ZeRO-3, which is not supported: use ZeRO-1 or 2, FSDP2 (fsdp_version: 2) or DDP"
             )
         if type(parameter).__name__ == "FlatParameter" or getattr(parameter, "_fsdp_flattened", False):
             raise ValueError(f"{name} is flattened by {_REFUSED['FullyShardedDataParallel']}")

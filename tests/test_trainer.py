@@ -429,3 +429,14 @@ def test_training_again_after_an_exception_and_after_the_switch(tmp_path):
 def test_a_rank_that_cannot_be_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"rank of .*query is 33"):
         run(tmp_path, CuttlefishConfig(rank_pattern={"query": 33}))
+
+
+def test_a_restart_is_not_left_to_a_strategy_that_may_not_save(tmp_path):
+    args = TrainingArguments(
+        tmp_path, max_steps=4, save_strategy="best", eval_strategy="steps", eval_steps=2, metric_for_best_model="loss",
+        use_cpu=True, report_to=[],
+    )  # fmt: skip
+    callback = CuttlefishCallback(CuttlefishConfig(switch="restart"))
+    trainer = Trainer(tiny_bert(), args, train_dataset=Rows(), eval_dataset=Rows(), callbacks=[callback])
+    with pytest.raises(ValueError, match="save_strategy is 'best'"):
+        trainer.train()

@@ -1,0 +1,408 @@
+"""The switch by restart, for an engine that cannot be edited: a checkpoint of the factorized model that it can resume.
+
+DeepSpeed divides flat copies of weights and optimizer state among the processes when it is built, and resumes only from such
+partitions; those of the full-rank phase do not fit the factors. So a second engine is built around a factorized copy of the
+model, gets weights and projected state one parameter at a time, and saves. What it saves takes the place of what the first
+engine has saved of the same step. Tried with deepspeed 0.19.8; nothing here is imported unless it is in use.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import shutil
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from . import optimizer as optimizers
+from .checkpoints import is_weights_file
+from .distributed import OtherProcessError
+from .factorization import Factors
+from .layers import DenseLayer, LowRankLinear, dense_origin
+from .patching import factorize
+from .plan import RankPlan
+from .report import FactorizationReport
+from .sharding import PartedModel
+from .wrapper import check_synchronized
+
+logger = logging.getLogger(__name__)
+
+STAGING = ".cuttlefish_low_rank"
+"""Folder inside a checkpoint in which the low-rank form is written before anything is exchanged."""
+FULL_RANK_STATE = f"{TRAINER_STATE_NAME}.full_rank"
+"""Where trainer_state.json is during the exchange: a folder without it is no checkpoint."""
+_NOT_COPIED = ("optimizer", "scheduler", "flops_profiler", "tensorboard", "wandb", "comet", "csv_monitor")
+"""Parts of DeepSpeed's config that the second engine, which never steps, does without."""
+
+
+class DeepSpeedModel(PartedModel):
+    """A model under DeepSpeed ZeRO-1 or 2: all that the switch asks of it. Weights are the fp32 ones that it updates.
+
+    Raises:
+        ValueError: another stage, offloading, model or sequence parallelism, experts, an optimizer of another layout, or a
+            checkpoint engine that does not write where the others look; what it is is named.
+    """
+
+    def __init__(self, model: nn.Module, engine: Any) -> None:
+        super().__init__(model)
+        self.engine = engine
+        self.optimizer = engine.optimizer
+        stage = int(engine.zero_optimization_stage())
+        kind = type(self.optimizer).__name__
+        settings = engine._config
+        unsupported = {
+            f"ZeRO stage {stage}": stage not in (1, 2),
+            "offloading of the optimizer": bool(getattr(self.optimizer, "cpu_offload", False)),
+            f"{kind}": kind != "DeepSpeedZeroOptimizer",
+            "model parallelism": engine.mp_world_size > 1 or engine.autotp_size() > 1,
+            "sequence parallelism": engine.sequence_parallel_size > 1,
+            "experts": engine.has_moe_layers,
+            "use_node_local_storage": settings.use_node_local_storage,
+            "load_universal": settings.load_universal_checkpoint,
+            "a checkpoint engine that writes later": engine.checkpoint_engine.is_decoupled(),
+        }
+        for what, is_on in unsupported.items():
+            if is_on:
+                raise ValueError(
+                    f"DeepSpeed with {what} is not supported: use ZeRO-1 or 2 without it, FSDP2 (fsdp_version: 2) or DDP"
+                )
+
+    @property
+    def loss_scale(self) -> float:
+        """By how much the engine multiplies the loss at backward: fp16's scale, else 1. (Trainer divides the loss by the
+        accumulation steps itself, and tells the engine not to.)"""
+        return float(self.optimizer.loss_scale)
+
+    def check(self, layers: Mapping[str, nn.Module]) -> None:
+        """Raises ValueError, naming the layer, for a trainable weight that the engine does not train."""
+        held = {id(p) for group in self.optimizer.bit16_groups for p in group}
+        for name, layer in layers.items():
+            weight = cast(nn.Parameter, layer.weight)
+            if weight.requires_grad and id(weight) not in held:
+                raise ValueError(
+                    f"the optimizer does not hold {name}.weight, which DeepSpeed trains not: freeze it with "
+                    "requires_grad_(False), or give it to the optimizer before the engine is built"
+                )
+
+    def check_replicas(self, when: str) -> None:
+        """Raises RuntimeError unless all processes hold the same weights (of ZeRO-1 and 2 each has them all)."""
+        check_synchronized(None, self.model, self.processes, when)
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The whole weight in fp32; a frozen one as it is."""
+        if not hasattr(tensor, "_hp_mapping"):
+            return tensor.detach()
+        return self._from_partitions(tensor, lambda flat: flat)
+
+    def state_kinds(self) -> list[list[str]]:
+        """Of each group of parameters the kinds of state that every parameter has its own of; nothing before the first step."""
+        flats = self.optimizer.single_partition_of_fp32_groups
+        states = [self.optimizer.optimizer.state.get(flat, {}) for flat in flats]
+        mine = [
+            sorted(k for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == flat.shape)
+            for state, flat in zip(states, flats, strict=True)
+        ]
+        return self.processes.from_main(lambda: mine)
+
+    def state(self, parameter: torch.Tensor, kinds: list[str]) -> dict[str, torch.Tensor]:
+        """The whole optimizer state of one parameter, in its shape."""
+        states = self.optimizer.optimizer.state
+        found = {}
+        for kind in kinds:
+            own = {
+                flat: states[flat][kind]
+                for flat in self.optimizer.single_partition_of_fp32_groups
+                if kind in states[flat]
+            }
+            found[kind] = self._from_partitions(parameter, own.__getitem__)
+        return found
+
+    def _from_partitions(self, parameter: torch.Tensor, kept: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """A parameter's part of the fp32 weights, or of what is `kept` beside a partition of them.
+
+        As deepspeed.utils.safe_get_full_optimizer_state would give it, which finds no state but that of the first group.
+        """
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        if (place := _place(parameter)) is not None:
+            partition = kept(self.optimizer.single_partition_of_fp32_groups[place.group]).detach()
+            whole[place.here] = partition[place.there].float()
+        self.processes.sum_(whole)
+        return whole.view_as(parameter)
+
+
+class LowRankCheckpoint:
+    """The low-rank form of a checkpoint; every process must make one and call `write` at the same time.
+
+    Args:
+        parted: the model and its engine, which stay as they are.
+        factors: of the plan's layers, asked for in their order, each time anew.
+        optimizer_state: "carry", or "reset", which resets all parameters: a partition has one step count.
+
+    Attributes:
+        model: the factorized copy after `write`.
+    """
+
+    def __init__(
+        self, parted: DeepSpeedModel, plan: RankPlan, factors: Mapping[str, Factors], optimizer_state: str
+    ) -> None:
+        self.parted, self.plan, self.factors, self.optimizer_state = parted, plan, factors, optimizer_state
+        self.processes = parted.processes
+        self.model: nn.Module | None = None
+
+    def write(self, folder: Path) -> FactorizationReport:
+        """Exchange what the folder holds of the full-rank phase. trainer_state.json has another name afterwards.
+
+        Until everything is written the folder stays the checkpoint that it was, and an error leaves it so.
+
+        Raises:
+            ValueError, RuntimeError: weights that are not finite, a folder that is no checkpoint of the engine, or what
+                DeepSpeed raises; on all processes.
+        """
+        self.model = None  # of an earlier call
+        staging, tag = folder / STAGING, f"global_step{self.parted.engine.global_steps}"
+        self.processes.from_main(lambda: _clear(folder, staging, tag))
+        engine = None
+        try:
+            try:
+                model, report, exact = self._factorized()
+                self.processes.agree()
+                engine = self._second_engine(model)
+                self._fill(engine, model, exact, report)
+                engine.save_checkpoint(str(staging), tag=tag, client_state={})
+                self.processes.agree()
+            except Exception as error:
+                if not (getattr(self.factors, "all_know", False) or isinstance(error, OtherProcessError)):
+                    self.processes.agree(error)
+                raise
+            finally:
+                if engine is not None:
+                    engine.destroy()
+            self.processes.from_main(lambda: _save_model(model, staging))
+        except BaseException:
+            if self.processes.is_main:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+        self.processes.from_main(lambda: _exchange(folder, staging))
+        self.model = model
+        return report
+
+    def _factorized(self) -> tuple[nn.Module, FactorizationReport, dict[str, Factors]]:
+        """The factorized copy, and its factors in fp32: the copy's own may have less."""
+        kept = _Kept(self.factors)
+        model = _copy(self.parted.model, {}, {id(self.parted.model.get_submodule(n).weight) for n in self.plan})
+        return model, factorize(model, self.plan, factors=kept), kept.seen
+
+    def _second_engine(self, model: nn.Module) -> Any:
+        import deepspeed  # type: ignore[import-not-found]
+
+        first = self.parted.engine
+        basic = self.parted.optimizer.optimizer
+        new_of = {id(old): new for old, new, _ in self._pairs(model)}
+        groups = [
+            {**group, "params": [p for old in params for p in new_of[id(old)]]}
+            for group, params in zip(basic.param_groups, self.parted.optimizer.bit16_groups, strict=True)
+        ]
+        twin = object.__new__(type(basic))  # the class's own arguments need not be its defaults
+        twin.__dict__.update({k: v for k, v in vars(basic).items() if k != "step"})
+        twin.param_groups, twin.state = groups, defaultdict(dict)
+        config = {k: v for k, v in copy.deepcopy(first.config).items() if k not in _NOT_COPIED}
+        config["zero_allow_untested_optimizer"] = True
+        engine, *_ = deepspeed.initialize(model=model, optimizer=twin, config=config)
+        engine.lr_scheduler = first.lr_scheduler  # only to be saved; DeepSpeed's own, if it has one
+        engine.optimizer.loss_scaler = self.parted.optimizer.loss_scaler
+        for counter in ("global_steps", "global_samples", "skipped_steps", "micro_steps"):
+            setattr(engine, counter, getattr(first, counter))
+        return engine
+
+    def _pairs(self, model: nn.Module) -> Iterator[tuple[nn.Parameter, list[nn.Parameter], str | None]]:
+        """(parameter, what stands for it in the factorized copy, the layer if it is a weight of the plan)."""
+        seen: set[int] = set()
+        for name, module in self.parted.model.named_modules():
+            twin = model.get_submodule(name)
+            for part, parameter in module._parameters.items():
+                if parameter is None or id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                if not isinstance(twin, LowRankLinear):
+                    yield parameter, [cast(nn.Parameter, twin._parameters[part])], None
+                elif part == "bias":
+                    yield parameter, [twin.up.bias], None
+                else:
+                    yield parameter, [cast(nn.Parameter, twin.down.weight), cast(nn.Parameter, twin.up.weight)], name
+
+    @torch.no_grad()
+    def _fill(self, engine: Any, model: nn.Module, exact: dict[str, Factors], report: FactorizationReport) -> None:
+        """Weights and optimizer state, one parameter after the other."""
+        parted, second = self.parted, engine.optimizer
+        kinds = parted.state_kinds()
+        unknown = sorted({k for kind in kinds for k in optimizers.unknown_state(kind)})
+        carry = self.optimizer_state == "carry" and not unknown and any(kinds)
+        if unknown and self.optimizer_state == "carry" and self.processes.is_main:
+            logger.warning(
+                "Cuttlefish: the optimizer keeps the state %s, which has no known projection; all of its state starts anew.",
+                ", ".join(unknown),
+            )
+        group_of = {id(p): i for i, group in enumerate(parted.optimizer.bit16_groups) for p in group}
+        if carry:
+            _empty_state(parted.optimizer, second, kinds)
+        shifts = {
+            id(layer.bias): exact[name].bias_shift
+            for name in self.plan
+            if (layer := cast(DenseLayer, parted.model.get_submodule(name))).bias is not None
+        }
+        for old, new, layer_name in self._pairs(model):
+            self.processes.agree()  # one that has failed meanwhile would not answer
+            weight = parted.gather(old)
+            state = parted.state(old, kinds[group_of[id(old)]]) if carry and id(old) in group_of else {}
+            if layer_name is None:
+                shift = shifts.get(id(old))
+                values = [weight if shift is None else weight + shift.to(weight)]
+                states = [state]
+            else:
+                factors = exact[layer_name]
+                values = [factors.down.to(weight), factors.up.to(weight)]
+                down, up = (nn.Parameter(v, requires_grad=False) for v in values)
+                transposed = dense_origin(parted.model.get_submodule(layer_name)) == "Conv1D"
+                pair = optimizers.FactorParameters(layer_name, old, down, up, transposed)
+                states = list(optimizers.project(state, pair)) if state else [{}, {}]
+            for parameter, value, own in zip(new, values, states, strict=True):
+                _set(second, parameter, value, own)
+        done = f"state carried for {len(self.plan)} of {len(self.plan)} layers" if carry else "state starts anew"
+        report.optimizer = f"{type(parted.optimizer.optimizer).__name__} (DeepSpeed): {done}"
+
+
+class _Kept(Mapping[str, Factors]):
+    """Factors that remember, on the CPU and in fp32, what was asked for."""
+
+    def __init__(self, factors: Mapping[str, Factors]) -> None:
+        self._factors = factors
+        self.seen: dict[str, Factors] = {}
+
+    def __getitem__(self, name: str) -> Factors:
+        found = self._factors[name]
+        parts = (found.down, found.up, found.bias_shift)
+        self.seen[name] = Factors(*(None if t is None else t.to("cpu", torch.float32) for t in parts))  # type: ignore[arg-type]
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._factors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._factors)
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+
+def _copy(module: nn.Module, known: dict[int, Any], shared: set[int]) -> nn.Module:
+    """A module with parameters and configs of its own and no hooks. Weights in `shared` (ids) keep their storage."""
+    if id(module) in known:
+        return known[id(module)]
+    known[id(module)] = twin = copy.copy(module)
+    for key, value in vars(module).items():
+        if isinstance(value, PreTrainedConfig):
+            twin.__dict__[key] = copy.deepcopy(value, known)
+    bare = vars(nn.Module())
+    twin.__dict__.update({key: type(value)() for key, value in bare.items() if isinstance(value, OrderedDict)})
+    twin.__dict__["_parameters"] = parameters = {}
+    for name, old in module._parameters.items():
+        if old is not None and id(old) not in known:
+            data = old.detach() if id(old) in shared else old.detach().clone()
+            known[id(old)] = nn.Parameter(data, requires_grad=old.requires_grad)
+        parameters[name] = None if old is None else known[id(old)]
+    twin.__dict__["_buffers"] = {n: None if b is None else b.detach().clone() for n, b in module._buffers.items()}
+    twin.__dict__["_modules"] = {
+        n: None if child is None else _copy(child, known, shared) for n, child in module._modules.items()
+    }
+    return twin
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a part of a parameter lies: group of parameters, part of the flat parameter, part of the group's partition."""
+
+    group: int
+    here: slice
+    there: slice
+
+
+def _place(parameter: torch.Tensor) -> _Place | None:
+    """The part of this process; None for a frozen parameter, or where all of it lies in other processes' partitions."""
+    found = getattr(parameter, "_hp_mapping", None)
+    if found is None:
+        return None
+    here, there = found.lp_fragment_address, found.hp_fragment_address
+    return _Place(
+        found.param_group_index,
+        slice(here.start, here.start + here.numel),
+        slice(there.start, there.start + there.numel),
+    )
+
+
+def _empty_state(first: Any, second: Any, kinds: list[list[str]]) -> None:
+    """State of the second engine's partitions: zeros to be filled, and what is no parameter's own, as the first has it."""
+    groups = zip(first.single_partition_of_fp32_groups, second.single_partition_of_fp32_groups, kinds, strict=True)
+    for old, new, own in groups:
+        state = first.optimizer.state[old]
+        second.optimizer.state[new] = {
+            key: torch.zeros_like(new, dtype=value.dtype) if key in own else copy.deepcopy(value)
+            for key, value in state.items()
+        }
+
+
+def _set(second: Any, parameter: nn.Parameter, value: torch.Tensor, state: Mapping[str, torch.Tensor]) -> None:
+    """One parameter of the second engine: its weight, and this process's part of its fp32 weight and state."""
+    parameter.copy_(value)
+    if (place := _place(parameter)) is None:
+        return
+    partition = second.single_partition_of_fp32_groups[place.group]
+    own = second.optimizer.state[partition] if state else {}
+    for whole, flat in [(value, partition), *((state[key], own[key]) for key in state)]:
+        flat.detach()[place.there] = whole.reshape(-1)[place.here].to(flat)
+
+
+def _clear(folder: Path, staging: Path, tag: str) -> None:
+    """Room for the low-rank form, in a folder that holds a checkpoint of this step."""
+    if not (folder / TRAINER_STATE_NAME).is_file() or not (folder / tag).is_dir():
+        raise ValueError(
+            f"{folder} holds no checkpoint of DeepSpeed ({tag}) beside {TRAINER_STATE_NAME}: something else writes or removes "
+            "checkpoints there; let Trainer write them"
+        )
+    if staging.exists():
+        shutil.rmtree(staging)
+
+
+def _save_model(model: nn.Module, staging: Path) -> None:
+    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    if hasattr(model, "save_pretrained"):
+        cast(PreTrainedModel, model).save_pretrained(staging, state_dict=state)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(
+            state, staging / SAFE_WEIGHTS_NAME, metadata={"format": "pt"}
+        )  # as Trainer saves what is no transformer
+
+
+def _exchange(folder: Path, staging: Path) -> None:
+    """The folder's weights and partitions go, the new ones come. Between the first line and the caller's last it is none."""
+    os.replace(folder / TRAINER_STATE_NAME, folder / FULL_RANK_STATE)
+    for old in folder.iterdir():
+        if is_weights_file(old.name):
+            old.unlink()
+    for new in staging.iterdir():
+        old = folder / new.name
+        if old.is_dir():
+            shutil.rmtree(old)
+        os.replace(new, old)
+    staging.rmdir()

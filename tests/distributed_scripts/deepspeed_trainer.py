@@ -1,0 +1,249 @@
+"""Trainer under DeepSpeed, run by torchrun: deepspeed_trainer.py FOLDER. Rank 0 writes FOLDER/results.json.
+
+Accelerate starts DeepSpeed on GPUs alone: told to run on the CPU it takes DDP, without a word. Here it is given processes that
+are set up already (gloo) and DeepSpeed's own CPU backend; everything after that is real. Each result says whether it was on.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch
+import trainers
+import transformers.training_args
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from loops import tiny_bert
+from torch import distributed as dist
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, last_whole_checkpoint, restart
+
+SETTINGS = CuttlefishConfig(
+    switch_step=trainers.SWITCH, statistics_steps=4, rank_multiple=2, target_ratio=0.5, on_error="raise"
+)
+LAYER = "bert.encoder.layer.1.intermediate.dense"
+
+
+def arguments(folder: Path, stage: int, **changes: Any) -> TrainingArguments:
+    deepspeed = {
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+    }
+    deepspeed |= {"gradient_accumulation_steps": "auto", "bf16": {"enabled": "auto"}}
+    options: dict[str, Any] = {
+        "output_dir": str(folder), "max_steps": trainers.STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+        "adam_epsilon": 1e-3, "logging_steps": 1, "save_strategy": "no", "seed": 3, "report_to": [], "disable_tqdm": True,
+        "log_level": "error", "average_tokens_across_devices": False, "dataloader_pin_memory": False, "optim": "adamw_torch",
+        "deepspeed": deepspeed, "accelerator_config": {"use_configured_state": True}, **changes,
+    }  # fmt: skip
+    AcceleratorState._reset_state()
+    return TrainingArguments(**options)
+
+
+def trainer(args: TrainingArguments, callback: CuttlefishCallback, *more: TrainerCallback, seed: int = 0) -> Trainer:
+    AcceleratorState._reset_state()  # as examples/comparing.py does: Accelerate takes DeepSpeed's settings once
+    return Trainer(model=tiny_bert(seed), args=args, train_dataset=trainers.Rows(), callbacks=[callback, *more])
+
+
+def is_on(made: Trainer) -> bool:
+    return (
+        type(made.model_wrapped).__name__ == "DeepSpeedEngine"
+        and type(made.optimizer.optimizer).__name__ == "DeepSpeedZeroOptimizer"
+        and made.model_wrapped.dp_world_size == 2
+    )
+
+
+def flat_state(folder: Path, processes: int = 2) -> dict[str, torch.Tensor]:
+    """{weight: its first moments} of the first group, out of DeepSpeed's files and by nothing of ours."""
+    files = [next(folder.glob(f"*zero_pp_rank_{i}_*optim_states.pt")) for i in range(processes)]  # bf16_... under bf16
+    parts = [torch.load(f, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]["state"] for f in files]
+    if not any(parts):
+        return {}
+    parts = [p[0] for p in parts]
+    shapes = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["param_shapes"][0]
+    found, at = {}, 0
+    whole = {kind: torch.cat([p[kind] for p in parts]) for kind in ("exp_avg", "exp_avg_sq")}
+    for name, shape in shapes.items():
+        for kind, flat in whole.items():
+            found[f"{name} {kind}"] = flat[at : at + shape.numel()].view(shape)
+        at += shape.numel()
+    found["step"] = parts[0]["step"]
+    return found
+
+
+class Watcher(TrainerCallback):
+    """Notes the optimizer's state in the full-rank phase, at the switch, through DeepSpeed's own function."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+        self.moments: dict[str, torch.Tensor] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == trainers.SWITCH:
+            from deepspeed.utils import safe_get_full_optimizer_state
+
+            weight = self.trainer.model.get_submodule(LAYER).weight
+            self.moments = {k: safe_get_full_optimizer_state(weight, k) for k in ("exp_avg", "exp_avg_sq")}
+
+
+def run(folder: Path, stage: int, settings: CuttlefishConfig = SETTINGS, **changes: Any) -> dict[str, Any]:
+    """Train to the switch, and on from there with a new Trainer and the same arguments."""
+    args, callback, watcher = arguments(folder, stage, **changes), CuttlefishCallback(settings), Watcher()
+    first = watcher.trainer = trainer(args, callback, watcher)
+    first.train()
+    result: dict[str, Any] = {
+        "on": is_on(first), "stopped": first.state.global_step, "restart_from": callback.restart_from,
+        "left": sorted(p.name for p in Path(str(callback.restart_from)).iterdir()),
+        "whole": last_whole_checkpoint(folder), "still dense": not restart_ranks(first.model),
+    }  # fmt: skip
+    checkpoint = Path(str(callback.restart_from))
+    loaded = AutoModelForSequenceClassification.from_pretrained(checkpoint).state_dict()
+    parts = torch.load(checkpoint / f"global_step{trainers.SWITCH}" / "mp_rank_00_model_states.pt", weights_only=False)
+    result["AutoModel"] = loaded.keys() == parts["module"].keys() and all(
+        torch.equal(loaded[k], v.to(loaded[k].dtype)) for k, v in parts["module"].items()
+    )
+    state = flat_state(checkpoint / f"global_step{trainers.SWITCH}")
+    down, up = (loaded[f"{LAYER}.{part}.weight"].float() for part in ("down", "up"))
+    m, v = watcher.moments["exp_avg"], watcher.moments["exp_avg_sq"]
+    expected = {
+        f"{LAYER}.up.weight exp_avg": m @ down.T, f"{LAYER}.down.weight exp_avg": up.T @ m,
+        f"{LAYER}.up.weight exp_avg_sq": v @ down.square().T, f"{LAYER}.down.weight exp_avg_sq": up.square().T @ v,
+    }  # fmt: skip
+    result["moments"] = {k: [x.norm().item(), (state[k] - x).norm().item()] for k, x in expected.items() if state}
+    result["step count"] = float(state["step"]) if state else None
+    args.resume_from_checkpoint = callback.restart_from
+    second = trainer(args, callback, seed=9)
+    second.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    logs = [r for r in second.state.log_history if "loss" in r]
+    return result | {
+        "on again": is_on(second), "steps": second.state.global_step, "switched": callback.switch_step,
+        "plan": dict(callback.plan or {}), "ranks": restart_ranks(second.model),
+        "increase": callback.plan.predicted_loss_increase if callback.plan else None,
+        "losses": [r["loss"] for r in logs], "rates": [r["learning_rate"] for r in logs], "epochs": [r["epoch"] for r in logs],
+        "unequal": trainers.unequal(second.model), "dtype": str(next(second.model.parameters()).dtype),
+        "optimizer": callback.report.optimizer if callback.report else "",
+    }  # fmt: skip
+
+
+def restart_ranks(model: torch.nn.Module) -> dict[str, int]:
+    from hf_cuttlefish.patching import low_rank_layers
+
+    return {name: layer.rank for name, layer in low_rank_layers(model).items()}
+
+
+def failing(folder: Path, where: str) -> dict[str, Any]:
+    """An error on one process in the middle of writing, or of the exchange; then a run from the last whole checkpoint."""
+    name = {"writing": "_save_model", "filling": "_set", "exchange": "_exchange"}[where]
+    real = getattr(restart, name)
+
+    def fail(*given: Any) -> None:
+        if where == "exchange":
+            os.replace(given[0] / "trainer_state.json", given[0] / restart.FULL_RANK_STATE)
+            (given[0] / "model.safetensors").unlink()
+        if where != "filling" or dist.get_rank() == 1:
+            raise OSError("no space left on device")
+        real(*given)
+
+    setattr(restart, name, fail)
+    settings = replace(SETTINGS, on_error="continue")
+    callback = CuttlefishCallback(settings)
+    try:
+        made = trainer(arguments(folder, 2, save_strategy="steps", save_steps=1, max_steps=7), callback)
+        made.train()
+    finally:
+        setattr(restart, name, real)
+    dist.barrier()
+    result = {
+        "on": is_on(made), "steps": made.state.global_step, "reason": callback.reason, "restart_from": callback.restart_from,
+        "dense": not restart_ranks(made.model),
+        "staging": (folder / f"checkpoint-{trainers.SWITCH}" / restart.STAGING).exists(),
+    }  # fmt: skip
+    dist.barrier()
+    if dist.get_rank() == 0:
+        os.rename(folder / "checkpoint-7", folder / "later")  # as if it had been killed there
+    dist.barrier()
+    result["whole"] = last_whole_checkpoint(folder)
+    callback = CuttlefishCallback(settings)
+    again = trainer(arguments(folder, 2, resume_from_checkpoint=result["whole"], max_steps=7), callback, seed=9)
+    again.train(resume_from_checkpoint=result["whole"])
+    return result | {"stopped again": again.state.global_step, "switched": callback.switch_step}
+
+
+def refusals(folder: Path) -> dict[str, str]:
+    """What is raised at the start, by name."""
+    answers = {}
+    for name, settings, stage, changes in (
+        ("in_place", replace(SETTINGS, switch="in_place"), 2, {}),
+        ("learning rate", replace(SETTINGS, learning_rate_scale=2.0), 2, {}),
+        ("ZeRO-3", SETTINGS, 3, {}),
+        ("ZeRO-0", SETTINGS, 0, {}),
+        ("best", SETTINGS, 2, {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"}),
+        ("only the model", SETTINGS, 2, {"save_only_model": True}),
+    ):
+        try:
+            trainer(arguments(folder / "refused", stage, **changes), CuttlefishCallback(settings)).train()
+            answers[name] = "nothing was raised"
+        except ValueError as error:
+            answers[name] = str(error)
+    made = trainer(arguments(folder / "refused", 2, max_steps=1), CuttlefishCallback(replace(SETTINGS, switch_step=1)))
+    made.remove_callback(CuttlefishCallback)
+    made.train()
+    for name, model in (("loop", made.model), ("engine", made.model_wrapped)):
+        try:
+            Cuttlefish(model, made.optimizer, SETTINGS, total_steps=10)
+            answers[name] = "nothing was raised"
+        except ValueError as error:
+            answers[name] = str(error)
+    try:  # the checkpoint is no training argument, so that the model is dense when DeepSpeed takes it
+        late = trainer(arguments(folder / "late", 2), CuttlefishCallback(SETTINGS))
+        late.train(resume_from_checkpoint=str(folder / "ZeRO-2" / f"checkpoint-{trainers.SWITCH}"))
+        answers["late"] = "nothing was raised"
+    except ValueError as error:
+        answers["late"] = str(error)
+    return answers
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+    results: dict[str, Any] = {
+        "ZeRO-1": run(folder / "ZeRO-1", 1),
+        "ZeRO-2": run(folder / "ZeRO-2", 2, save_strategy="epoch"),  # saves twice at the switch, which ends an epoch
+        "accumulation": run(folder / "accumulation", 2, gradient_accumulation_steps=2, per_device_train_batch_size=2),
+        "bf16": run(folder / "bf16", 1, bf16=True),
+        "reset": run(folder / "reset", 2, replace(SETTINGS, optimizer_state="reset", switch="restart")),
+        "failing in writing": failing(folder / "writing", "writing"),
+        "failing in filling": failing(folder / "filling", "filling"),
+        "failing in exchange": failing(folder / "exchange", "exchange"),
+        "refusals": refusals(folder),
+    }
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    half = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    for name, changes in (("DDP", {}), ("DDP, accumulation", half)):
+        _, _, results[name] = trainers.run(folder, name, optim="adamw_torch", **changes)
+        results[name].pop("_weights")
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, results)
+    if dist.get_rank() == 0:
+        (folder / "results.json").write_text(json.dumps(everywhere), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
