@@ -1079,6 +1079,7 @@ class SelectJob(OtherJob):
 
         torch = self.torch
         from hf_cuttlefish import CuttlefishConfig, estimate_ranks, profiling
+        from hf_cuttlefish.flow import FlowRecorder
         from hf_cuttlefish.selection import find_targets
 
         torch.manual_seed(0)
@@ -1107,7 +1108,7 @@ class SelectJob(OtherJob):
         dense = stepper(model)
         for _ in range(3 if on_gpu else 1):
             dense()
-        flow = profiling.FlowRecorder(model, find_targets(model))
+        flow = FlowRecorder(model, find_targets(model))
         flow.start()
         while not flow.done:
             dense()

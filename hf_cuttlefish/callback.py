@@ -194,6 +194,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(extra)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After each checkpoint: statistics and model card beside it, and the switch in it if one is due by restart."""
         if self.cuttlefish is not None:
             self.cuttlefish.note_save()
             if self.cuttlefish.processes.size > 1:  # only here do all of them come by, and their sums are needed

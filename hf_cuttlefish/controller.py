@@ -18,12 +18,12 @@ from .config import CuttlefishConfig
 from .convergence import has_converged
 from .distributed import Processes, ProcessLostError, is_distributed
 from .factorization import Factors
+from .flow import FlowRecorder
 from .history import StableRankHistory
 from .layers import dense_weight
 from .learning_rate import check_can_scale, scale_learning_rate
 from .patching import low_rank_layers
 from .plan import RankPlan, group_name
-from .profiling import FlowRecorder
 from .report import FactorizationReport, count_parameters
 from .restart import DeepSpeedModel, LowRankCheckpoint
 from .selection import find_targets, is_meta

@@ -26,13 +26,13 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from . import optimizer as optimizers
 from .checkpoints import is_weights_file
-from .distributed import OtherProcessError
 from .factorization import Factors
 from .layers import DenseLayer, LowRankLinear, dense_origin
 from .patching import factorize
 from .plan import RankPlan
 from .report import FactorizationReport
 from .sharding import PartedModel
+from .switch import all_know
 from .wrapper import check_synchronized
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ class LowRankCheckpoint:
                 engine.save_checkpoint(str(staging), tag=tag, client_state={})
                 self.processes.agree()
             except Exception as error:
-                if not (getattr(self.factors, "all_know", False) or isinstance(error, OtherProcessError)):
+                if not all_know(error, self.factors):
                     self.processes.agree(error)
                 raise
             finally:

@@ -14,10 +14,11 @@ from . import optimizer as optimizers
 from .config import CuttlefishConfig
 from .distributed import OtherProcessError, Processes
 from .factorization import Decomposition, Factors, cut, decompose
+from .flow import FlowRecorder
 from .layers import dense_weight
 from .patching import factorize, low_rank_layers
 from .plan import RankPlan, break_even_rank
-from .profiling import FlowRecorder, keep_faster, rank_prices
+from .profiling import keep_faster, rank_prices
 from .ranks import LayerSpectrum, needs_no_weights, plan_ranks, rank_by_hand, spectrum_of
 from .report import FactorizationReport
 from .sharding import PartedModel, ShardedModel
@@ -154,6 +155,11 @@ class FactorsInTurn(Mapping[str, Factors]):
         return len(self._plan)
 
 
+def all_know(error: Exception, factors: Mapping[str, Factors]) -> bool:
+    """Whether every process has heard of an error: it came from another one, or from factors that are worked out in turn."""
+    return isinstance(error, OtherProcessError) or (isinstance(factors, FactorsInTurn) and factors.all_know)
+
+
 def carry_out(
     model: nn.Module,
     optimizer: Any,
@@ -199,8 +205,7 @@ def carry_out(
     except BaseException as error:
         if sharded is not None:
             sharded.undo()
-        all_know = told or getattr(factors, "all_know", False) or isinstance(error, OtherProcessError)
-        if isinstance(error, Exception) and not all_know:
+        if isinstance(error, Exception) and not (told or all_know(error, factors)):
             processes.agree(error)
         raise
     if sharded is None and processes.size > 1:

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, LowRankLinear, factorize, profiling
 from hf_cuttlefish.factorization import factor_weight
+from hf_cuttlefish.flow import Group
 from hf_cuttlefish.patching import low_rank_layers
 from hf_cuttlefish.selection import find_targets
 from hf_cuttlefish.spectrum import StableRankTracker, stable_rank
@@ -275,7 +276,7 @@ def test_measured_selection_knows_how_the_model_runs() -> None:
 
 
 def test_timings_on_the_device_are_finite_and_tell_host_from_device() -> None:
-    group = profiling.Group(("a",), 256, ((256, True),), 512, torch.device(DEVICE, 0), torch.float32, torch.float32)
+    group = Group(("a",), 256, ((256, True),), 512, torch.device(DEVICE, 0), torch.float32, torch.float32)
     for compiled in (False, True):
         timing = profiling.time_group(group, (64,), compiled)
         assert 0 < timing.device_ms < 100

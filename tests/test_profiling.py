@@ -13,8 +13,9 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, estimate_ranks, factorize, merge, profiling
+from hf_cuttlefish.flow import FlowRecorder, Group, StepTime
 from hf_cuttlefish.patching import low_rank_layers
-from hf_cuttlefish.profiling import FlowRecorder, Group, GroupTiming, StepTime, Timing, choose, keep_faster
+from hf_cuttlefish.profiling import GroupTiming, Timing, choose, keep_faster
 from hf_cuttlefish.ranks import LayerSpectrum, plan_ranks
 from hf_cuttlefish.selection import find_targets
 

@@ -7,7 +7,6 @@ are set up already (gloo) and DeepSpeed's own CPU backend; everything after that
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 from dataclasses import replace
@@ -235,10 +234,7 @@ def main() -> None:
     for name, changes in (("DDP", {}), ("DDP, accumulation", half)):
         _, _, results[name] = trainers.run(folder, name, optim="adamw_torch", **changes)
         results[name].pop("_weights")
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, results)
-    if dist.get_rank() == 0:
-        (folder / "results.json").write_text(json.dumps(everywhere), encoding="utf-8")
+    trainers.write_results(folder, results)
 
 
 if __name__ == "__main__":

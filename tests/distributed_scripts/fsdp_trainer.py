@@ -7,7 +7,6 @@ is its own and torch's real FSDP2, on gloo. Each result says whether FSDP was re
 from __future__ import annotations
 
 import gc
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from accelerate.utils import DistributedType
 from loops import tiny_bert
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
-from trainers import UNTIL_KILLED, Rows
+from trainers import UNTIL_KILLED, Rows, write_results
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from hf_cuttlefish import CuttlefishCallback, last_whole_checkpoint
@@ -85,10 +84,7 @@ def main() -> None:
             results[f"{kind} {step}"] = run(folder / "again", kind, str(folder / kind / f"checkpoint-{step}"), seed=9)
     whole = AutoModelForSequenceClassification.from_pretrained(folder / "FULL_STATE_DICT" / f"checkpoint-{STEPS}")
     results["loaded"] = [p.double().sum().item() for p in whole.parameters()]
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, results)
-    if dist.get_rank() == 0:
-        (folder / "results.json").write_text(json.dumps(everywhere), encoding="utf-8")
+    write_results(folder, results)
 
 
 if __name__ == "__main__":

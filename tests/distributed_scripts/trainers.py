@@ -30,6 +30,14 @@ STEPS, SWITCH, GLOBAL_BATCH = 10, 6, 8
 UNTIL_KILLED = CuttlefishConfig(switch_step=SWITCH, statistics_steps=4, rank_multiple=2, target_ratio=0.5)
 
 
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """All processes' results, in one file that the main one writes."""
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, results)
+    if dist.get_rank() == 0:
+        (folder / "results.json").write_text(json.dumps(everywhere), encoding="utf-8")
+
+
 class Rows(torch.utils.data.Dataset):
     """Sentences whose label is their first token modulo 3."""
 
@@ -169,10 +177,8 @@ def main() -> None:
     result["best"] = best.state.best_model_checkpoint.rpartition("-")[2]
     results["best"] = result
     tensors = {name: result.pop("_weights") for name, result in results.items()}
-    everywhere: list[Any] = [None] * size()
-    dist.all_gather_object(everywhere, results)
+    write_results(folder, results)
     if rank() == 0:
-        (folder / "results.json").write_text(json.dumps(everywhere), encoding="utf-8")
         torch.save(tensors, folder / "weights.pt")
 
 
