@@ -4,6 +4,11 @@ A forward hook on each target keeps a sample of the layer's tokens; a hook on th
 Tokens whose output gradient is exactly zero are left out: padding in an encoder (nothing reads it), positions without a
 label after the last block, all but [CLS] in the last block of a classifier. So no attention mask has to be found, and
 encoder-decoder models, images and causal models need no case of their own.
+
+Gradients of the training loss say little of examples that the model gets right: with p the probability of the label they are
+in proportion to 1 - p, and their squares to (1 - p)^2, where labels drawn from the model itself, the Fisher information of
+K-FAC (Martens and Grosse, arXiv 1503.05671), would give p (1 - p). So the squares of an example are divided by the norm of its
+gradient at the first layer that backward reaches, and all together multiplied by what keeps their sum.
 """
 
 from __future__ import annotations
@@ -44,8 +49,13 @@ class MomentCollector:
         self.processes = 1
         """Over how many `batches` are summed; see `reduce`."""
         self.terms_total: torch.Tensor | float = 0.0
+        self.norms: torch.Tensor | float = 0.0
+        """Sum over examples of the norm of an example's gradient, and in `squares` of its square."""
+        self.squares: torch.Tensor | float = 0.0
+        self._weights: dict[int, torch.Tensor] = {}
         self.losses: torch.Tensor | float = 0.0
         self._terms: torch.Tensor | float = 1.0
+        self._rows = 1
         self._accumulated = True
         self._handles: list[Any] = []
 
@@ -77,6 +87,7 @@ class MomentCollector:
     def step(self) -> None:
         """Note that an optimizer step has ended."""
         self.steps += 1
+        self._weights.clear()
 
     def moments(self) -> dict[str, LayerMoments]:
         """The moments of all layers that gathered something usable (finite, not empty), by name, in fp32 on their device."""
@@ -93,6 +104,9 @@ class MomentCollector:
         examples, count = float(self.terms_total), float(s["count"])
         if count <= 0 or examples <= 0 or not all(bool(torch.isfinite(v).all()) for v in s.values()):
             return None
+        norms = float(self.norms)
+        if norms > 0:
+            unscale *= float(self.squares) / norms
         return _finish(self.layers[name], s, count, examples, unscale)
 
     def mean_loss(self) -> float | None:
@@ -102,8 +116,7 @@ class MomentCollector:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All sums as a flat dictionary of tensors on the CPU (for safetensors)."""
         flat = {f"sums/{name}/{key}": v.cpu() for name, s in self.sums.items() for key, v in s.items()}
-        scalars = {"batches": self.batches, "steps": self.steps, "terms_total": self.terms_total, "losses": self.losses}
-        flat |= {key: torch.as_tensor(value, dtype=torch.float64).cpu() for key, value in scalars.items()}
+        flat |= {key: torch.as_tensor(getattr(self, key), dtype=torch.float64).cpu() for key in _SCALARS}
         flat["has_loss"] = torch.tensor(not isinstance(self.losses, float))
         return flat
 
@@ -120,16 +133,12 @@ class MomentCollector:
             shapes, wanted = {k: tuple(v.shape) for k, v in parts.items()}, self._shapes(name)
             if shapes != wanted:
                 raise ValueError(f"the saved statistics of {name} have the shapes {shapes}, and it needs {wanted}")
-        wrong = [
-            key
-            for key in ("batches", "steps", "terms_total", "losses", "has_loss")
-            if key not in flat or flat[key].numel() != 1
-        ]
+        wrong = [key for key in (*_SCALARS, "has_loss") if key not in flat or flat[key].numel() != 1]
         if wrong:
             raise ValueError(f"the saved statistics have no single number for {', '.join(wrong)}")
         self.sums = sums
         self.batches, self.steps = int(flat["batches"]), int(flat["steps"])
-        self.terms_total = float(flat["terms_total"])
+        self.terms_total, self.norms, self.squares = (float(flat[k]) for k in ("terms_total", "norms", "squares"))
         device = dense_weight(next(iter(self.layers.values()))).device
         self.losses = flat["losses"].to(device, torch.float32) if bool(flat["has_loss"]) else 0.0
 
@@ -146,13 +155,13 @@ class MomentCollector:
                 if not processes.is_main:
                     value.zero_()
         has_loss = not isinstance(self.losses, float)
-        totals = torch.tensor(
-            [float(self.terms_total), float(self.losses), self.batches, has_loss], dtype=torch.float64, device=device
-        )
+        mine = (self.terms_total, self.norms, self.squares, self.losses, self.batches, has_loss)
+        totals = torch.tensor([float(v) for v in mine], dtype=torch.float64, device=device)
         processes.sum_(totals)
-        terms, losses, batches, with_loss = totals.tolist()
+        terms, norms, squares, losses, batches, with_loss = totals.tolist()
         share = 1 if processes.is_main else 0
-        self.terms_total, self.batches = terms * share, int(batches) * share
+        self.terms_total, self.norms, self.squares = terms * share, norms * share, squares * share
+        self.batches = int(batches) * share
         if with_loss:
             self.losses = torch.tensor(losses * share, dtype=torch.float32, device=device)
 
@@ -161,13 +170,11 @@ class MomentCollector:
         if not torch.is_grad_enabled():
             return
         labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+        tensors = [t for t in (labels, *args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim]
+        self._rows = len(tensors[0]) if tensors else 1
+        terms: torch.Tensor | float = self._rows
         if isinstance(labels, torch.Tensor) and labels.ndim >= 2 and not labels.is_floating_point():
-            terms: torch.Tensor | float = labels.ne(-100).sum()
-        elif isinstance(labels, torch.Tensor) and labels.ndim >= 1:
-            terms = len(labels)
-        else:
-            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim]
-            terms = len(tensors[0]) if tensors else 1
+            terms = labels.ne(-100).sum()
         self.batches += 1
         self.terms_total = self.terms_total + terms
         # The Trainer's number of items spans all micro-batches of a step, and it does not divide the loss by their number.
@@ -198,6 +205,32 @@ class MomentCollector:
         return {"signal": (k, k), "metric": (k, k), "x": (n,), "count": (), "other": (), "y": (m,)}
 
     @torch.no_grad()
+    def factors(self, batch: int, grad: torch.Tensor, rows: int) -> torch.Tensor:
+        """By what each token's output gradient is multiplied: one over the square root of its example's norm, (tokens,) in fp32.
+
+        The first layer that backward reaches in a batch has the norms. Examples may be in parts (windows of images, tokens
+        one below the other) that follow one another; where that cannot be, as with experts, all get one number for the mean.
+
+        Args:
+            batch: number of the micro-batch. grad: (examples or parts of them, ..., m). rows: examples of the batch.
+        """
+        tokens = grad.numel() // grad.shape[-1]
+        weights = self._weights.get(batch)
+        if weights is None and tokens:
+            examples = grad.reshape(rows, -1) if rows and len(grad) % rows == 0 else grad.flatten(1)
+            norms = torch.linalg.vector_norm(examples, dim=1, dtype=torch.float32) * (self._terms / self.loss_scale)
+            norms = torch.where(torch.isfinite(norms), norms, 0.0)
+            self._weights[batch] = weights = torch.where(norms > 0, norms, torch.inf).rsqrt()
+            self.norms, self.squares = self.norms + norms.sum(), self.squares + norms.square().sum()
+        if weights is None or not tokens:
+            return torch.ones(tokens, device=grad.device)
+        if len(grad) % len(weights):
+            norms = torch.where(weights > 0, weights.pow(-2), 0.0)
+            mean = (norms.sum() / norms.square().sum()).sqrt().nan_to_num()
+            return mean.expand(tokens)
+        return weights.repeat_interleave(tokens // len(weights))
+
+    @torch.no_grad()
     def add(self, name: str, x: torch.Tensor, y: torch.Tensor | None, g: torch.Tensor, stride: int) -> None:
         """Add a sample of tokens: inputs x (t, n), outputs y (t, m) where m <= n, output gradients g (t, m)."""
         s = self._sums_of(name)
@@ -221,6 +254,9 @@ class MomentCollector:
                 s["signal"].addmm_(h.mT, h, alpha=stride)
                 s["metric"].addmm_(x.mT, x, alpha=stride)
                 s["other"].add_(g.square().sum(), alpha=stride)
+
+
+_SCALARS = ("batches", "steps", "terms_total", "norms", "squares", "losses")
 
 
 def steps_in(flat: Mapping[str, torch.Tensor]) -> int:
@@ -252,8 +288,12 @@ class _Tap:
             y = output.detach().reshape(-1, m)[first::stride]
             y = y.clone() if stride > 1 else y
 
+        batch, rows = collector.batches, collector._rows
+
         def arrived(grad: torch.Tensor) -> None:
-            collector.add(name, x, y, grad.detach().reshape(-1, m)[first::stride], stride)
+            grad = grad.detach()
+            by = collector.factors(batch, grad, rows)[first::stride, None]
+            collector.add(name, x, y, grad.reshape(-1, m)[first::stride].float() * by, stride)
 
         output.register_hook(arrived)
 

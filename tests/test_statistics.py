@@ -28,9 +28,12 @@ NAMES = ("wide", "narrow", "square")
 
 
 def by_hand(model, batches):
-    """Per-token moments of inputs and of the per-example loss' output gradients, tokens with zero gradient left out."""
+    """Per-token moments of inputs and of the per-example loss' output gradients, tokens with zero gradient left out.
+
+    An example's squares are divided by the norm of its gradient at `square`, the layer that backward reaches first.
+    """
     seen = {name: ([], []) for name in NAMES}
-    examples = 0
+    examples = norms = squares = 0
     for batch in batches:
         kept, handles = {}, []
         for name in NAMES:
@@ -46,8 +49,10 @@ def by_hand(model, batches):
         for handle in handles:
             handle.remove()
         model.zero_grad()
+        norm = kept["square"][1].grad.double().square().sum((1, 2)).sqrt()
+        norms, squares = norms + norm.sum(), squares + norm.square().sum()
         for name, (x, y) in kept.items():
-            g = y.grad.reshape(-1, y.shape[-1])
+            g = (y.grad / norm.sqrt()[:, None, None]).reshape(-1, y.shape[-1])
             used = (g != 0).any(-1)
             seen[name][0].append(x.reshape(-1, x.shape[-1])[used])
             seen[name][1].append(g[used])
@@ -57,7 +62,7 @@ def by_hand(model, batches):
         layer = model.get_submodule(name)
         mean = x.mean(0) if layer.bias is not None else None
         centred = x - mean if mean is not None else x
-        c, g2 = centred.mT @ centred / len(x), g.mT @ g / len(x)
+        c, g2 = centred.mT @ centred / len(x), g.mT @ g / len(x) * squares / norms
         result[name] = LayerMoments.from_full(dense_weight(layer), c, g2, mean, len(x) / examples)
     return result
 
@@ -138,6 +143,33 @@ def test_overflow_step_is_left_out():
     (model(**spoilt)["loss"] * torch.inf).backward()
     moments = collector.moments()
     assert set(moments) == set(NAMES) and all(torch.isfinite(m.signal).all() for m in moments.values())
+
+
+def test_weights_of_examples_follow_them_into_windows_and_keep_the_sum_of_squares():
+    model = Classifier()
+    collector = MomentCollector(model, {n: model.get_submodule(n) for n in NAMES})
+    grad = torch.randn(4, 5, 6) * torch.tensor([1.0, 10.0, 0.0, 0.1])[:, None, None]
+    norms = grad.flatten(1).norm(dim=1)
+
+    def weighted(batch, grad, rows=4):
+        return grad * collector.factors(batch, grad, rows).reshape(*grad.shape[:-1], 1)
+
+    first = weighted(1, grad)
+    torch.testing.assert_close(first.flatten(1).norm(dim=1), norms.sqrt())
+    squares, total = float(collector.squares), float(collector.norms)
+    assert (squares, total) == pytest.approx((float(norms.square().sum()), float(norms.sum())))
+    assert float(first.square().sum()) * squares / total == pytest.approx(float(grad.square().sum()))
+    torch.testing.assert_close(weighted(1, grad.reshape(4 * 5, 1, 6)).reshape(4, 5, 6), first)
+    elsewhere = weighted(1, grad[:3])  # examples that cannot be told apart: the same number for all
+    torch.testing.assert_close(elsewhere, grad[:3] * (total / squares) ** 0.5)
+    assert not len(weighted(1, grad[:0]))
+    flat_first = weighted(2, grad.reshape(4 * 5, 6))  # as OPT has its MLPs
+    torch.testing.assert_close(flat_first.reshape(4, 5, 6), first)
+    assert float(collector.squares) == pytest.approx(2 * squares)
+    assert not weighted(3, torch.zeros(4, 5, 6)).any() and not weighted(3, torch.ones(3, 5, 6)).any()
+    spoilt = weighted(4, torch.full((4, 5, 6), torch.inf))
+    assert not torch.isfinite(spoilt).any()  # and `add` leaves it out
+    assert float(collector.squares) == pytest.approx(2 * squares)
 
 
 def test_sampling_tokens_keeps_the_scale():
