@@ -324,6 +324,7 @@ def _pufferfish(budget: float) -> Callable[[Training], CuttlefishConfig]:
         switch_step=t.epoch_steps,
         statistics_steps=0,
         optimizer_state="reset",
+        learning_rate_scale=1.0,
     )
 
 
@@ -335,6 +336,7 @@ def _reference(training: Training) -> CuttlefishConfig:
         switch_step=training.epoch_steps,
         statistics_steps=0,
         optimizer_state="reset",
+        learning_rate_scale=1.0,
     )
 
 

@@ -137,11 +137,12 @@ class CuttlefishConfig:
         default="carry",
         metadata={"help": "'carry' projects the optimizer's moments onto the factors, 'reset' starts them at zero."},
     )
-    learning_rate_scale: float = field(
-        default=1.0,
+    learning_rate_scale: float | None = field(
+        default=None,
         metadata={
             "help": "The learning rate after the switch times this number: of all parameters, and with a scheduler the whole "
-            "schedule from there on."
+            "schedule from there on. None: 1.5 where less than a quarter of the target layers' parameters is kept and the "
+            "schedule can be scaled, else 1."
         },
     )
     on_error: str = field(
@@ -172,7 +173,8 @@ class CuttlefishConfig:
         self._check_number("latest_switch", above=0, most=1)
         self._check_number("stable_rank_tolerance", above=0)
         self._check_number("min_speedup", least=1)
-        self._check_number("learning_rate_scale", above=0)
+        if self.learning_rate_scale is not None:
+            self._check_number("learning_rate_scale", above=0)
         self._check_integer("rank_multiple", least=1)
         self._check_integer("statistics_tokens", least=1)
         for name, least in (("switch_step", 1), ("check_steps", 1), ("statistics_steps", 0)):
@@ -214,7 +216,8 @@ class CuttlefishConfig:
         learning rate after the switch, for which its code has 2 times (BERT, fine-tuned) and a third (DeiT, from scratch):
         say which as `learning_rate_scale`; Frobenius decay, which its code has for CNNs alone.
         """
-        return replace(cls(rank_rule="paper", optimizer_state="reset", statistics_steps=0), **changes)
+        paper = cls(rank_rule="paper", optimizer_state="reset", statistics_steps=0, learning_rate_scale=1.0)
+        return replace(paper, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary with a `version`."""

@@ -21,7 +21,7 @@ from .factorization import Factors
 from .flow import FlowRecorder
 from .history import StableRankHistory
 from .layers import dense_weight
-from .learning_rate import check_can_scale, scale_learning_rate
+from .learning_rate import check_can_scale, scale_learning_rate, suggested_scale
 from .patching import low_rank_layers
 from .plan import RankPlan, group_name
 from .report import FactorizationReport, count_parameters
@@ -172,7 +172,7 @@ class Cuttlefish:
                 "DeepSpeed's partitions are fixed when it is built, so the switch needs a checkpoint and a new engine: use "
                 "Trainer with CuttlefishCallback, which knows how; or FSDP2 or DDP in a loop of your own"
             )
-        if self.config.learning_rate_scale != 1:
+        if self.config.learning_rate_scale not in (None, 1):
             raise ValueError(
                 f"learning_rate_scale is {self.config.learning_rate_scale}, and a switch by restart cannot change the schedule "
                 "that is saved: leave it at 1"
@@ -194,7 +194,7 @@ class Cuttlefish:
             optimizers.check_holds(
                 self.optimizer, {name: cast(nn.Parameter, layer.weight) for name, layer in self.layers.items()}
             )
-        if self.config.learning_rate_scale != 1:
+        if self.config.learning_rate_scale not in (None, 1):
             check_can_scale(self.optimizer, self.scheduler)
         if self.ddp is not None:
             check_ddp(self.ddp, self.model, self.layers)
@@ -249,7 +249,7 @@ class Cuttlefish:
             self._check_processes()
         if self._finished:
             return False
-        if self.config.learning_rate_scale != 1:
+        if self.config.learning_rate_scale not in (None, 1):
             check_can_scale(self.optimizer, self.scheduler)  # a scheduler may have been made since
         if self._collector is not None and self._collector.running:
             self._collector.step()
@@ -665,13 +665,25 @@ class Cuttlefish:
         self._finished = True
         self._verify_at = None if self.restarts else self.global_step + 1
         self.layers = {}
-        if self.config.learning_rate_scale != 1:
-            scaled = scale_learning_rate(self.optimizer, self.scheduler, self.config.learning_rate_scale)
-            report.optimizer += f"; {scaled}"
+        report.optimizer += self._scale_learning_rate(plan)
         finished = time.perf_counter()
         report.seconds = {"statistics": gathered - clock, "ranks": planned - gathered, "total": finished - clock}
         self._say(logging.INFO, "%s (%s)\n%s", report.headline(), self.reason, "\n".join(str(report).splitlines()[1:]))
         return True
+
+    def _scale_learning_rate(self, plan: RankPlan) -> str:
+        """As the config says, or as the plan's size suggests; returns what the report is to say of it."""
+        scale = self.config.learning_rate_scale
+        if scale is None:
+            before, after = plan.parameters()
+            scale = 1.0 if self.restarts else suggested_scale(after / before)
+            if scale == 1:
+                return ""
+            try:
+                check_can_scale(self.optimizer, self.scheduler)
+            except (TypeError, ValueError) as error:
+                return f"; learning rate unchanged ({error})"
+        return "" if scale == 1 else f"; {scale_learning_rate(self.optimizer, self.scheduler, scale)}"
 
     def _say(self, level: int, message: str, *values: Any) -> None:
         """One log line of the run, not one of each process."""

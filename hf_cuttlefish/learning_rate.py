@@ -15,6 +15,15 @@ IN_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 IN_SCHEDULERS = ("base_lrs", "max_lrs", "min_lrs", "default_min_lr", "eta_min", "_last_lr")
 """Rates that a scheduler holds. All of them are saved in its state_dict, so that a resumed run has them scaled already."""
 
+SMALL, SCALE_OF_SMALL = 0.25, 1.5
+"""Where less than a quarter of the target layers' parameters is kept, 1.5 times the rate ends more accurate or the same, and at
+a third it makes no difference (docs/results.md; the paper's code doubles it for BERT)."""
+
+
+def suggested_scale(kept: float) -> float:
+    """What a `learning_rate_scale` of None stands for. kept: share of the target layers' parameters after the switch."""
+    return SCALE_OF_SMALL if kept < SMALL else 1.0
+
 
 def check_can_scale(optimizer: Any, scheduler: Any) -> None:
     """Raises unless `scale_learning_rate` would last: what a scheduler works out next must follow from what is scaled.

@@ -147,6 +147,23 @@ def test_a_loop_of_ones_own_and_its_resume():
         assert str(again.report).splitlines()[:-1] == str(whole[3].report).splitlines()[:-1]
 
 
+@pytest.mark.parametrize(("kept", "scale"), [(0.4, 1.0), (0.2, 1.5)])
+def test_left_to_itself_it_follows_the_size(kept, scale):
+    whole = make(learning_rate_scale=None, target_ratio=kept, rank_multiple=2)
+    seen = train(*whole, 0, STEPS)
+    assert seen == pytest.approx([1e-2 * (1 - s / STEPS) * (scale if s >= SWITCH else 1) for s in range(STEPS)])
+    assert ("learning rate times 1.5" in str(whole[3].report)) is (scale == 1.5)
+
+
+def test_left_to_itself_it_leaves_a_schedule_alone_that_it_does_not_know():
+    model, optimizer, scheduler, _ = make()
+    settings = config(learning_rate_scale=None, target_ratio=0.2, rank_multiple=2)
+    cuttlefish = Cuttlefish(model, optimizer, settings, total_steps=STEPS)  # no scheduler, and one drives the optimizer
+    seen = train(model, optimizer, scheduler, cuttlefish, 0, STEPS)
+    assert seen == pytest.approx([1e-2 * (1 - s / STEPS) for s in range(STEPS)])
+    assert "learning rate unchanged (learning_rate_scale: a scheduler drives this optimizer" in str(cuttlefish.report)
+
+
 def test_one_leaves_the_schedule_alone():
     """Also where no scheduler was given, as before there was a learning_rate_scale."""
     model, optimizer, scheduler, _ = make()
