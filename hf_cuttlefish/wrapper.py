@@ -375,4 +375,5 @@ def _refuse_wrapper(model: nn.Module) -> None:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    return type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules
+    # fully_shard makes a class of its own from the one that it is given.
+    return "_orig_mod" in model._modules and any(c.__name__ == "OptimizedModule" for c in type(model).__mro__)

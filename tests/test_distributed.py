@@ -359,6 +359,16 @@ def test_trainer_switches_and_resumes_under_fsdp2(trained_sharded, trained, kind
             assert again["losses"] == run["losses"] and again["shards"] == run["shards"]
 
 
+def test_a_compiled_model_switches_and_resumes_under_fsdp2(trained_sharded):
+    for everywhere in trained_sharded:
+        plain = everywhere["FULL_STATE_DICT"]
+        assert not plain["compiled"]
+        for name in ("compiled", "compiled 8", "compiled by blocks"):
+            run = everywhere[name]
+            assert run["on"] and run["compiled"] and run["switched"] == trainers.SWITCH and run["plan"] == plain["plan"]
+            assert run["losses"] == pytest.approx(plain["losses"], abs=1e-4)
+
+
 def test_an_fsdp2_checkpoint_loads_with_automodel(trained_sharded):
     shards = [everywhere["FULL_STATE_DICT"]["shards"] for everywhere in trained_sharded]
     assert trained_sharded[0]["loaded"] == pytest.approx([sum(parts) for parts in zip(*shards, strict=True)], abs=1e-6)

@@ -7,11 +7,13 @@ is its own and torch's real FSDP2, on gloo. Each result says whether FSDP was re
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from loops import tiny_bert
@@ -44,10 +46,13 @@ def trainer(
     ), callback
 
 
-def run(folder: Path, kind: str, resume: str | None = None, seed: int = 0) -> dict[str, Any]:
-    made, callback = trainer(folder, kind, resume, seed)
+def run(folder: Path, kind: str, resume: str | None = None, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    made, callback = trainer(folder, kind, resume, seed, **changes)
     made.train(resume_from_checkpoint=resume)
     return {
+        "compiled": torch._dynamo.utils.counters["stats"].get("unique_graphs", 0),
         "on": made.accelerator.distributed_type == "FSDP"
         and all(isinstance(p, DTensor) for p in made.model.parameters()),
         "losses": [r["loss"] for r in made.state.log_history if "loss" in r],
@@ -82,6 +87,11 @@ def main() -> None:
             if last_whole_checkpoint(folder / kind) is None:
                 raise RuntimeError(f"{kind}: no checkpoint counts as whole")
             results[f"{kind} {step}"] = run(folder / "again", kind, str(folder / kind / f"checkpoint-{step}"), seed=9)
+    kind, compiled = "FULL_STATE_DICT", {"torch_compile": True, "torch_compile_backend": "eager"}
+    results["compiled"] = run(folder / "compiled", kind, **compiled)
+    results["compiled 8"] = run(folder / "again", kind, str(folder / "compiled" / "checkpoint-8"), seed=9, **compiled)
+    os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"
+    results["compiled by blocks"] = run(folder / "again", kind, save_strategy="no", **compiled)
     whole = AutoModelForSequenceClassification.from_pretrained(folder / "FULL_STATE_DICT" / f"checkpoint-{STEPS}")
     results["loaded"] = [p.double().sum().item() for p in whole.parameters()]
     write_results(folder, results)
