@@ -1,11 +1,18 @@
-"""On a CUDA device: precisions, overflow, fused optimizers, compilation, CUDA graphs, resume and memory."""
+"""On a CUDA device: precisions, overflow, fused optimizers, compilation, CUDA graphs, resume, memory, DDP and FSDP2."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import gc
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -281,3 +288,49 @@ def test_timings_on_the_device_are_finite_and_tell_host_from_device() -> None:
         timing = profiling.time_group(group, (64,), compiled)
         assert 0 < timing.device_ms < 100
         assert (timing.host_ms > 0) is not compiled
+
+
+ENGINES = [
+    ("nccl", 1, ["ddp fp32", "ddp fp16", "ddp fp16 accumulation", "ddp bf16"]),
+    ("nccl", 1, ["ddp bf16 compiled"]),
+    ("nccl", 1, ["fsdp2 fp32", "fsdp2 bf16", "fsdp2 fp16"]),
+    ("nccl", 1, ["fsdp2 bf16 compiled"]),
+    ("gloo", 2, ["ddp fp32", "ddp fp16", "ddp fp16 accumulation", "ddp bf16"]),
+]
+"""Backend, processes, scenarios of gpu_trainer.py. NCCL takes one process a GPU; through gloo two can share one."""
+
+
+@pytest.mark.parametrize(("backend", "size", "scenarios"), ENGINES)
+def test_trainer_switches_under_an_engine(tmp_path: Path, backend: str, size: int, scenarios: list[str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = Path(__file__).parent / "distributed_scripts" / "gpu_trainer.py"
+    common = {**os.environ, "WORLD_SIZE": str(size), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(size)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "HF_HUB_OFFLINE": "1"}
+    common["PYTHONPATH"] = os.pathsep.join([str(script.parents[2]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(script), str(tmp_path), backend, *scenarios]
+    processes = [
+        subprocess.Popen(command, env={**common, "RANK": str(rank)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for rank in range(size)
+    ]
+    errors = [p.communicate(timeout=400)[1].decode() for p in processes]
+    assert all(p.returncode == 0 for p in processes), errors[0][-3000:]
+    everywhere = json.loads((tmp_path / "results.json").read_text())
+    print(json.dumps(everywhere[0]))
+    for name in scenarios:
+        result = everywhere[0][name]
+        assert "error" not in result, f"{name}: {result['error']}"
+        assert (result["backend"], result["processes"], result["device"]) == (backend, size, DEVICE)
+        assert result["on"], name
+        precision = next((p for p in ("fp16", "bf16") if p in name), "no")
+        assert result["mixed_precision"] == precision
+        assert (result["scale"] is not None) is (precision == "fp16")
+        assert result["switched"] == 6 and result["plan"] and result["unequal"] == 0
+        assert all(math.isfinite(loss) for loss in result["losses"]), result["losses"]
+        assert all(other[name]["plan"] == result["plan"] for other in everywhere)
+        assert result["loaded"] == result["size"]
+        for step in (4, 8):
+            again = result[f"resumed at {step}"]
+            assert again["plan"] == result["plan"]
+            assert again["losses"][-4:] == pytest.approx(result["losses"][-4:], rel=2e-2 if precision != "no" else 1e-4)
