@@ -388,6 +388,43 @@ def _after_switch_table(tuned: list[Record], branches: list[Record]) -> str:
     )
 
 
+TRIED = {
+    '{"alpha": 1.0}': "examples weighted",
+    '{"learning_rate_scale": 1.5}': "learning rate x 1.5",
+    '{"learning_rate_scale": 2.0}': "learning rate x 2",
+    '{"alpha": 1.0, "learning_rate_scale": 1.5}': "both: weighted, rate x 1.5",
+    '{"distill": 0.5}': "distillation from the snapshot",
+    '{"first": 0.3333333333333333, "second": 0.35, "switch": 0.2}': "two cuts: 1/3 at 20%, then at 35%",
+}
+"""Options of the records in explore_h100, and what they stand for."""
+
+
+def _explored_table(records: list[Record]) -> str:
+    """Differences on the validation split to the same run without the change, mean over seeds, by data set."""
+    plain = {(*_base(r), r["budget"]): r for r in records if r["method"] == "explore" and not r["options"]}
+    groups = _grouped(
+        (r for r in records if r["options"]), lambda r: (-r["budget"], json.dumps(r["options"], sort_keys=True))
+    )
+    datasets = _unique(r["dataset"] for r in records)
+
+    def cells(members: list[Record]) -> Iterable[str]:
+        ends, after = [], []
+        for dataset in datasets:
+            pairs = [(r, plain[(*_base(r), r["budget"])]) for r in members if r["dataset"] == dataset]
+            accuracy = [score(r) - score(base) for r, base in pairs]
+            ends.append(accuracy)
+            rises = [(_measured(r), _measured(base)) for r, base in pairs]
+            after += [100 * (changed[1] / usual[1] - 1) for changed, usual in rises if changed and usual]
+            yield _show(accuracy, sign=True)
+        yield f"{sum(sum(v) / len(v) for v in ends if v) / sum(bool(v) for v in ends):+.2f}"
+        yield f"{median(after):+.0f}%"
+        yield "-".join(str(n) for n in sorted({len(v) for v in ends if v}))
+
+    rows = [[f"{-key[0]:.3f}", TRIED[key[1]], *cells(groups[key])] for key in sorted(groups, key=lambda k: k[0])]
+    header = ("budget", "change", *datasets, "mean over data sets", "rise of the loss at the switch (median)", "seeds")
+    return _table(header, rows)
+
+
 def _options(record: Record) -> str:
     return ", ".join(f"{k}={v}" for k, v in record["options"].items())
 
