@@ -205,13 +205,15 @@ def present_plan(model: nn.Module, measure: bool = False) -> RankPlan:
     decisions = {}
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
-            weight, rank = module.product() if measure else module.weight, module.rank
+            m, n, rank = module.out_features, module.in_features, module.rank
         elif type(module) in DENSE_TYPES.values() and group_name(name) in groups:
-            weight, rank = dense_weight(module), None
+            (m, n), rank = dense_weight(module).shape, None
         else:
             continue
-        m, n = weight.shape
-        decisions[name] = RankDecision(n, m, rank, "as it is", float(stable_rank(weight)) if measure else None)
+        found = None
+        if measure:
+            found = float(stable_rank(dense_weight(module) if rank is None else module.product()))
+        decisions[name] = RankDecision(n, m, rank, "as it is", found)
     return RankPlan(decisions, rule="as it is")
 
 

@@ -249,8 +249,19 @@ def is_quantized(weight: torch.Tensor) -> bool:
     return packed or not weight.is_floating_point() or weight.element_size() < 2
 
 
+def is_divided(weight: torch.Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 has divided a parameter among the processes."""
+    return hasattr(weight, "ds_shape")
+
+
 def dense_weight(module: nn.Module) -> torch.Tensor:
-    """The weight of an nn.Linear or Conv1D as (out_features, in_features), a view, detached."""
+    """The weight of an nn.Linear or Conv1D as (out_features, in_features), a view, detached.
+
+    NaN, which no calculation takes for a weight, in its shape, while ZeRO-3 has it divided among the processes.
+    """
     origin = dense_origin(module)
-    weight = cast(torch.Tensor, module.weight).detach()
+    parameter = cast(torch.Tensor, module.weight)
+    weight = parameter.detach()
+    if is_divided(parameter) and weight.shape != parameter.ds_shape:  # type: ignore[attr-defined]
+        weight = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(parameter.ds_shape)  # type: ignore[attr-defined]
     return weight.T if origin == "Conv1D" else weight

@@ -112,11 +112,15 @@ def plan_table(plan: RankPlan) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:-1], "-" * len(lines[0]), lines[-1]])
 
 
+def _numel(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", None) or parameter.numel()  # ZeRO-3 holds a part
+
+
 def count_parameters(model: nn.Module, names: set[str] | None = None) -> int:
     """Number of parameters, each counted once; only those under the given module names if any are given."""
     if names is None:
-        return sum(p.numel() for p in model.parameters())
-    found = {id(p): p.numel() for name in names for p in model.get_submodule(name).parameters()}
+        return sum(_numel(p) for p in model.parameters())
+    found = {id(p): _numel(p) for name in names for p in model.get_submodule(name).parameters()}
     return sum(found.values())
 
 

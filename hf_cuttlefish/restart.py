@@ -14,7 +14,6 @@ import os
 import shutil
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +26,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from . import optimizer as optimizers
 from .checkpoints import is_weights_file
 from .factorization import Factors
-from .layers import DenseLayer, LowRankLinear, dense_origin
+from .layers import DenseLayer, LowRankLinear, dense_origin, is_divided
+from .partitions import FlatPartitions, ParameterPartitions, Partitions, gathered
 from .patching import factorize
 from .plan import RankPlan
 from .report import FactorizationReport
@@ -46,7 +46,7 @@ _NOT_COPIED = ("optimizer", "scheduler", "flops_profiler", "tensorboard", "wandb
 
 
 class DeepSpeedModel(PartedModel):
-    """A model under DeepSpeed ZeRO-1 or 2: all that the switch asks of it. Weights are the fp32 ones that it updates.
+    """A model under DeepSpeed ZeRO-1, 2 or 3: all that the switch asks of it. Weights are the fp32 ones that it updates.
 
     Raises:
         ValueError: another stage, offloading, model or sequence parallelism, experts, an optimizer of another layout, or a
@@ -61,9 +61,14 @@ class DeepSpeedModel(PartedModel):
         kind = type(self.optimizer).__name__
         settings = engine._config
         unsupported = {
-            f"ZeRO stage {stage}": stage not in (1, 2),
-            "offloading of the optimizer": bool(getattr(self.optimizer, "cpu_offload", False)),
-            f"{kind}": kind != "DeepSpeedZeroOptimizer",
+            f"ZeRO stage {stage}": stage not in (1, 2, 3),
+            "offloading of the optimizer": bool(
+                getattr(self.optimizer, "cpu_offload", False) or getattr(self.optimizer, "offload_optimizer", False)
+            ),
+            "offloading of the parameters": engine.zero_offload_param() is not None
+            and engine.zero_offload_param().device != "none",
+            "zero_hpz_partition_size": engine.zero_hpz_partition_size() > 1,
+            f"{kind}": kind not in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"),
             "model parallelism": engine.mp_world_size > 1 or engine.autotp_size() > 1,
             "sequence parallelism": engine.sequence_parallel_size > 1,
             "experts": engine.has_moe_layers,
@@ -74,8 +79,9 @@ class DeepSpeedModel(PartedModel):
         for what, is_on in unsupported.items():
             if is_on:
                 raise ValueError(
-                    f"DeepSpeed with {what} is not supported: use ZeRO-1 or 2 without it, FSDP2 (fsdp_version: 2) or DDP"
+                    f"DeepSpeed with {what} is not supported: use ZeRO-1, 2 or 3 without it, FSDP2 (fsdp_version: 2) or DDP"
                 )
+        self.partitions = partitions_of(engine)
 
     @property
     def loss_scale(self) -> float:
@@ -85,7 +91,7 @@ class DeepSpeedModel(PartedModel):
 
     def check(self, layers: Mapping[str, nn.Module]) -> None:
         """Raises ValueError, naming the layer, for a trainable weight that the engine does not train."""
-        held = {id(p) for group in self.optimizer.bit16_groups for p in group}
+        held = {id(p) for group in self.partitions.groups for p in group}
         for name, layer in layers.items():
             weight = cast(nn.Parameter, layer.weight)
             if weight.requires_grad and id(weight) not in held:
@@ -95,49 +101,26 @@ class DeepSpeedModel(PartedModel):
                 )
 
     def check_replicas(self, when: str) -> None:
-        """Raises RuntimeError unless all processes hold the same weights (of ZeRO-1 and 2 each has them all)."""
-        check_synchronized(None, self.model, self.processes, when)
+        """Raises RuntimeError unless all processes hold the same weights; of ZeRO-3 each has others, of the same shapes."""
+        if isinstance(self.partitions, FlatPartitions):
+            check_synchronized(None, self.model, self.processes, when)
+            return
+        shapes = self.processes.gather([(n, tuple(p.ds_shape)) for n, p in self.model.named_parameters()])  # type: ignore[attr-defined]
+        if any(theirs != shapes[0] for theirs in shapes):
+            raise RuntimeError(f"the processes hold different parameters {when}; resume from the last checkpoint")
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The whole weight in fp32; a frozen one as it is."""
-        if not hasattr(tensor, "_hp_mapping"):
-            return tensor.detach()
-        return self._from_partitions(tensor, lambda flat: flat)
+        return self.partitions.weight(tensor)
 
-    def state_kinds(self) -> list[list[str]]:
-        """Of each group of parameters the kinds of state that every parameter has its own of; nothing before the first step."""
-        flats = self.optimizer.single_partition_of_fp32_groups
-        states = [self.optimizer.optimizer.state.get(flat, {}) for flat in flats]
-        mine = [
-            sorted(k for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == flat.shape)
-            for state, flat in zip(states, flats, strict=True)
-        ]
-        return self.processes.from_main(lambda: mine)
+    def whole_copy(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The weight as the model computes with it, a copy; under ZeRO-3 in the memory of the host."""
+        return gathered(parameter).cpu() if is_divided(parameter) else parameter.detach().clone()
 
-    def state(self, parameter: torch.Tensor, kinds: list[str]) -> dict[str, torch.Tensor]:
-        """The whole optimizer state of one parameter, in its shape."""
-        states = self.optimizer.optimizer.state
-        found = {}
-        for kind in kinds:
-            own = {
-                flat: states[flat][kind]
-                for flat in self.optimizer.single_partition_of_fp32_groups
-                if kind in states[flat]
-            }
-            found[kind] = self._from_partitions(parameter, own.__getitem__)
-        return found
 
-    def _from_partitions(self, parameter: torch.Tensor, kept: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """A parameter's part of the fp32 weights, or of what is `kept` beside a partition of them.
-
-        As deepspeed.utils.safe_get_full_optimizer_state would give it, which finds no state but that of the first group.
-        """
-        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        if (place := _place(parameter)) is not None:
-            partition = kept(self.optimizer.single_partition_of_fp32_groups[place.group]).detach()
-            whole[place.here] = partition[place.there].float()
-        self.processes.sum_(whole)
-        return whole.view_as(parameter)
+def partitions_of(engine: Any) -> Partitions:
+    """The partitions of a DeepSpeed engine of stage 1, 2 or 3."""
+    return (ParameterPartitions if engine.zero_optimization_stage() == 3 else FlatPartitions)(engine.optimizer)
 
 
 class LowRankCheckpoint:
@@ -179,6 +162,8 @@ class LowRankCheckpoint:
                 engine = self._second_engine(model)
                 self._fill(engine, model, exact, report)
                 engine.save_checkpoint(str(staging), tag=tag, client_state={})
+                divided = engine.zero_optimization_stage() == 3
+                state = engine._zero3_consolidated_16bit_state_dict() if divided else model.state_dict()
                 self.processes.agree()
             except Exception as error:
                 if not all_know(error, self.factors):
@@ -187,7 +172,7 @@ class LowRankCheckpoint:
             finally:
                 if engine is not None:
                     engine.destroy()
-            self.processes.from_main(lambda: _save_model(model, staging))
+            self.processes.from_main(lambda: _save_model(model, staging, state))
         except BaseException:
             if self.processes.is_main:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -199,7 +184,15 @@ class LowRankCheckpoint:
     def _factorized(self) -> tuple[nn.Module, FactorizationReport, dict[str, Factors]]:
         """The factorized copy, and its factors in fp32: the copy's own may have less."""
         kept = _Kept(self.factors)
-        model = _copy(self.parted.model, {}, {id(self.parted.model.get_submodule(n).weight) for n in self.plan})
+        of_plan = {id(self.parted.model.get_submodule(n).weight) for n in self.plan}
+
+        def data(old: nn.Parameter) -> torch.Tensor:
+            if id(old) not in of_plan:
+                return self.parted.whole_copy(old)
+            # The factors take its place: nothing but its shape is asked for.
+            return torch.zeros((), dtype=old.dtype).expand(old.ds_shape) if is_divided(old) else old.detach()  # type: ignore[attr-defined]
+
+        model = _copy(self.parted.model, {}, data)
         return model, factorize(model, self.plan, factors=kept), kept.seen
 
     def _second_engine(self, model: nn.Module) -> Any:
@@ -210,7 +203,7 @@ class LowRankCheckpoint:
         new_of = {id(old): new for old, new, _ in self._pairs(model)}
         groups = [
             {**group, "params": [p for old in params for p in new_of[id(old)]]}
-            for group, params in zip(basic.param_groups, self.parted.optimizer.bit16_groups, strict=True)
+            for group, params in zip(basic.param_groups, self.parted.partitions.groups, strict=True)
         ]
         twin = object.__new__(type(basic))  # the class's own arguments need not be its defaults
         twin.__dict__.update({k: v for k, v in vars(basic).items() if k != "step"})
@@ -243,8 +236,8 @@ class LowRankCheckpoint:
     @torch.no_grad()
     def _fill(self, engine: Any, model: nn.Module, exact: dict[str, Factors], report: FactorizationReport) -> None:
         """Weights and optimizer state, one parameter after the other."""
-        parted, second = self.parted, engine.optimizer
-        kinds = parted.state_kinds()
+        parted, first, second = self.parted, self.parted.partitions, partitions_of(engine)
+        kinds = first.kinds()
         unknown = sorted({k for kind in kinds for k in optimizers.unknown_state(kind)})
         carry = self.optimizer_state == "carry" and not unknown and any(kinds)
         if unknown and self.optimizer_state == "carry" and self.processes.is_main:
@@ -252,9 +245,9 @@ class LowRankCheckpoint:
                 "Cuttlefish: the optimizer keeps the state %s, which has no known projection; all of its state starts anew.",
                 ", ".join(unknown),
             )
-        group_of = {id(p): i for i, group in enumerate(parted.optimizer.bit16_groups) for p in group}
+        group_of = {id(p): i for i, group in enumerate(first.groups) for p in group}
         if carry:
-            _empty_state(parted.optimizer, second, kinds)
+            second.empty_like(first, kinds)
         shifts = {
             id(layer.bias): exact[name].bias_shift
             for name in self.plan
@@ -263,7 +256,7 @@ class LowRankCheckpoint:
         for old, new, layer_name in self._pairs(model):
             self.processes.agree()  # one that has failed meanwhile would not answer
             weight = parted.gather(old)
-            state = parted.state(old, kinds[group_of[id(old)]]) if carry and id(old) in group_of else {}
+            state = first.state(old, kinds[group_of[id(old)]]) if carry and id(old) in group_of else {}
             if layer_name is None:
                 shift = shifts.get(id(old))
                 values = [weight if shift is None else weight + shift.to(weight)]
@@ -276,7 +269,7 @@ class LowRankCheckpoint:
                 pair = optimizers.FactorParameters(layer_name, old, down, up, transposed)
                 states = list(optimizers.project(state, pair)) if state else [{}, {}]
             for parameter, value, own in zip(new, values, states, strict=True):
-                _set(second, parameter, value, own)
+                second.write(parameter, value, own)
         done = f"state carried for {len(self.plan)} of {len(self.plan)} layers" if carry else "state starts anew"
         report.optimizer = f"{type(parted.optimizer.optimizer).__name__} (DeepSpeed): {done}"
 
@@ -304,8 +297,8 @@ class _Kept(Mapping[str, Factors]):
         return len(self._factors)
 
 
-def _copy(module: nn.Module, known: dict[int, Any], shared: set[int]) -> nn.Module:
-    """A module with parameters and configs of its own and no hooks. Weights in `shared` (ids) keep their storage."""
+def _copy(module: nn.Module, known: dict[int, Any], data: Callable[[nn.Parameter], torch.Tensor]) -> nn.Module:
+    """A module with parameters (of what `data` gives for each) and configs of its own and no hooks."""
     if id(module) in known:
         return known[id(module)]
     known[id(module)] = twin = copy.copy(module)
@@ -317,58 +310,13 @@ def _copy(module: nn.Module, known: dict[int, Any], shared: set[int]) -> nn.Modu
     twin.__dict__["_parameters"] = parameters = {}
     for name, old in module._parameters.items():
         if old is not None and id(old) not in known:
-            data = old.detach() if id(old) in shared else old.detach().clone()
-            known[id(old)] = nn.Parameter(data, requires_grad=old.requires_grad)
+            known[id(old)] = nn.Parameter(data(old), requires_grad=old.requires_grad)
         parameters[name] = None if old is None else known[id(old)]
     twin.__dict__["_buffers"] = {n: None if b is None else b.detach().clone() for n, b in module._buffers.items()}
     twin.__dict__["_modules"] = {
-        n: None if child is None else _copy(child, known, shared) for n, child in module._modules.items()
+        n: None if child is None else _copy(child, known, data) for n, child in module._modules.items()
     }
     return twin
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a part of a parameter lies: group of parameters, part of the flat parameter, part of the group's partition."""
-
-    group: int
-    here: slice
-    there: slice
-
-
-def _place(parameter: torch.Tensor) -> _Place | None:
-    """The part of this process; None for a frozen parameter, or where all of it lies in other processes' partitions."""
-    found = getattr(parameter, "_hp_mapping", None)
-    if found is None:
-        return None
-    here, there = found.lp_fragment_address, found.hp_fragment_address
-    return _Place(
-        found.param_group_index,
-        slice(here.start, here.start + here.numel),
-        slice(there.start, there.start + there.numel),
-    )
-
-
-def _empty_state(first: Any, second: Any, kinds: list[list[str]]) -> None:
-    """State of the second engine's partitions: zeros to be filled, and what is no parameter's own, as the first has it."""
-    groups = zip(first.single_partition_of_fp32_groups, second.single_partition_of_fp32_groups, kinds, strict=True)
-    for old, new, own in groups:
-        state = first.optimizer.state[old]
-        second.optimizer.state[new] = {
-            key: torch.zeros_like(new, dtype=value.dtype) if key in own else copy.deepcopy(value)
-            for key, value in state.items()
-        }
-
-
-def _set(second: Any, parameter: nn.Parameter, value: torch.Tensor, state: Mapping[str, torch.Tensor]) -> None:
-    """One parameter of the second engine: its weight, and this process's part of its fp32 weight and state."""
-    parameter.copy_(value)
-    if (place := _place(parameter)) is None:
-        return
-    partition = second.single_partition_of_fp32_groups[place.group]
-    own = second.optimizer.state[partition] if state else {}
-    for whole, flat in [(value, partition), *((state[key], own[key]) for key in state)]:
-        flat.detach()[place.there] = whole.reshape(-1)[place.here].to(flat)
 
 
 def _clear(folder: Path, staging: Path, tag: str) -> None:
@@ -382,8 +330,8 @@ def _clear(folder: Path, staging: Path, tag: str) -> None:
         shutil.rmtree(staging)
 
 
-def _save_model(model: nn.Module, staging: Path) -> None:
-    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+def _save_model(model: nn.Module, staging: Path, state: Mapping[str, torch.Tensor]) -> None:
+    state = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
     if hasattr(model, "save_pretrained"):
         cast(PreTrainedModel, model).save_pretrained(staging, state_dict=state)
     else:

@@ -23,7 +23,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import optimizer as optimizers
-from .layers import DENSE_TYPES, LowRankLinear, dense_origin, dense_weight
+from .layers import DENSE_TYPES, LowRankLinear, dense_origin, dense_weight, is_divided
 from .patching import (
     QUANT_METHOD,
     STRUCTURE_VERSION,
@@ -274,8 +274,12 @@ def _follow(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str,
     shapes: dict[str, dict[str, torch.Size]] = {}
     for key, tensor in state_dict.items():
         name, part = _split(module, key.removeprefix(prefix)) if key.startswith(prefix) else (None, "")
-        if name is not None:
-            shapes.setdefault(name, {})[part] = tensor.shape
+        if name is None:
+            continue
+        if is_divided(next(module.get_submodule(name).parameters())):
+            _check_divided(name, module.get_submodule(name), part)
+            continue
+        shapes.setdefault(name, {})[part] = tensor.shape
     wanted: dict[str, int | None] = {}
     for name, parts in shapes.items():
         rank, layer = _structure(name, parts), module.get_submodule(name)
@@ -288,6 +292,16 @@ def _follow(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str,
     optimizer = _OPTIMIZERS[module]() if module in _OPTIMIZERS else None
     if changes and optimizer is not None:
         optimizers.follow(optimizer, changes.values())
+
+
+def _check_divided(name: str, layer: nn.Module, part: str) -> None:
+    """Raises ValueError unless what DeepSpeed loads, which tells no shapes, is of the layer's structure, which it has fixed."""
+    if isinstance(layer, LowRankLinear) is (part == "dense"):
+        kinds = ("dense", "factorized") if part == "dense" else ("factorized", "dense")
+        raise ValueError(
+            f"{name} is {kinds[0]} in the checkpoint and {kinds[1]} in the model, whose parameters DeepSpeed ZeRO-3 has divided: "
+            "resume with --resume_from_checkpoint as a training argument, so that CuttlefishCallback can change the model before"
+        )
 
 
 def _rename_biases(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str) -> None:

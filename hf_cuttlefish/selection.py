@@ -53,7 +53,9 @@ def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> di
         inside = _block_names(model)
         # A layer with one input or output (the gate of a shared expert) has no rank at which it would be smaller.
         chosen = {
-            name: module for name, module in candidates.items() if name in inside and min(module.weight.shape) > 1
+            name: module
+            for name, module in candidates.items()
+            if name in inside and min(dense_weight(module).shape) > 1
         }
         if not chosen:
             raise ValueError(

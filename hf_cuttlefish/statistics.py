@@ -21,7 +21,7 @@ from torch import nn
 
 from .distributed import Processes
 from .factorization import LayerMoments
-from .layers import dense_weight
+from .layers import dense_weight, is_divided
 
 
 class MomentCollector:
@@ -74,7 +74,10 @@ class MomentCollector:
             for key, hook in list(layer._forward_hooks.items()):
                 if isinstance(hook, _Tap):  # of a run that ended in an exception
                     del layer._forward_hooks[key]
-            self._handles.append(layer.register_forward_hook(_Tap(self, name)))
+            tap = _Tap(self, name)
+            self._handles.append(layer.register_forward_hook(tap))
+            if is_divided(layer.weight):  # type: ignore[arg-type]
+                self._handles.append(layer.register_forward_pre_hook(tap.keep_weight))
 
     def stop(self) -> None:
         """Remove the hooks; the sums stay."""
@@ -231,10 +234,11 @@ class MomentCollector:
         return weights.repeat_interleave(tokens // len(weights))
 
     @torch.no_grad()
-    def add(self, name: str, x: torch.Tensor, y: torch.Tensor | None, g: torch.Tensor, stride: int) -> None:
-        """Add a sample of tokens: inputs x (t, n), outputs y (t, m) where m <= n, output gradients g (t, m)."""
+    def add(
+        self, name: str, x: torch.Tensor, y: torch.Tensor | None, g: torch.Tensor, stride: int, weight: torch.Tensor
+    ) -> None:
+        """Add a sample of tokens: inputs x (t, n), outputs y (t, m) where m <= n, output gradients g (t, m); weight (m, n)."""
         s = self._sums_of(name)
-        weight = dense_weight(self.layers[name])
         with torch.autocast(device_type=weight.device.type, enabled=False):
             g = g.float() * (self._terms / self.loss_scale)
             finite = torch.isfinite(g).all()  # an overflow step under fp16 is left out whole, without asking the device
@@ -271,6 +275,13 @@ class _Tap:
 
     def __init__(self, collector: MomentCollector, name: str) -> None:
         self.collector, self.name = collector, name
+        self._weight: torch.Tensor | None = None
+
+    def keep_weight(self, module: nn.Module, args: tuple) -> None:
+        """Before the forward, under ZeRO-3: it is whole only now, and the gradient comes before it is gathered again."""
+        m, n = dense_weight(module).shape
+        if torch.is_grad_enabled() and m > n:
+            self._weight = dense_weight(module)
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         if module is not self.collector.layers.get(self.name):
@@ -289,11 +300,19 @@ class _Tap:
             y = y.clone() if stride > 1 else y
 
         batch, rows = collector.batches, collector._rows
+        kept, self._weight = self._weight, None
 
         def arrived(grad: torch.Tensor) -> None:
             grad = grad.detach()
             by = collector.factors(batch, grad, rows)[first::stride, None]
-            collector.add(name, x, y, grad.reshape(-1, m)[first::stride].float() * by, stride)
+            collector.add(
+                name,
+                x,
+                y,
+                grad.reshape(-1, m)[first::stride].float() * by,
+                stride,
+                dense_weight(module) if kept is None else kept,
+            )
 
         output.register_hook(arrived)
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .distributed import Processes, is_distributed
+from .layers import is_divided
 from .sharding import ShardedModel, find_sharded, is_sharded
 
 MIB = 1024 * 1024
@@ -172,9 +173,10 @@ def check_not_wrapped(model: nn.Module, sharded: bool = False) -> None:
                 "or CuttlefishCallback, which handle fully_shard (tensor parallel is not supported); otherwise change the model before it is "
                 "sharded"
             )
-        if hasattr(parameter, "ds_id"):
+        if is_divided(parameter) and not sharded:
             raise ValueError(
-                f"{name} belongs to DeepSpeed ZeRO-3, which is not supported: use ZeRO-1 or 2, FSDP2 (fsdp_version: 2) or DDP"
+                f"{name} is divided among the processes by DeepSpeed ZeRO-3: in the middle of training use Trainer with "
+                "CuttlefishCallback, which switches by restart; otherwise change the model before it is divided"
             )
         if type(parameter).__name__ == "FlatParameter" or getattr(parameter, "_fsdp_flattened", False):
             raise ValueError(f"{name} is flattened by {_REFUSED['FullyShardedDataParallel']}")

@@ -25,16 +25,21 @@ from torch import distributed as dist
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, last_whole_checkpoint, restart
+from hf_cuttlefish.partitions import FlatPartitions, ParameterPartitions
 
 SETTINGS = CuttlefishConfig(
     switch_step=trainers.SWITCH, statistics_steps=4, rank_multiple=2, target_ratio=0.5, on_error="raise"
 )
+SAVED: Path | None = None
+"""Folder of saved models from which ZeRO-3 is to take them, divided from the start; else they are made whole."""
 LAYER = "bert.encoder.layer.1.intermediate.dense"
 
 
-def arguments(folder: Path, stage: int, **changes: Any) -> TrainingArguments:
+def arguments(folder: Path, stage: int, zero: dict[str, Any] | None = None, **changes: Any) -> TrainingArguments:
+    # No parameter is so small that ZeRO-3 would leave it whole.
+    all_divided = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
     deepspeed = {
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **all_divided, **(zero or {})},
         "gradient_clipping": "auto",
         "train_micro_batch_size_per_gpu": "auto",
     }
@@ -51,13 +56,17 @@ def arguments(folder: Path, stage: int, **changes: Any) -> TrainingArguments:
 
 def trainer(args: TrainingArguments, callback: CuttlefishCallback, *more: TrainerCallback, seed: int = 0) -> Trainer:
     AcceleratorState._reset_state()  # as examples/comparing.py does: Accelerate takes DeepSpeed's settings once
-    return Trainer(model=tiny_bert(seed), args=args, train_dataset=trainers.Rows(), callbacks=[callback, *more])
+    model = tiny_bert(seed)
+    if SAVED is not None:  # from_pretrained divides the parameters as it makes them
+        model = AutoModelForSequenceClassification.from_pretrained(SAVED / str(seed))
+        assert all(hasattr(p, "ds_id") for p in model.parameters())
+    return Trainer(model=model, args=args, train_dataset=trainers.Rows(), callbacks=[callback, *more])
 
 
 def is_on(made: Trainer) -> bool:
     return (
         type(made.model_wrapped).__name__ == "DeepSpeedEngine"
-        and type(made.optimizer.optimizer).__name__ == "DeepSpeedZeroOptimizer"
+        and type(made.optimizer.optimizer).__name__.startswith("DeepSpeedZeroOptimizer")
         and made.model_wrapped.dp_world_size == 2
     )
 
@@ -86,6 +95,23 @@ class Watcher(TrainerCallback):
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
         self.moments: dict[str, torch.Tensor] = {}
+        self.resumed: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """What a resumed run begins with (ZeRO-3, whose files are not as easily read)."""
+        if state.global_step and self.trainer.model_wrapped.zero_optimization_stage() == 3:
+            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+            self.weights = {n: safe_get_full_fp32_param(p) for n, p in self.trainer.model.named_parameters()}
+            for part in ("down", "up"):
+                name = f"{LAYER}.{part}.weight"
+                weight = self.trainer.model.get_parameter(name)
+                self.resumed |= {
+                    f"{name} {k}": safe_get_full_optimizer_state(weight, k) for k in ("exp_avg", "exp_avg_sq")
+                }
+            flats = self.trainer.optimizer.optimizer.fp32_partitioned_groups_flat
+            self.resumed["step"] = self.trainer.optimizer.optimizer.optimizer.state[flats[0]]["step"].clone()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == trainers.SWITCH:
@@ -107,11 +133,22 @@ def run(folder: Path, stage: int, settings: CuttlefishConfig = SETTINGS, **chang
     }  # fmt: skip
     checkpoint = Path(str(callback.restart_from))
     loaded = AutoModelForSequenceClassification.from_pretrained(checkpoint).state_dict()
-    parts = torch.load(checkpoint / f"global_step{trainers.SWITCH}" / "mp_rank_00_model_states.pt", weights_only=False)
-    result["AutoModel"] = loaded.keys() == parts["module"].keys() and all(
-        torch.equal(loaded[k], v.to(loaded[k].dtype)) for k, v in parts["module"].items()
-    )
-    state = flat_state(checkpoint / f"global_step{trainers.SWITCH}")
+    args.resume_from_checkpoint = callback.restart_from
+    watcher_again = Watcher()
+    second = watcher_again.trainer = trainer(args, callback, watcher_again, seed=9)
+    if stage < 3:
+        files = checkpoint / f"global_step{trainers.SWITCH}"
+        parts = torch.load(files / "mp_rank_00_model_states.pt", weights_only=False)
+        result["AutoModel"] = loaded.keys() == parts["module"].keys() and all(
+            torch.equal(loaded[k], v.to(loaded[k].dtype)) for k, v in parts["module"].items()
+        )
+    second.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if stage == 3:
+        weights = watcher_again.weights
+        result["AutoModel"] = loaded.keys() == weights.keys() and all(
+            torch.equal(v, weights[k].to(v.dtype)) for k, v in loaded.items()
+        )
+    state = watcher_again.resumed or flat_state(checkpoint / f"global_step{trainers.SWITCH}")
     down, up = (loaded[f"{LAYER}.{part}.weight"].float() for part in ("down", "up"))
     m, v = watcher.moments["exp_avg"], watcher.moments["exp_avg_sq"]
     expected = {
@@ -120,9 +157,6 @@ def run(folder: Path, stage: int, settings: CuttlefishConfig = SETTINGS, **chang
     }  # fmt: skip
     result["moments"] = {k: [x.norm().item(), (state[k] - x).norm().item()] for k, x in expected.items() if state}
     result["step count"] = float(state["step"]) if state else None
-    args.resume_from_checkpoint = callback.restart_from
-    second = trainer(args, callback, seed=9)
-    second.train(resume_from_checkpoint=args.resume_from_checkpoint)
     logs = [r for r in second.state.log_history if "loss" in r]
     return result | {
         "on again": is_on(second), "steps": second.state.global_step, "switched": callback.switch_step,
@@ -140,27 +174,29 @@ def restart_ranks(model: torch.nn.Module) -> dict[str, int]:
     return {name: layer.rank for name, layer in low_rank_layers(model).items()}
 
 
-def failing(folder: Path, where: str) -> dict[str, Any]:
+def failing(folder: Path, where: str, stage: int = 2) -> dict[str, Any]:
     """An error on one process in the middle of writing, or of the exchange; then a run from the last whole checkpoint."""
-    name = {"writing": "_save_model", "filling": "_set", "exchange": "_exchange"}[where]
-    real = getattr(restart, name)
+    holder, name = {
+        "writing": (restart, "_save_model"), "filling": (FlatPartitions if stage == 2 else ParameterPartitions, "write"), "exchange": (restart, "_exchange"),
+    }[where]  # fmt: skip
+    real = getattr(holder, name)
 
     def fail(*given: Any) -> None:
         if where == "exchange":
             os.replace(given[0] / "trainer_state.json", given[0] / restart.FULL_RANK_STATE)
-            (given[0] / "model.safetensors").unlink()
+            (given[0] / "latest").unlink()
         if where != "filling" or dist.get_rank() == 1:
             raise OSError("no space left on device")
         real(*given)
 
-    setattr(restart, name, fail)
+    setattr(holder, name, fail)
     settings = replace(SETTINGS, on_error="continue")
     callback = CuttlefishCallback(settings)
     try:
-        made = trainer(arguments(folder, 2, save_strategy="steps", save_steps=1, max_steps=7), callback)
+        made = trainer(arguments(folder, stage, save_strategy="steps", save_steps=1, max_steps=7), callback)
         made.train()
     finally:
-        setattr(restart, name, real)
+        setattr(holder, name, real)
     dist.barrier()
     result = {
         "on": is_on(made), "steps": made.state.global_step, "reason": callback.reason, "restart_from": callback.restart_from,
@@ -173,7 +209,7 @@ def failing(folder: Path, where: str) -> dict[str, Any]:
     dist.barrier()
     result["whole"] = last_whole_checkpoint(folder)
     callback = CuttlefishCallback(settings)
-    again = trainer(arguments(folder, 2, resume_from_checkpoint=result["whole"], max_steps=7), callback, seed=9)
+    again = trainer(arguments(folder, stage, resume_from_checkpoint=result["whole"], max_steps=7), callback, seed=9)
     again.train(resume_from_checkpoint=result["whole"])
     return result | {"stopped again": again.state.global_step, "switched": callback.switch_step}
 
@@ -184,8 +220,8 @@ def refusals(folder: Path) -> dict[str, str]:
     for name, settings, stage, changes in (
         ("in_place", replace(SETTINGS, switch="in_place"), 2, {}),
         ("learning rate", replace(SETTINGS, learning_rate_scale=2.0), 2, {}),
-        ("ZeRO-3", SETTINGS, 3, {}),
         ("ZeRO-0", SETTINGS, 0, {}),
+        ("offloading", SETTINGS, 3, {"zero": {"offload_param": {"device": "cpu"}}}),
         ("best", SETTINGS, 2, {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"}),
         ("only the model", SETTINGS, 2, {"save_only_model": True}),
     ):
@@ -203,12 +239,13 @@ def refusals(folder: Path) -> dict[str, str]:
             answers[name] = "nothing was raised"
         except ValueError as error:
             answers[name] = str(error)
-    try:  # the checkpoint is no training argument, so that the model is dense when DeepSpeed takes it
-        late = trainer(arguments(folder / "late", 2), CuttlefishCallback(SETTINGS))
-        late.train(resume_from_checkpoint=str(folder / "ZeRO-2" / f"checkpoint-{trainers.SWITCH}"))
-        answers["late"] = "nothing was raised"
-    except ValueError as error:
-        answers["late"] = str(error)
+    for stage in (2, 3):  # the checkpoint is no training argument, so that the model is dense when DeepSpeed takes it
+        try:
+            late = trainer(arguments(folder / "late", stage), CuttlefishCallback(SETTINGS))
+            late.train(resume_from_checkpoint=str(folder / f"ZeRO-{stage}" / f"checkpoint-{trainers.SWITCH}"))
+            answers[f"late {stage}"] = "nothing was raised"
+        except ValueError as error:
+            answers[f"late {stage}"] = str(error)
     return answers
 
 
@@ -217,7 +254,21 @@ def main() -> None:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
-    results: dict[str, Any] = {
+    global SAVED
+    saved = folder / "saved"
+    if dist.get_rank() == 0:
+        for seed in (0, 9):
+            tiny_bert(seed).save_pretrained(saved / str(seed))
+    dist.barrier()
+    results: dict[str, Any] = {"ZeRO-3": run(folder / "ZeRO-3", 3)}
+    if sys.argv[2:] == ["3"]:
+        trainers.write_results(folder, results)
+        return
+    SAVED = saved
+    results["ZeRO-3, divided from the start"] = run(folder / "divided", 3, gradient_accumulation_steps=1)
+    results["ZeRO-3, bf16"] = run(folder / "bf16 3", 3, bf16=True)
+    SAVED = None
+    results |= {
         "ZeRO-1": run(folder / "ZeRO-1", 1),
         "ZeRO-2": run(folder / "ZeRO-2", 2, save_strategy="epoch"),  # saves twice at the switch, which ends an epoch
         "accumulation": run(folder / "accumulation", 2, gradient_accumulation_steps=2, per_device_train_batch_size=2),
@@ -226,6 +277,8 @@ def main() -> None:
         "failing in writing": failing(folder / "writing", "writing"),
         "failing in filling": failing(folder / "filling", "filling"),
         "failing in exchange": failing(folder / "exchange", "exchange"),
+        "failing in filling, ZeRO-3": failing(folder / "filling 3", "filling", 3),
+        "failing in exchange, ZeRO-3": failing(folder / "exchange 3", "exchange", 3),
         "refusals": refusals(folder),
     }
     del os.environ["ACCELERATE_USE_DEEPSPEED"]
