@@ -130,7 +130,7 @@ class Cuttlefish:
         self.processes = Processes()
         error: Exception | None = None
         try:
-            self.model = unwrap(model)
+            self.model = unwrap(model.module if can_restart and type(model).__name__ == "DeepSpeedEngine" else model)
             self._look_around()
             self._find_layers()
         except Exception as caught:
@@ -170,7 +170,8 @@ class Cuttlefish:
         if not self._can_restart:
             raise ValueError(
                 "DeepSpeed's partitions are fixed when it is built, so the switch needs a checkpoint and a new engine: use "
-                "Trainer with CuttlefishCallback, which knows how; or FSDP2 or DDP in a loop of your own"
+                "Trainer with CuttlefishCallback, which knows how; in a loop of your own can_restart=True and "
+                "switch_in_checkpoint (docs/distributed.md), FSDP2 or DDP"
             )
         if self.config.learning_rate_scale not in (None, 1):
             raise ValueError(
@@ -267,7 +268,8 @@ class Cuttlefish:
         """Exchange the checkpoint just saved of this step for that of the factorized model; the model here stays as it is.
 
         All processes must call it. False where there is no switch, for the reason in `reason`: the checkpoint is as it was.
-        Its trainer_state.json has been renamed; to write that of the low-rank phase is left to the caller, as the last act.
+        Trainer's trainer_state.json has been renamed; to write that of the low-rank phase is left to the caller, as the last
+        act. Without one (`accelerator.save_state`) the checkpoint is whole; keep `state_dict()` for the run that goes on.
         A checkpoint of the same step that is saved once more can be exchanged once more.
 
         Raises:

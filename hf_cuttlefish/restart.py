@@ -143,7 +143,7 @@ class LowRankCheckpoint:
         self.model: nn.Module | None = None
 
     def write(self, folder: Path) -> FactorizationReport:
-        """Exchange what the folder holds of the full-rank phase. trainer_state.json has another name afterwards.
+        """Exchange what the folder holds of the full-rank phase. Trainer's trainer_state.json has another name afterwards.
 
         Until everything is written the folder stays the checkpoint that it was, and an error leaves it so.
 
@@ -152,8 +152,8 @@ class LowRankCheckpoint:
                 DeepSpeed raises; on all processes.
         """
         self.model = None  # of an earlier call
-        staging, tag = folder / STAGING, f"global_step{self.parted.engine.global_steps}"
-        self.processes.from_main(lambda: _clear(folder, staging, tag))
+        staging = folder / STAGING
+        tag = self.processes.from_main(lambda: _clear(folder, staging))
         engine = None
         try:
             try:
@@ -319,15 +319,18 @@ def _copy(module: nn.Module, known: dict[int, Any], data: Callable[[nn.Parameter
     return twin
 
 
-def _clear(folder: Path, staging: Path, tag: str) -> None:
-    """Room for the low-rank form, in a folder that holds a checkpoint of this step."""
-    if not (folder / TRAINER_STATE_NAME).is_file() or not (folder / tag).is_dir():
+def _clear(folder: Path, staging: Path) -> str:
+    """Room for the low-rank form, in a folder that holds a checkpoint of DeepSpeed; returns the name of its part."""
+    latest = folder / "latest"
+    tag = latest.read_text("utf-8").strip() if latest.is_file() else ""
+    if not tag or not (folder / tag).is_dir():
         raise ValueError(
-            f"{folder} holds no checkpoint of DeepSpeed ({tag}) beside {TRAINER_STATE_NAME}: something else writes or removes "
-            "checkpoints there; let Trainer write them"
+            f"{folder} holds no checkpoint of DeepSpeed: save one there first (Trainer does; accelerator.save_state in a loop of "
+            "your own), and let nothing else write or remove checkpoints"
         )
     if staging.exists():
         shutil.rmtree(staging)
+    return tag
 
 
 def _save_model(model: nn.Module, staging: Path, state: Mapping[str, torch.Tensor]) -> None:
@@ -343,12 +346,20 @@ def _save_model(model: nn.Module, staging: Path, state: Mapping[str, torch.Tenso
 
 
 def _exchange(folder: Path, staging: Path) -> None:
-    """The folder's weights and partitions go, the new ones come. Between the first line and the caller's last it is none."""
-    os.replace(folder / TRAINER_STATE_NAME, folder / FULL_RANK_STATE)
+    """The folder's weights and partitions go, the new ones come.
+
+    From the first line on it is no checkpoint: without trainer_state.json, which the caller puts back, or else without
+    `latest`, which comes last.
+    """
+    by_trainer = (folder / TRAINER_STATE_NAME).is_file()
+    if by_trainer:
+        os.replace(folder / TRAINER_STATE_NAME, folder / FULL_RANK_STATE)
+    else:
+        (folder / "latest").unlink()
     for old in folder.iterdir():
         if is_weights_file(old.name):
             old.unlink()
-    for new in staging.iterdir():
+    for new in sorted(staging.iterdir(), key=lambda path: path.name == "latest"):
         old = folder / new.name
         if old.is_dir():
             shutil.rmtree(old)

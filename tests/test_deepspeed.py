@@ -66,6 +66,16 @@ def test_a_restart_goes_on_as_a_switch_in_place(trained, name, like):
         assert run["increase"] == pytest.approx(expected["increase"], rel=1e-3)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_loop_of_ones_own_goes_on_from_its_checkpoint(trained, stage):
+    for everywhere in trained:
+        run, expected = everywhere[f"loop, ZeRO-{stage}"], everywhere["loop, DDP"]
+        assert run["on"] and run["switched"] == expected["switched"] == trainers.SWITCH
+        assert run["plan"] == expected["plan"] == run["ranks"] and len(run["plan"]) == 12
+        assert run["losses"] == pytest.approx(expected["losses"], abs=2e-6)
+        assert run["rates"] == pytest.approx([1e-2 * (1 - i / 10) for i in range(10)])
+
+
 @pytest.mark.parametrize("name", ["bf16", "ZeRO-3, bf16"])
 def test_bf16_weights_are_factorized_from_the_fp32_ones(trained, name):
     for everywhere in trained:

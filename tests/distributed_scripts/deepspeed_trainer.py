@@ -15,11 +15,13 @@ from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+import loops
 import torch
 import trainers
 import transformers.training_args
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin
 from loops import tiny_bert
 from torch import distributed as dist
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
@@ -174,6 +176,84 @@ def restart_ranks(model: torch.nn.Module) -> dict[str, int]:
     return {name: layer.rank for name, layer in low_rank_layers(model).items()}
 
 
+def loop(folder: Path, stage: int) -> dict[str, Any]:
+    """A loop of one's own: to the switch, and on from there, with the same lines."""
+    result: dict[str, Any] = {"losses": [], "rates": []}
+    batches, step, saved = loop_batches(), 0, None
+    while step < len(batches):
+        AcceleratorState._reset_state()
+        plugin = DeepSpeedPlugin(
+            hf_ds_config={
+                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+                "train_micro_batch_size_per_gpu": 4,
+                "gradient_clipping": 0.0,
+            }
+        )
+        accelerator = Accelerator(deepspeed_plugin=plugin)
+        model: Any = tiny_bert(9)
+        if saved is not None:
+            model = AutoModelForSequenceClassification.from_pretrained(folder).train()
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0)
+        steps = len(batches) * dist.get_world_size()  # Accelerate steps the schedule once for each process
+        scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s, steps=steps: 1 - s / steps)
+        model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+        if saved is not None:
+            accelerator.load_state(str(folder))
+        cuttlefish = Cuttlefish(
+            model, optimizer, SETTINGS, total_steps=len(batches), scheduler=scheduler, can_restart=True
+        )
+        if saved is not None:
+            cuttlefish.load_state_dict(saved)
+        result["on"] = type(model).__name__ == "DeepSpeedEngine" and model.zero_optimization_stage() == stage
+        while step < len(batches):
+            loss = model(**loops.mine(batches[step])).loss
+            accelerator.backward(loss)
+            result["rates"].append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            step += 1
+            total = loss.detach().clone()
+            dist.all_reduce(total)
+            result["losses"].append(float(total) / dist.get_world_size())
+            if cuttlefish.step():
+                accelerator.save_state(str(folder))
+                if cuttlefish.switch_in_checkpoint(folder):
+                    saved = cuttlefish.state_dict()
+                    break
+    bare = accelerator.unwrap_model(model)
+    return result | {
+        "switched": cuttlefish.switch_step,
+        "plan": dict(cuttlefish.plan or {}),
+        "ranks": restart_ranks(bare),
+    }
+
+
+def loop_batches() -> list[dict[str, torch.Tensor]]:
+    return [{k: v[:8] for k, v in batch.items()} for batch in loops.batches()]
+
+
+def in_place() -> dict[str, Any]:
+    """The same run on DDP, switching in place."""
+    model, batches = tiny_bert(9), loop_batches()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 - s / len(batches))
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    cuttlefish = Cuttlefish(ddp, optimizer, SETTINGS, total_steps=len(batches), scheduler=scheduler)
+    losses = []
+    for batch in batches:
+        loss = ddp(**loops.mine(batch)).loss
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(float(total) / dist.get_world_size())
+        cuttlefish.step()
+    return {"losses": losses, "plan": dict(cuttlefish.plan or {}), "switched": cuttlefish.switch_step}
+
+
 def failing(folder: Path, where: str, stage: int = 2) -> dict[str, Any]:
     """An error on one process in the middle of writing, or of the exchange; then a run from the last whole checkpoint."""
     holder, name = {
@@ -260,10 +340,12 @@ def main() -> None:
         for seed in (0, 9):
             tiny_bert(seed).save_pretrained(saved / str(seed))
     dist.barrier()
-    results: dict[str, Any] = {"ZeRO-3": run(folder / "ZeRO-3", 3)}
-    if sys.argv[2:] == ["3"]:
+    results: dict[str, Any] = {f"loop, ZeRO-{stage}": loop(folder / f"loop {stage}", stage) for stage in (1, 2, 3)}
+    results["loop, DDP"] = in_place()
+    if sys.argv[2:] == ["loop"]:
         trainers.write_results(folder, results)
         return
+    results["ZeRO-3"] = run(folder / "ZeRO-3", 3)
     SAVED = saved
     results["ZeRO-3, divided from the start"] = run(folder / "divided", 3, gradient_accumulation_steps=1)
     results["ZeRO-3, bf16"] = run(folder / "bf16 3", 3, bf16=True)
