@@ -25,7 +25,7 @@ from .learning_rate import check_can_scale, scale_learning_rate, suggested_scale
 from .patching import low_rank_layers
 from .plan import RankPlan, group_name
 from .report import FactorizationReport, count_parameters
-from .restart import DeepSpeedModel, LowRankCheckpoint
+from .restart import DeepSpeedCheckpoint, DeepSpeedModel, LowRankCheckpoint
 from .selection import find_targets, is_meta
 from .sharding import PartedModel, ShardedModel
 from .spectrum import StableRankTracker
@@ -656,7 +656,7 @@ class Cuttlefish:
             factors = share(self.layers, plan, mine, shifted, self.processes)
         state = self.config.optimizer_state
         if isinstance(self.sharded, DeepSpeedModel):
-            checkpoint = LowRankCheckpoint(self.sharded, plan, factors, state)
+            checkpoint = DeepSpeedCheckpoint(self.sharded, plan, factors, state)
             report = checkpoint.write(cast(Path, folder))
             self._checkpoint = checkpoint
         else:

@@ -12,6 +12,7 @@ import copy
 import logging
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -123,20 +124,20 @@ def partitions_of(engine: Any) -> Partitions:
     return (ParameterPartitions if engine.zero_optimization_stage() == 3 else FlatPartitions)(engine.optimizer)
 
 
-class LowRankCheckpoint:
+class LowRankCheckpoint(ABC):
     """The low-rank form of a checkpoint; every process must make one and call `write` at the same time.
 
     Args:
         parted: the model and its engine, which stay as they are.
         factors: of the plan's layers, asked for in their order, each time anew.
-        optimizer_state: "carry", or "reset", which resets all parameters: a partition has one step count.
+        optimizer_state: "carry", or "reset", which resets all parameters.
 
     Attributes:
         model: the factorized copy after `write`.
     """
 
     def __init__(
-        self, parted: DeepSpeedModel, plan: RankPlan, factors: Mapping[str, Factors], optimizer_state: str
+        self, parted: PartedModel, plan: RankPlan, factors: Mapping[str, Factors], optimizer_state: str
     ) -> None:
         self.parted, self.plan, self.factors, self.optimizer_state = parted, plan, factors, optimizer_state
         self.processes = parted.processes
@@ -149,29 +150,19 @@ class LowRankCheckpoint:
 
         Raises:
             ValueError, RuntimeError: weights that are not finite, a folder that is no checkpoint of the engine, or what
-                DeepSpeed raises; on all processes.
+                the engine raises; on all processes.
         """
         self.model = None  # of an earlier call
         staging = folder / STAGING
-        tag = self.processes.from_main(lambda: _clear(folder, staging))
-        engine = None
+        self.processes.from_main(lambda: self._make_room(folder, staging))
         try:
             try:
-                model, report, exact = self._factorized()
-                self.processes.agree()
-                engine = self._second_engine(model)
-                self._fill(engine, model, exact, report)
-                engine.save_checkpoint(str(staging), tag=tag, client_state={})
-                divided = engine.zero_optimization_stage() == 3
-                state = engine._zero3_consolidated_16bit_state_dict() if divided else model.state_dict()
+                model, report, state = self._write_parts(folder, staging)
                 self.processes.agree()
             except Exception as error:
                 if not all_know(error, self.factors):
                     self.processes.agree(error)
                 raise
-            finally:
-                if engine is not None:
-                    engine.destroy()
             self.processes.from_main(lambda: _save_model(model, staging, state))
         except BaseException:
             if self.processes.is_main:
@@ -180,6 +171,50 @@ class LowRankCheckpoint:
         self.processes.from_main(lambda: _exchange(folder, staging))
         self.model = model
         return report
+
+    def _make_room(self, folder: Path, staging: Path) -> None:
+        self._check(folder)
+        if staging.exists():
+            shutil.rmtree(staging)
+
+    @abstractmethod
+    def _check(self, folder: Path) -> None:
+        """Raises ValueError for a folder that holds no checkpoint of the engine."""
+
+    @abstractmethod
+    def _write_parts(
+        self, folder: Path, staging: Path
+    ) -> tuple[nn.Module, FactorizationReport, Mapping[str, torch.Tensor]]:
+        """Write into `staging` what the engine resumes from; gives the factorized model and its weights (to the main process)."""
+
+
+class DeepSpeedCheckpoint(LowRankCheckpoint):
+    """As a second engine around the factorized copy saves it. A partition has one count of steps, so "reset" is for all."""
+
+    parted: DeepSpeedModel
+
+    def _check(self, folder: Path) -> None:
+        if not (tag := _tag(folder)) or not (folder / tag).is_dir():
+            raise ValueError(
+                f"{folder} holds no checkpoint of DeepSpeed: save one there first (Trainer does; accelerator.save_state in a "
+                "loop of your own), and let nothing else write or remove checkpoints"
+            )
+
+    def _write_parts(
+        self, folder: Path, staging: Path
+    ) -> tuple[nn.Module, FactorizationReport, Mapping[str, torch.Tensor]]:
+        engine, tag = None, self.processes.from_main(lambda: _tag(folder))
+        try:
+            model, report, exact = self._factorized()
+            self.processes.agree()
+            engine = self._second_engine(model)
+            self._fill(engine, model, exact, report)
+            engine.save_checkpoint(str(staging), tag=tag, client_state={})
+            divided = engine.zero_optimization_stage() == 3
+            return model, report, engine._zero3_consolidated_16bit_state_dict() if divided else model.state_dict()
+        finally:
+            if engine is not None:
+                engine.destroy()
 
     def _factorized(self) -> tuple[nn.Module, FactorizationReport, dict[str, Factors]]:
         """The factorized copy, and its factors in fp32: the copy's own may have less."""
@@ -283,8 +318,7 @@ class _Kept(Mapping[str, Factors]):
 
     def __getitem__(self, name: str) -> Factors:
         found = self._factors[name]
-        parts = (found.down, found.up, found.bias_shift)
-        self.seen[name] = Factors(*(None if t is None else t.to("cpu", torch.float32) for t in parts))  # type: ignore[arg-type]
+        self.seen[name] = in_full_precision(found)
         return found
 
     def __contains__(self, name: object) -> bool:
@@ -295,6 +329,17 @@ class _Kept(Mapping[str, Factors]):
 
     def __len__(self) -> int:
         return len(self._factors)
+
+
+def in_full_precision(factors: Factors) -> Factors:
+    """The factors on the CPU and in fp32."""
+    parts = (factors.down, factors.up, factors.bias_shift)
+    return Factors(*(None if t is None else t.to("cpu", torch.float32) for t in parts))  # type: ignore[arg-type]
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    """A module with parameters, buffers and configs of its own and no hooks."""
+    return _copy(module, {}, lambda parameter: parameter.detach().clone())
 
 
 def _copy(module: nn.Module, known: dict[int, Any], data: Callable[[nn.Parameter], torch.Tensor]) -> nn.Module:
@@ -319,18 +364,10 @@ def _copy(module: nn.Module, known: dict[int, Any], data: Callable[[nn.Parameter
     return twin
 
 
-def _clear(folder: Path, staging: Path) -> str:
-    """Room for the low-rank form, in a folder that holds a checkpoint of DeepSpeed; returns the name of its part."""
+def _tag(folder: Path) -> str:
+    """Name of DeepSpeed's part of a checkpoint; empty where there is none."""
     latest = folder / "latest"
-    tag = latest.read_text("utf-8").strip() if latest.is_file() else ""
-    if not tag or not (folder / tag).is_dir():
-        raise ValueError(
-            f"{folder} holds no checkpoint of DeepSpeed: save one there first (Trainer does; accelerator.save_state in a loop of "
-            "your own), and let nothing else write or remove checkpoints"
-        )
-    if staging.exists():
-        shutil.rmtree(staging)
-    return tag
+    return latest.read_text("utf-8").strip() if latest.is_file() else ""
 
 
 def _save_model(model: nn.Module, staging: Path, state: Mapping[str, torch.Tensor]) -> None:
