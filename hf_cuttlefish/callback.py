@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from .checkpoints import STATISTICS_FILE
 from .config import CuttlefishConfig
 from .controller import Cuttlefish
+from .flattened import is_flattened
 from .model_card import write_model_card
 from .patching import low_rank_layers, restructure
 from .plan import RankPlan
@@ -120,7 +121,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             )
         self.restart_from, self._full_rank, self._is_due = None, None, False
         _move_to_front(self)
-        follow_checkpoints(model)
+        if not is_flattened(model):  # the model inside follows since on_init_end, and FSDP1's names are not its own
+            follow_checkpoints(model)
         name = type(self).__name__
         saved = self._saved or _callback_state(state, name) if state.global_step else None
         self._saved = None
@@ -140,7 +142,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             for option in ("save_only_model", "save_on_each_node"):
                 if getattr(args, option):
                     raise ValueError(
-                        f"{option} is True, and the switch under DeepSpeed needs one whole checkpoint: set it to False"
+                        f"{option} is True, and the switch by restart needs one whole checkpoint: set it to False"
                     )
         if saved:
             self.cuttlefish.load_state_dict(

@@ -130,7 +130,7 @@ class CuttlefishConfig:
         metadata={
             "help": "'in_place': the run goes on in the same process. 'restart' (Trainer): at the switch a checkpoint with the "
             "factorized weights is written and training stops; resumed from there, it goes on low rank. 'auto': in place "
-            "where the engine allows it, by restart under DeepSpeed."
+            "where the engine allows it, by restart under DeepSpeed and FSDP1."
         },
     )
     optimizer_state: str = field(

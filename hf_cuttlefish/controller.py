@@ -18,6 +18,7 @@ from .config import CuttlefishConfig
 from .convergence import has_converged
 from .distributed import Processes, ProcessLostError, is_distributed
 from .factorization import Factors
+from .flattened import FlattenedCheckpoint, FlattenedModel, is_flattened
 from .flow import FlowRecorder
 from .history import StableRankHistory
 from .layers import dense_weight
@@ -130,7 +131,13 @@ class Cuttlefish:
         self.processes = Processes()
         error: Exception | None = None
         try:
-            self.model = unwrap(model.module if can_restart and type(model).__name__ == "DeepSpeedEngine" else model)
+            self._flattened = FlattenedModel(model) if can_restart and is_flattened(model) else None
+            if self._flattened is not None:
+                self.model = self._flattened.model
+            else:
+                self.model = unwrap(
+                    model.module if can_restart and type(model).__name__ == "DeepSpeedEngine" else model
+                )
             self._look_around()
             self._find_layers()
         except Exception as caught:
@@ -146,7 +153,10 @@ class Cuttlefish:
         if low_rank_layers(self.model):
             return  # nothing will be changed, so any engine is fine
         engine = find_deepspeed(self.model, self.optimizer) if is_distributed() else None
-        self.sharded = find_fully_shard(self.model) if engine is None else DeepSpeedModel(self.model, engine)
+        if self._flattened is not None:
+            self.sharded = self._flattened
+        else:
+            self.sharded = find_fully_shard(self.model) if engine is None else DeepSpeedModel(self.model, engine)
         check_not_wrapped(self.model, sharded=self.sharded is not None)
         check_optimizer(self.optimizer)
         if self.restarts:
@@ -159,12 +169,12 @@ class Cuttlefish:
     @property
     def restarts(self) -> bool:
         """Whether the engine cannot be edited, so that the switch has to be carried out in a checkpoint."""
-        return isinstance(self.sharded, DeepSpeedModel)
+        return isinstance(self.sharded, DeepSpeedModel | FlattenedModel)
 
     def _check_restart(self) -> None:
         if self.config.switch == "in_place":
             raise ValueError(
-                "switch is 'in_place', and DeepSpeed's partitions are fixed when it is built: use switch='auto' or 'restart', "
+                "switch is 'in_place', and what DeepSpeed and FSDP1 part is fixed when they are built: use switch='auto' or 'restart', "
                 "FSDP2 or DDP"
             )
         if not self._can_restart:
@@ -655,8 +665,12 @@ class Cuttlefish:
         else:
             factors = share(self.layers, plan, mine, shifted, self.processes)
         state = self.config.optimizer_state
-        if isinstance(self.sharded, DeepSpeedModel):
-            checkpoint = DeepSpeedCheckpoint(self.sharded, plan, factors, state)
+        if isinstance(self.sharded, DeepSpeedModel | FlattenedModel):
+            checkpoint: LowRankCheckpoint
+            if isinstance(self.sharded, FlattenedModel):
+                checkpoint = FlattenedCheckpoint(self.sharded, plan, factors, state)
+            else:
+                checkpoint = DeepSpeedCheckpoint(self.sharded, plan, factors, state)
             report = checkpoint.write(cast(Path, folder))
             self._checkpoint = checkpoint
         else:

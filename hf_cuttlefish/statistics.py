@@ -284,7 +284,7 @@ class _Tap:
             self._weight = dense_weight(module)
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if module is not self.collector.layers.get(self.name):
+        if type(module) is not type(self.collector.layers.get(self.name)):
             return  # a pair shares the hook table of the layer that it replaced
         if not (torch.is_grad_enabled() and isinstance(output, torch.Tensor) and output.requires_grad and args):
             return

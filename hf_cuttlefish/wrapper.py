@@ -26,7 +26,8 @@ MIB = 1024 * 1024
 
 _REFUSED = {
     "DataParallel": "nn.DataParallel: start one process for each GPU with torchrun or accelerate launch (DDP)",
-    "FullyShardedDataParallel": "FSDP1, whose flat parameters are fixed when it is built: use FSDP2 (fsdp_version: 2) or DDP",
+    "FullyShardedDataParallel": "FSDP1, whose flat parameters are fixed when it is built: train with Trainer and "
+    "CuttlefishCallback, which switch by restart; or use FSDP2 (fsdp_version: 2) or DDP",
     "DeepSpeedEngine": "DeepSpeed, whose partitions are fixed when it is built: train with Trainer and CuttlefishCallback, which "
     "switch by restart, and resume with --resume_from_checkpoint as a training argument; or use FSDP2 or DDP",
     "PipelineEngine": "DeepSpeed's pipeline, which is not supported: use FSDP2 (fsdp_version: 2) or DDP",
