@@ -66,7 +66,8 @@ rises with it. Together with the rows above, which add a size of 1/10, that make
 parameters (`learning_rate_scale=1` leaves the schedule alone). Frobenius decay changes nothing, not even at 10 to 100 times the
 weight decay; the package does without it."""
 
-EXPLORED = """Four ideas against the same runs without them, at the two small sizes (ViT: 1/3 and 1/5.6), records `explore_h100`:
+EXPLORED = """Four ideas against the same runs without them, at the two small sizes (ViT: 1/3 and 1/5.6), records `explore_h100` (what was turned
+down is not in the repository):
 
 - *Examples weighted*: the squares of an example's gradients are divided by its gradient's norm ([how](how-it-works.md#loss-aware-factors)). The loss
   rises less at the switch, above all on Reuters R8, whose training loss is almost nothing by then, and no data set is worse off in the end. **Kept.**

@@ -92,15 +92,15 @@ class FlattenedModel(PartedModel):
         return twin
 
     def check(self, layers: Mapping[str, nn.Module]) -> None:
-        """Raises ValueError for what is not supported: CPU offload, copies of shards or no shards, original parameters (Trainer does not
-        resume them exactly, with or without a switch), sharded state dicts (their optimizer state is not loaded)."""
+        """Raises ValueError for what is not supported: CPU offload, copies of shards or no shards, original parameters and sharded
+        state dicts (Trainer was seen not to resume them exactly, without a switch too)."""
         from accelerate.state import AcceleratorState
 
         kind = str(AcceleratorState().fsdp_plugin.state_dict_type)
         strategies = sorted({u.sharding_strategy.name for u in self._units})
         unsupported = {
             "CPU offload": any(u.cpu_offload.offload_params for u in self._units),
-            "SHARDED_STATE_DICT, whose optimizer state Accelerate does not load,": "SHARDED" in kind,
+            "SHARDED_STATE_DICT, from which Trainer's own resuming changes the losses,": "SHARDED" in kind,
             "LOCAL_STATE_DICT": "LOCAL" in kind,
             "use_orig_params, under which Trainer's own resuming changes the losses,": any(
                 u._use_orig_params for u in self._units

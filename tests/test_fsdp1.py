@@ -47,13 +47,13 @@ def test_the_optimizer_s_state_starts_anew_on_request(trained):
     assert run["losses"][:7] == pytest.approx(plain["losses"][:7]) and run["losses"][7:] != plain["losses"][7:]
 
 
-@pytest.mark.parametrize(("where", "whole"), [("writing", 6), ("exchange", 6)])
+@pytest.mark.parametrize(("where", "whole"), [("writing", 6), ("exchange", 5)])
 def test_an_error_loses_nothing(trained, where, whole):
     for everywhere in trained:
         run = everywhere[f"failing in {where}"]
         assert run["dense"] and run["steps"] == 7 and "no space left" in run["reason"]  # it went on full rank
-        assert "trainer_state.json" in run["at the switch"] and "pytorch_model_fsdp.bin" in run["at the switch"]
-        assert int(run["whole"].rpartition("-")[2]) >= whole
+        assert ("trainer_state.json" in run["at the switch"]) is (where == "writing")
+        assert run["whole"].endswith(f"checkpoint-{whole}")
 
 
 @pytest.mark.parametrize(

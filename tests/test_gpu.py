@@ -293,7 +293,7 @@ def test_timings_on_the_device_are_finite_and_tell_host_from_device() -> None:
 ENGINES = [
     ("nccl", 1, ["ddp fp32", "ddp fp16", "ddp fp16 accumulation", "ddp bf16"]),
     ("nccl", 1, ["ddp bf16 compiled"]),
-    ("nccl", 1, ["fsdp2 fp32", "fsdp2 bf16", "fsdp2 fp16"]),
+    ("nccl", 1, ["fsdp2 fp32", "fsdp2 bf16"]),
     ("nccl", 1, ["fsdp2 bf16 compiled"]),
     ("gloo", 2, ["ddp fp32", "ddp fp16", "ddp fp16 accumulation", "ddp bf16"]),
 ]
@@ -322,7 +322,7 @@ def test_trainer_switches_under_an_engine(tmp_path: Path, backend: str, size: in
         result = everywhere[0][name]
         assert "error" not in result, f"{name}: {result['error']}"
         assert (result["backend"], result["processes"], result["device"]) == (backend, size, DEVICE)
-        assert result["on"], name
+        assert result["on"] is (size > 1 or "fsdp2" in name)  # Accelerate puts no DDP around one process
         precision = next((p for p in ("fp16", "bf16") if p in name), "no")
         assert result["mixed_precision"] == precision
         assert (result["scale"] is not None) is (precision == "fp16")

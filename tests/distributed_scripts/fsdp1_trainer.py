@@ -7,6 +7,7 @@ gloo. What torch would move to the CPU is there already, and would be freed by t
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -93,17 +94,24 @@ def kinds() -> tuple[Any, ...]:
 
 
 def failing(folder: Path, where: str) -> dict[str, Any]:
-    """No space left on the main process while the low-rank form is written, or in the exchange."""
+    """No space left on the main process while the low-rank form is written, or in the middle of the exchange."""
     kept = getattr(restart, where)
 
-    def fails(*_: Any) -> None:
+    def fails(*given: Any) -> None:
+        if where == "_exchange":
+            os.replace(given[0] / "trainer_state.json", given[0] / restart.FULL_RANK_STATE)
+            (given[0] / "optimizer.bin").unlink()
         raise OSError("no space left")
 
     setattr(restart, where, fails)
     callback = CuttlefishCallback(replace(SETTINGS, on_error="continue"))
-    made = trainer(folder, callback, save_strategy="steps", save_steps=5, max_steps=7)
+    made = trainer(folder, callback, save_strategy="steps", save_steps=1, max_steps=7)
     made.train()
     setattr(restart, where, kept)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        os.rename(folder / "checkpoint-7", folder / "later")  # as if it had been killed there
+    dist.barrier()
     return {
         "steps": made.state.global_step, "reason": callback.reason, "whole": last_whole_checkpoint(folder),
         "dense": not low_rank_layers(made.model), "at the switch": sorted(p.name for p in (folder / "checkpoint-6").iterdir()),

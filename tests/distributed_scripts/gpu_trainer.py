@@ -40,7 +40,6 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "ddp bf16 compiled": {"bf16": True, "torch_compile": True},
     "fsdp2 fp32": FSDP2,
     "fsdp2 bf16": {"bf16": True, **FSDP2},
-    "fsdp2 fp16": {"fp16": True, **FSDP2},
     "fsdp2 bf16 compiled": {"bf16": True, "torch_compile": True, **FSDP2},
 }
 
