@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -17,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from .checkpoints import STATISTICS_FILE
 from .config import CuttlefishConfig
 from .controller import Cuttlefish
-from .flattened import is_flattened
+from .flattened import FlattenedModel, check_saved_form
 from .model_card import write_model_card
 from .patching import low_rank_layers, restructure
 from .plan import RankPlan
@@ -121,8 +122,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             )
         self.restart_from, self._full_rank, self._is_due = None, None, False
         _move_to_front(self)
-        if not is_flattened(model):  # the model inside follows since on_init_end, and FSDP1's names are not its own
-            follow_checkpoints(model)
+        follow_checkpoints(model)
         name = type(self).__name__
         saved = self._saved or _callback_state(state, name) if state.global_step else None
         self._saved = None
@@ -138,6 +138,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             loss_factor=float(args.world_size) if args.average_tokens_across_devices else 1.0,
             can_restart=True,
         )
+        if isinstance(self.cuttlefish.sharded, FlattenedModel):
+            check_saved_form(AcceleratorState().fsdp_plugin)
         if self.cuttlefish.restarts:
             for option in ("save_only_model", "save_on_each_node"):
                 if getattr(args, option):

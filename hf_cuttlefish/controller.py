@@ -18,7 +18,7 @@ from .config import CuttlefishConfig
 from .convergence import has_converged
 from .distributed import Processes, ProcessLostError, is_distributed
 from .factorization import Factors
-from .flattened import FlattenedCheckpoint, FlattenedModel, is_flattened
+from .flattened import FlattenedCheckpoint, FlattenedModel, describe, find_flattened
 from .flow import FlowRecorder
 from .history import StableRankHistory
 from .layers import dense_weight
@@ -75,7 +75,7 @@ class Cuttlefish:
         loss_factor: what the loss is multiplied by before backward where batches say `num_items_in_batch` (the Trainer with
             average_tokens_across_devices: the number of processes).
         can_restart: whether the caller saves when `restarts` and `step` says so, calls `switch_in_checkpoint`, and trains on
-            from there in another run, as CuttlefishCallback does; DeepSpeed asks for it.
+            from there in another run, as CuttlefishCallback does; DeepSpeed and FSDP1 ask for it.
 
     Attributes:
         plan: the RankPlan carried out, or None. switch_step: the step of the switch, or None.
@@ -131,13 +131,7 @@ class Cuttlefish:
         self.processes = Processes()
         error: Exception | None = None
         try:
-            self._flattened = FlattenedModel(model) if can_restart and is_flattened(model) else None
-            if self._flattened is not None:
-                self.model = self._flattened.model
-            else:
-                self.model = unwrap(
-                    model.module if can_restart and type(model).__name__ == "DeepSpeedEngine" else model
-                )
+            self.model = unwrap(model.module if can_restart and type(model).__name__ == "DeepSpeedEngine" else model)
             self._look_around()
             self._find_layers()
         except Exception as caught:
@@ -150,13 +144,19 @@ class Cuttlefish:
 
     def _look_around(self) -> None:
         """Find the engine. DDP may come later (a loop that prepares the model afterwards): the first step looks again."""
+        units = find_flattened(self.model) if is_distributed() else []
+        if units:
+            described = describe(self.model, units)
+            self.model = described.model
         if low_rank_layers(self.model):
             return  # nothing will be changed, so any engine is fine
         engine = find_deepspeed(self.model, self.optimizer) if is_distributed() else None
-        if self._flattened is not None:
-            self.sharded = self._flattened
+        if units:
+            self.sharded = FlattenedModel(described, units, self.optimizer)
+        elif engine is not None:
+            self.sharded = DeepSpeedModel(self.model, engine)
         else:
-            self.sharded = find_fully_shard(self.model) if engine is None else DeepSpeedModel(self.model, engine)
+            self.sharded = find_fully_shard(self.model)
         check_not_wrapped(self.model, sharded=self.sharded is not None)
         check_optimizer(self.optimizer)
         if self.restarts:
@@ -169,19 +169,20 @@ class Cuttlefish:
     @property
     def restarts(self) -> bool:
         """Whether the engine cannot be edited, so that the switch has to be carried out in a checkpoint."""
-        return isinstance(self.sharded, DeepSpeedModel | FlattenedModel)
+        return self.sharded is not None and bool(self.sharded.fixed)
 
     def _check_restart(self) -> None:
+        fixed = cast(PartedModel, self.sharded).fixed
         if self.config.switch == "in_place":
             raise ValueError(
-                "switch is 'in_place', and what DeepSpeed and FSDP1 part is fixed when they are built: use switch='auto' or 'restart', "
-                "FSDP2 or DDP"
+                f"switch is 'in_place', and {fixed} are fixed when it is built: use switch='auto' or 'restart', FSDP2 "
+                "(fsdp_version: 2) or DDP"
             )
         if not self._can_restart:
             raise ValueError(
-                "DeepSpeed's partitions are fixed when it is built, so the switch needs a checkpoint and a new engine: use "
-                "Trainer with CuttlefishCallback, which knows how; in a loop of your own can_restart=True and "
-                "switch_in_checkpoint (docs/distributed.md), FSDP2 or DDP"
+                f"{fixed} are fixed when it is built, so the switch needs a checkpoint and a new engine: use Trainer with "
+                "CuttlefishCallback, which knows how; in a loop of your own can_restart=True and switch_in_checkpoint "
+                "(docs/distributed.md), FSDP2 or DDP"
             )
         if self.config.learning_rate_scale not in (None, 1):
             raise ValueError(
@@ -575,7 +576,8 @@ class Cuttlefish:
         if self._switch_at is None or self._collector is not None or self.statistics_steps == 0:
             return
         if self._switch_at - self.statistics_steps <= self.global_step < self._switch_at:
-            self._collector = MomentCollector(self.model, self.layers, self.config.statistics_tokens)
+            running = None if self.sharded is None else self.sharded.running(self.layers)
+            self._collector = MomentCollector(self.model, self.layers, self.config.statistics_tokens, running)
             self._collector.start()
         if self._collector is not None:
             scaler = self.scaler or getattr(self.optimizer, "scaler", None)
@@ -665,12 +667,9 @@ class Cuttlefish:
         else:
             factors = share(self.layers, plan, mine, shifted, self.processes)
         state = self.config.optimizer_state
-        if isinstance(self.sharded, DeepSpeedModel | FlattenedModel):
-            checkpoint: LowRankCheckpoint
-            if isinstance(self.sharded, FlattenedModel):
-                checkpoint = FlattenedCheckpoint(self.sharded, plan, factors, state)
-            else:
-                checkpoint = DeepSpeedCheckpoint(self.sharded, plan, factors, state)
+        if self.sharded is not None and self.restarts:
+            kind = DeepSpeedCheckpoint if isinstance(self.sharded, DeepSpeedModel) else FlattenedCheckpoint
+            checkpoint = kind(self.sharded, plan, factors, state)
             report = checkpoint.write(cast(Path, folder))
             self._checkpoint = checkpoint
         else:

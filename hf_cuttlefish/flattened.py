@@ -1,207 +1,330 @@
-"""FSDP1 (FullyShardedDataParallel): whole weights out of flat parameters, and the switch in a checkpoint.
+"""FSDP1: what the switch asks of a model whose parameters are flattened, and the checkpoint that it resumes from.
 
-FSDP1 lays the parameters of a unit end to end in one flat parameter when it is built, which cannot be edited. What it saves
-with FULL_STATE_DICT is keyed by names, so no second engine is needed: the main process rewrites the two files. Run on torch
-2.13 and accelerate 1.15.
+FullyShardedDataParallel lays the parameters of a block end to end when it is built and gives each process a piece of that; the
+layers keep views, or nothing. So the model is described beside it: the same modules without the wrappers, the same names, and
+parameters that have a shape and no values. A weight is put together from the processes' pieces when it is asked for.
+
+What FSDP1 saves as FULL_STATE_DICT goes by names. So the checkpoint of the switch is rewritten, layer by layer, and no second
+engine is needed. Where the pieces lie is torch's own affair (run on torch 2.13).
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
+from torch import distributed as dist
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
 
 from . import optimizer as optimizers
 from .factorization import Factors
-from .layers import DenseLayer, dense_origin
+from .layers import DENSE_TYPES, DenseLayer, LowRankLinear, dense_origin
 from .patching import factorize
 from .report import FactorizationReport
-from .restart import LowRankCheckpoint, copy_module, in_full_precision
+from .restart import KeptFactors, LowRankCheckpoint, copy_module, save_model
 from .sharding import PartedModel
+from .wrapper import find_units
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS, OPTIMIZER = "pytorch_model_fsdp.bin", "optimizer.bin"
-"""Names under which Accelerate saves FSDP1's model and optimizer with FULL_STATE_DICT."""
+WEIGHTS_FILE, OPTIMIZER_FILE = f"{FSDP_MODEL_NAME}.bin", f"{OPTIMIZER_NAME}.bin"
+INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Under which name FSDP1 and its activation checkpointing hold the module that they are around."""
+
+_FLAT = "_flat_param"
+"""Under which name a flat parameter is registered with use_orig_params=False."""
+
+Place = tuple[Any, int]
+"""A flat parameter, and which of the parameters in it."""
 
 
-def is_flattened(model: object) -> bool:
-    """Whether a module is FSDP1's wrapper."""
-    return type(model).__name__ == "FullyShardedDataParallel"
+def find_flattened(model: nn.Module) -> list[nn.Module]:
+    """All FSDP1 modules around or inside the model; none if FSDP1 does not hold it.
+
+    Raises ValueError for one that keeps its parameters elsewhere than is known.
+    """
+    units = find_units(model)
+    for flat in _flats(units):
+        missing = [name for name in _OF_FLATS if not hasattr(flat, name)]
+        if missing:
+            raise ValueError(
+                f"the FSDP1 of torch {torch.__version__} keeps its parameters in another way than is known (no {missing[0]}): "
+                "use FSDP2 (fsdp_version: 2), DDP, or torch 2.13"
+            )
+    return units
+
+
+@dataclass
+class Description:
+    """A model without FSDP1's wrappers, beside the one that runs.
+
+    Hooks set on its modules fire, since each shares its dictionaries of hooks with the one that it describes.
+
+    Attributes:
+        model: modules with the same names, and parameters without values.
+        live: id of such a module -> the module that runs, or the wrapper of it alone: weights are whole when that is called.
+        places: id of such a parameter -> where its pieces lie.
+    """
+
+    model: nn.Module
+    live: dict[int, nn.Module]
+    places: dict[int, Place]
+
+
+def describe(model: nn.Module, units: list[nn.Module]) -> Description:
+    """Describe a model that FSDP1 holds. units: all FSDP1 modules around or inside it."""
+    made: dict[int, dict[str, nn.Parameter]] = defaultdict(dict)
+    places: dict[int, Place] = {}
+    for flat in _flats(units):
+        originals = flat._params or [flat] * flat._num_params
+        zero = torch.zeros((), dtype=flat.dtype, device=flat.device)
+        for index, (info, shape) in enumerate(zip(flat._param_infos, flat._shapes, strict=True)):
+            # A matrix is one number, however large; a bias, to which a shift may be added, has its own.
+            values = zero.expand(shape) if len(shape) > 1 else zero.repeat(shape)
+            parameter = nn.Parameter(values, requires_grad=originals[index].requires_grad)
+            made[id(info.module)][info.param_name] = parameter
+            places[id(parameter)] = flat, index
+        for info in flat._shared_param_infos:
+            made[id(info.module)][info.param_name] = made[id(info.prim_module)][info.prim_param_name]
+    live: dict[int, nn.Module] = {}
+    return Description(_describe(model, made, {}, live), live, places)
+
+
+def _describe(
+    module: nn.Module, made: Mapping[int, dict[str, nn.Parameter]], known: dict[int, Any], live: dict[int, nn.Module]
+) -> nn.Module:
+    outer = module
+    while inner := next((module._modules[name] for name in INSIDE if name in module._modules), None):
+        module = inner
+    if id(module) in known:
+        return known[id(module)]
+    known[id(module)] = twin = copy.copy(module)
+    live[id(twin)] = outer
+    flattened = made.get(id(module), {})
+    for name in flattened:
+        twin.__dict__.pop(name, None)  # the view
+    others = {n: p for n, p in module._parameters.items() if n not in flattened and n != _FLAT}
+    twin.__dict__["_parameters"] = flattened | others
+    children = {n: None if c is None else _describe(c, made, known, live) for n, c in module._modules.items()}
+    twin.__dict__["_modules"] = children
+    return twin
+
+
+def check_structure(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises ValueError unless weights of these names, about to be loaded, have the factorized layers that the model has."""
+    here = {".".join(part for part in n.split(".") if part not in INSIDE): m for n, m in model.named_modules()}
+    own = {name for name, module in here.items() if isinstance(module, LowRankLinear)}
+    could = {name for name, module in here.items() if name in own or type(module) in DENSE_TYPES.values()}
+    given = set(names)
+    loaded = {name for name in could if {f"{name}.down.weight", f"{name}.up.weight"} <= given}
+    if own != loaded:
+        raise ValueError(
+            f"the weights to be loaded have {len(loaded)} factorized layers and the model {len(own)}, and FSDP1 has fixed its "
+            "structure: give --resume_from_checkpoint as a training argument, so that the model is factorized before"
+        )
 
 
 class FlattenedModel(PartedModel):
-    """A model under FSDP1: all that the switch asks of it.
+    """A model under FSDP1: all that the switch asks of it. Weights are those that the optimizer updates.
 
     Args:
-        wrapped: the outermost FullyShardedDataParallel. Every process must make one at the same time.
+        described: the model. units: all FSDP1 modules. optimizer: the one that trains them.
 
-    Attributes:
-        model: the modules inside without wrappers, so that names are the model's own. It shares their hooks, buffers and
-            config; its parameters are stand-ins of the right shape without values, which `gather` gets.
+    Raises:
+        ValueError: a sharding strategy by which each process has not one piece of each parameter, weights offloaded to
+            the CPU, or a group that is not of all processes.
     """
 
-    def __init__(self, wrapped: nn.Module) -> None:
-        from torch.distributed.fsdp import FullyShardedDataParallel
+    fixed = "FSDP1's flat parameters"
 
-        with FullyShardedDataParallel.summon_full_params(wrapped, recurse=False, writeback=False):
-            pass  # the outermost has to come first: it makes itself the root
-        self.wrapped = wrapped
-        self._units: list[Any] = [m for m in wrapped.modules() if is_flattened(m)]
-        self._places: dict[int, tuple[nn.Module, nn.Module, str]] = {}
-        self._stand_ins: dict[int, dict[str, nn.Parameter]] = {}
-        for unit in self._units:
-            self._look_into(unit)
-        super().__init__(self._bare(wrapped, {}))
+    def __init__(self, described: Description, units: list[nn.Module], optimizer: Any) -> None:
+        super().__init__(described.model)
+        self._places, self._live = described.places, described.live
+        self._held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for unit in cast(list[Any], units):
+            strategy = unit.sharding_strategy.name
+            unsupported = {
+                f"the sharding strategy {strategy}": strategy not in ("FULL_SHARD", "SHARD_GRAD_OP"),
+                "weights offloaded to the CPU (cpu_offload)": unit.cpu_offload.offload_params,
+                f"a group of {unit.world_size} of {dist.get_world_size()} processes": unit.world_size
+                != dist.get_world_size(),
+            }
+            for what, is_on in unsupported.items():
+                if is_on:
+                    raise ValueError(
+                        f"FSDP1 with {what} is not supported: use FULL_SHARD or SHARD_GRAD_OP over all processes, FSDP2 "
+                        "(fsdp_version: 2) or DDP"
+                    )
 
-    def _look_into(self, unit: Any) -> None:
-        """Make the stand-ins of one unit's parameters; those that share a weight share one."""
-        if unit._handle is None:
-            return
-        flat = unit._handle.flat_param
-        own = getattr(flat, "_params", None) or [flat] * len(flat._shapes)
-        for info, shape, real in zip(flat._param_infos, flat._shapes, own, strict=True):
-            data = torch.zeros((), dtype=flat.dtype, device=flat.device).expand(shape)
-            made = nn.Parameter(data, requires_grad=real.requires_grad)
-            self._stand_ins.setdefault(id(info.module), {})[info.param_name] = made
-            self._places[id(made)] = (unit, info.module, info.param_name)
-        for shared in flat._shared_param_infos:
-            made = self._stand_ins[id(shared.prim_module)][shared.prim_param_name]
-            self._stand_ins.setdefault(id(shared.module), {})[shared.param_name] = made
-
-    def _bare(self, module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
-        while is_flattened(module):
-            module = cast(nn.Module, module._modules["_fsdp_wrapped_module"])
-        if id(module) in known:
-            return known[id(module)]
-        known[id(module)] = twin = copy.copy(module)
-        own = self._stand_ins.get(id(module), {})
-        for name in own:
-            twin.__dict__.pop(name, None)  # with use_orig_params=False a weight is a plain attribute
-        kept = {n: p for n, p in module._parameters.items() if n != "_flat_param"}
-        twin.__dict__["_parameters"] = {**kept, **own}
-        twin.__dict__["_modules"] = {
-            n: None if child is None else self._bare(child, known) for n, child in module._modules.items()
-        }
-        return twin
+    def running(self, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """The layers that run, for those that describe them."""
+        return {name: self._live[id(layer)] for name, layer in layers.items()}
 
     def check(self, layers: Mapping[str, nn.Module]) -> None:
-        """Raises ValueError for what is not supported: CPU offload, copies of shards or no shards, original parameters and sharded
-        state dicts (Trainer was seen not to resume them exactly, without a switch too)."""
-        from accelerate.state import AcceleratorState
-
-        kind = str(AcceleratorState().fsdp_plugin.state_dict_type)
-        strategies = sorted({u.sharding_strategy.name for u in self._units})
-        unsupported = {
-            "CPU offload": any(u.cpu_offload.offload_params for u in self._units),
-            "SHARDED_STATE_DICT, from which Trainer's own resuming changes the losses,": "SHARDED" in kind,
-            "LOCAL_STATE_DICT": "LOCAL" in kind,
-            "use_orig_params, under which Trainer's own resuming changes the losses,": any(
-                u._use_orig_params for u in self._units
-            ),
-            f"the sharding strategy {strategies[-1]}": not {"FULL_SHARD", "SHARD_GRAD_OP"}.issuperset(strategies),
-        }
-        for what, is_on in unsupported.items():
-            if is_on:
-                raise ValueError(
-                    f"FSDP1 with {what} is not supported: use full_shard or shard_grad_op with "
-                    "state_dict_type: FULL_STATE_DICT and use_orig_params: false, FSDP2 (fsdp_version: 2) or DDP"
-                )
+        """Raises ValueError, naming the layer, for a trainable weight that FSDP1 or the optimizer does not hold."""
         for name, layer in layers.items():
-            if id(layer.weight) not in self._places:
+            weight = cast(nn.Parameter, layer.weight)
+            if id(weight) not in self._places:
                 raise ValueError(f"{name}.weight is not held by FSDP1 (ignored_modules): exclude this layer")
+            flat, index = self._places[id(weight)]
+            if weight.requires_grad and id(flat._params[index] if flat._params else flat) not in self._held:
+                raise ValueError(
+                    f"the optimizer does not hold {name}.weight, which FSDP1 trains not: freeze it with "
+                    "requires_grad_(False), or make the optimizer from the model that FSDP1 has wrapped"
+                )
 
     def check_replicas(self, when: str) -> None:
-        """Raises RuntimeError unless all processes have the same parameters; each holds a part of their values."""
-        shapes = self.processes.gather([(n, tuple(p.shape)) for n, p in self.model.named_parameters()])
-        if any(theirs != shapes[0] for theirs in shapes):
-            raise RuntimeError(
-                f"the processes hold different parameters {when}. Training on would go wrong in silence; resume from the last "
-                "checkpoint"
-            )
+        """Raises RuntimeError unless all processes have parameters of the same names and shapes; each has its own piece."""
+        mine = [(name, tuple(p.shape)) for name, p in self.model.named_parameters()]
+        for rank, theirs in enumerate(self.processes.gather(mine)):
+            if theirs != mine:
+                raise RuntimeError(
+                    f"the processes hold different parameters {when}: process {rank} has others than process "
+                    f"{self.processes.rank}; give each process the same model"
+                )
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The whole weight that a stand-in is for. Its unit is whole for that moment."""
-        from torch.distributed.fsdp import FullyShardedDataParallel
-
+        """The whole of a parameter of the described model; every process must ask at the same time."""
         if id(tensor) not in self._places:
             return tensor.detach()
-        unit, module, name = self._places[id(tensor)]
-        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
-            return cast(torch.Tensor, getattr(module, name)).detach().clone()
+        flat, index = self._places[id(tensor)]
+        piece = flat._shard_param_infos[index]
+        shard = cast(torch.Tensor, getattr(flat, "_local_shard", flat)).detach()  # set when FSDP1 first runs
+        whole = torch.zeros(flat._numels[index], dtype=shard.dtype, device=shard.device)
+        if piece.in_shard:
+            here = slice(piece.intra_param_start_idx, piece.intra_param_end_idx + 1)
+            whole[here] = shard[piece.offset_in_shard : piece.offset_in_shard + piece.numel_in_shard]
+        self.processes.sum_(whole)
+        return whole.as_strided(flat._shapes[index], flat._strides[index])
+
+
+def check_saved_form(plugin: Any) -> None:
+    """Raises ValueError unless Accelerate saves FSDP1's state in a form from which the run can go on. plugin: its own."""
+    form = plugin.state_dict_type.name
+    if form != "FULL_STATE_DICT":
+        raise ValueError(
+            f"FSDP1's state_dict_type is {form}, from which a run cannot go on (Accelerate 1.15 does not load the optimizer's "
+            "state from SHARDED_STATE_DICT, without a word): set it to FULL_STATE_DICT, or use FSDP2 (fsdp_version: 2)"
+        )
 
 
 class FlattenedCheckpoint(LowRankCheckpoint):
-    """The low-rank form of a checkpoint of FSDP1, written by the main process. `model` is None on the others.
-
-    optimizer_state="reset" resets all parameters: a flat parameter has state for all of its own, or for none.
-    """
+    """FSDP1's: the main process rewrites the files of weights and of optimizer state, both whole and by name."""
 
     parted: FlattenedModel
-
-    def write(self, folder: Path) -> FactorizationReport:
-        """As of `LowRankCheckpoint`."""
-        report = super().write(folder)
-        return self.processes.from_main(lambda: report)
+    _exact: dict[str, Factors]
 
     def _check(self, folder: Path) -> None:
-        for name in (TRAINER_STATE_NAME, WEIGHTS, OPTIMIZER):
+        for name in (WEIGHTS_FILE, OPTIMIZER_FILE):
             if not (folder / name).is_file():
                 raise ValueError(
-                    f"{folder} holds no checkpoint of FSDP1 ({name} is missing): something else writes or removes checkpoints "
-                    "there; let Trainer write them, with state_dict_type: FULL_STATE_DICT"
+                    f"{folder} holds no checkpoint of FSDP1 ({name} is missing): save one there first (Trainer does; "
+                    "accelerator.save_state in a loop of your own), and let nothing else write or remove checkpoints"
                 )
 
     def _write_parts(
         self, folder: Path, staging: Path
     ) -> tuple[nn.Module, FactorizationReport, Mapping[str, torch.Tensor]]:
-        factors: dict[str, Factors] = {}
-        for name in self.plan:
-            found = self.factors[name]  # every process asks
-            if self.processes.is_main:
-                factors[name] = in_full_precision(found)
-        if not self.processes.is_main:
-            return None, None, {}  # type: ignore[return-value]
-        model = copy_module(self.parted.model)
-        model.load_state_dict(torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True, mmap=True))
-        report = factorize(model, self.plan, factors=factors)
-        saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
-        report.optimizer = f"FSDP1: {self._project(saved, factors)}"
-        staging.mkdir()
-        torch.save(model.state_dict(), staging / WEIGHTS)
-        torch.save(saved, staging / OPTIMIZER)
-        return model, report, model.state_dict()
+        kept = KeptFactors(self.factors)
+        model = copy_module(self.parted.model, lambda old: old.detach() if old.ndim > 1 else old.detach().clone())
+        report = factorize(model, self.plan, factors=kept)
+        self._exact = kept.seen  # the copy's own factors may have less than fp32
+        return model, report, {}
 
-    def _project(self, saved: dict[str, Any], factors: Mapping[str, Factors]) -> str:
-        """Exchange names and state of the plan's layers in an optimizer's state dict; returns what the report says of it."""
-        state = saved["state"]
-        unknown = sorted({kind for own in state.values() for kind in optimizers.unknown_state(own)})
+    def _save(
+        self,
+        folder: Path,
+        staging: Path,
+        model: nn.Module,
+        report: FactorizationReport,
+        state: Mapping[str, torch.Tensor],
+    ) -> str:
+        staging.mkdir()
+        exact = self._exact
+        dense = torch.load(folder / WEIGHTS_FILE, map_location="cpu", mmap=True, weights_only=True)
+        missing = [name for name in self.plan if f"{name}.weight" not in dense]
+        if missing:
+            raise ValueError(f"{folder / WEIGHTS_FILE} holds no {missing[0]}.weight: is it of another model?")
+        weights = _low_rank_weights(dense, exact)
+        torch.save(weights, staging / WEIGHTS_FILE)
+        save_model(model, staging, weights)
+        saved = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", mmap=True, weights_only=True)
+        unknown = sorted({k for state in saved["state"].values() for k in optimizers.unknown_state(state)})
+        carry = self.optimizer_state == "carry" and not unknown
         if unknown and self.optimizer_state == "carry":
             logger.warning(
                 "Cuttlefish: the optimizer keeps the state %s, which has no known projection; all of its state starts anew.",
                 ", ".join(unknown),
             )
-        carry = self.optimizer_state == "carry" and not unknown
-        if not carry:
-            state.clear()
-        new_names: dict[str, list[str]] = {}
-        for name, found in factors.items():
-            layer = cast(DenseLayer, self.parted.model.get_submodule(name))
-            new_names[f"{name}.weight"] = [f"{name}.down.weight", f"{name}.up.weight"]
-            new_names[f"{name}.bias"] = [f"{name}.up.bias"]
-            if own := state.pop(f"{name}.weight", None):
-                down, up = (nn.Parameter(t, requires_grad=False) for t in (found.down, found.up))
-                weight = cast(nn.Parameter, layer.weight)
+        states = dict(self._states(saved["state"], dense, exact)) if carry else {}
+        saved |= {"state": states, "param_groups": self._groups(saved["param_groups"])}
+        torch.save(saved, staging / OPTIMIZER_FILE)
+        done = f"state carried for {len(exact)} of {len(exact)} layers" if states else "state starts anew"
+        return f"FSDP1: {done}"
+
+    def _states(
+        self, saved: Mapping[str, dict[str, Any]], dense: Mapping[str, torch.Tensor], exact: Mapping[str, Factors]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """State by the names of the factorized model."""
+        for key, state in saved.items():
+            name, _, part = key.rpartition(".")
+            new = self._names(key)
+            if name in exact and part == "weight":
+                down, up = (nn.Parameter(f, requires_grad=False) for f in (exact[name].down, exact[name].up))
+                layer = cast(DenseLayer, self.parted.model.get_submodule(name))
+                weight = nn.Parameter(dense[key], requires_grad=False)
                 pair = optimizers.FactorParameters(name, weight, down, up, dense_origin(layer) == "Conv1D")
-                state[f"{name}.down.weight"], state[f"{name}.up.weight"] = optimizers.project(own, pair)
-            if f"{name}.bias" in state:
-                state[f"{name}.up.bias"] = state.pop(f"{name}.bias")
-        for group in saved["param_groups"]:
-            group["params"] = [new for old in group["params"] for new in new_names.get(old, [old])]
-        return f"state carried for {len(factors)} of {len(factors)} layers" if carry else "state starts anew"
+                yield from zip(new, optimizers.project(state, pair), strict=True)
+            else:
+                yield new[0], state
+
+    def _groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**group, "params": [new for key in group["params"] for new in self._names(key)]} for group in groups]
+
+    def _names(self, key: str) -> list[str]:
+        """What stands for a parameter in the factorized model."""
+        name, _, part = key.rpartition(".")
+        if name not in self.plan:
+            return [key]
+        return [f"{name}.down.weight", f"{name}.up.weight"] if part == "weight" else [f"{name}.up.{part}"]
+
+
+def _low_rank_weights(dense: Mapping[str, torch.Tensor], exact: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for key, value in dense.items():
+        name, _, part = key.rpartition(".")
+        if name not in exact:
+            found[key] = value
+        elif part == "weight":
+            found[f"{name}.down.weight"] = exact[name].down.to(value.dtype)
+            found[f"{name}.up.weight"] = exact[name].up.to(value.dtype)
+        else:
+            shift = exact[name].bias_shift
+            found[f"{name}.up.{part}"] = value if shift is None else value + shift.to(value.dtype)
+    return found
+
+
+def _flats(units: list[nn.Module]) -> Iterator[Any]:
+    for unit in units:
+        handle = cast(Any, unit)._handle
+        if handle is not None:
+            yield handle.flat_param
+
+
+_OF_FLATS = (
+    "_num_params",
+    "_params",
+    "_param_infos",
+    "_shared_param_infos",
+    "_shapes",
+    "_strides",
+    "_numels",
+    "_shard_param_infos",
+)

@@ -1,5 +1,7 @@
 """The switch by restart, for an engine that cannot be edited: a checkpoint of the factorized model that it can resume.
 
+`LowRankCheckpoint` is what such engines have in common; what is FSDP1's is in `flattened`, and DeepSpeed's is here.
+
 DeepSpeed divides flat copies of weights and optimizer state among the processes when it is built, and resumes only from such
 partitions; those of the full-rank phase do not fit the factors. So a second engine is built around a factorized copy of the
 model, gets weights and projected state one parameter at a time, and saves. What it saves takes the place of what the first
@@ -53,6 +55,8 @@ class DeepSpeedModel(PartedModel):
         ValueError: another stage, offloading, model or sequence parallelism, experts, an optimizer of another layout, or a
             checkpoint engine that does not write where the others look; what it is is named.
     """
+
+    fixed = "DeepSpeed's partitions"
 
     def __init__(self, model: nn.Module, engine: Any) -> None:
         super().__init__(model)
@@ -163,7 +167,7 @@ class LowRankCheckpoint(ABC):
                 if not all_know(error, self.factors):
                     self.processes.agree(error)
                 raise
-            self.processes.from_main(lambda: _save_model(model, staging, state))
+            report.optimizer = self.processes.from_main(lambda: self._save(folder, staging, model, report, state))
         except BaseException:
             if self.processes.is_main:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -185,7 +189,19 @@ class LowRankCheckpoint(ABC):
     def _write_parts(
         self, folder: Path, staging: Path
     ) -> tuple[nn.Module, FactorizationReport, Mapping[str, torch.Tensor]]:
-        """Write into `staging` what the engine resumes from; gives the factorized model and its weights (to the main process)."""
+        """What all processes do: write into `staging` what the engine resumes from; the model and (for the main one) its weights."""
+
+    def _save(
+        self,
+        folder: Path,
+        staging: Path,
+        model: nn.Module,
+        report: FactorizationReport,
+        state: Mapping[str, torch.Tensor],
+    ) -> str:
+        """What the main process adds: the model, as `AutoModel` loads it. Returns what became of the optimizer's state."""
+        save_model(model, staging, state)
+        return report.optimizer
 
 
 class DeepSpeedCheckpoint(LowRankCheckpoint):
@@ -218,7 +234,7 @@ class DeepSpeedCheckpoint(LowRankCheckpoint):
 
     def _factorized(self) -> tuple[nn.Module, FactorizationReport, dict[str, Factors]]:
         """The factorized copy, and its factors in fp32: the copy's own may have less."""
-        kept = _Kept(self.factors)
+        kept = KeptFactors(self.factors)
         of_plan = {id(self.parted.model.get_submodule(n).weight) for n in self.plan}
 
         def data(old: nn.Parameter) -> torch.Tensor:
@@ -227,7 +243,7 @@ class DeepSpeedCheckpoint(LowRankCheckpoint):
             # The factors take its place: nothing but its shape is asked for.
             return torch.zeros((), dtype=old.dtype).expand(old.ds_shape) if is_divided(old) else old.detach()  # type: ignore[attr-defined]
 
-        model = _copy(self.parted.model, {}, data)
+        model = copy_module(self.parted.model, data)
         return model, factorize(model, self.plan, factors=kept), kept.seen
 
     def _second_engine(self, model: nn.Module) -> Any:
@@ -309,7 +325,7 @@ class DeepSpeedCheckpoint(LowRankCheckpoint):
         report.optimizer = f"{type(parted.optimizer.optimizer).__name__} (DeepSpeed): {done}"
 
 
-class _Kept(Mapping[str, Factors]):
+class KeptFactors(Mapping[str, Factors]):
     """Factors that remember, on the CPU and in fp32, what was asked for."""
 
     def __init__(self, factors: Mapping[str, Factors]) -> None:
@@ -337,13 +353,12 @@ def in_full_precision(factors: Factors) -> Factors:
     return Factors(*(None if t is None else t.to("cpu", torch.float32) for t in parts))  # type: ignore[arg-type]
 
 
-def copy_module(module: nn.Module) -> nn.Module:
-    """A module with parameters, buffers and configs of its own and no hooks."""
-    return _copy(module, {}, lambda parameter: parameter.detach().clone())
+def copy_module(module: nn.Module, data: Callable[[nn.Parameter], torch.Tensor]) -> nn.Module:
+    """A module with parameters (of what `data` gives for each), buffers and configs of its own and no hooks."""
+    return _copy(module, {}, data)
 
 
 def _copy(module: nn.Module, known: dict[int, Any], data: Callable[[nn.Parameter], torch.Tensor]) -> nn.Module:
-    """A module with parameters (of what `data` gives for each) and configs of its own and no hooks."""
     if id(module) in known:
         return known[id(module)]
     known[id(module)] = twin = copy.copy(module)
@@ -370,16 +385,15 @@ def _tag(folder: Path) -> str:
     return latest.read_text("utf-8").strip() if latest.is_file() else ""
 
 
-def _save_model(model: nn.Module, staging: Path, state: Mapping[str, torch.Tensor]) -> None:
+def save_model(model: nn.Module, staging: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """As `save_pretrained` does, or for what is no transformer as Trainer does."""
     state = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
     if hasattr(model, "save_pretrained"):
         cast(PreTrainedModel, model).save_pretrained(staging, state_dict=state)
     else:
         from safetensors.torch import save_file
 
-        save_file(
-            state, staging / SAFE_WEIGHTS_NAME, metadata={"format": "pt"}
-        )  # as Trainer saves what is no transformer
+        save_file(state, staging / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def _exchange(folder: Path, staging: Path) -> None:

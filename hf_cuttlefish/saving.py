@@ -23,6 +23,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import optimizer as optimizers
+from .flattened import INSIDE, check_structure
 from .layers import DENSE_TYPES, LowRankLinear, dense_origin, dense_weight, is_divided
 from .patching import (
     QUANT_METHOD,
@@ -270,6 +271,9 @@ def _opened(file: str) -> Any:
 
 def _follow(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
     """Before the tensors of a whole file, or of one shard, which may hold one factor of a layer and not the other."""
+    if prefix.endswith(f"{INSIDE[0]}."):
+        check_structure(module, [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)])
+        return
     _rename(module, state_dict, prefix)
     shapes: dict[str, dict[str, torch.Size]] = {}
     for key, tensor in state_dict.items():

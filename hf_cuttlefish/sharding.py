@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import distributed as dist
@@ -26,9 +26,16 @@ T = TypeVar("T")
 class PartedModel(ABC):
     """A model of whose weights no process need hold the whole: each is gathered, used and dropped, one layer at a time."""
 
+    fixed: ClassVar[str] = ""
+    """What of the engine cannot be edited, so that the switch is by restart; nothing where it can."""
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.processes = Processes()
+
+    def running(self, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+        """The layers that run, where those given only describe them."""
+        return layers
 
     @abstractmethod
     def check(self, layers: Mapping[str, nn.Module]) -> None:

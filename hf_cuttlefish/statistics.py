@@ -14,14 +14,14 @@ gradient at the first layer that backward reaches, and all together multiplied b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from .distributed import Processes
 from .factorization import LayerMoments
-from .layers import dense_weight, is_divided
+from .layers import dense_origin, dense_weight, is_divided
 
 
 class MomentCollector:
@@ -34,10 +34,18 @@ class MomentCollector:
         model: the module whose forward gets the batch (its `labels` tell how many loss terms a batch has).
         layers: name -> dense layer.
         max_tokens: tokens a layer and micro-batch.
+        running: name -> the module that runs, where `layers` only describe them (FSDP1); None: they themselves.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], max_tokens: int = 1024) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        max_tokens: int = 1024,
+        running: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         self.model, self.layers, self.max_tokens = model, dict(layers), max_tokens
+        self._running = dict(layers if running is None else running)
         self.sums: dict[str, dict[str, torch.Tensor]] = {}
         self.batches = 0
         self.steps = 0
@@ -70,7 +78,7 @@ class MomentCollector:
         torch.compiler.set_stance("force_eager")
         self._handles.append(self.model.register_forward_pre_hook(self._count_terms, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._note_loss))
-        for name, layer in self.layers.items():
+        for name, layer in self._running.items():
             for key, hook in list(layer._forward_hooks.items()):
                 if isinstance(hook, _Tap):  # of a run that ended in an exception
                     del layer._forward_hooks[key]
@@ -202,6 +210,11 @@ class MomentCollector:
             }
         return self.sums[name]
 
+    def weight_of(self, name: str) -> torch.Tensor:
+        """The weight that a layer computes with now, (m, n)."""
+        weight = cast(torch.Tensor, self._running[name].weight).detach()
+        return weight.T if dense_origin(self.layers[name]) == "Conv1D" else weight
+
     def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         m, n = dense_weight(self.layers[name]).shape
         k = min(m, n)
@@ -284,12 +297,12 @@ class _Tap:
             self._weight = dense_weight(module)
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if type(module) is not type(self.collector.layers.get(self.name)):
+        if module is not self.collector._running.get(self.name):
             return  # a pair shares the hook table of the layer that it replaced
         if not (torch.is_grad_enabled() and isinstance(output, torch.Tensor) and output.requires_grad and args):
             return
         collector, name = self.collector, self.name
-        m, n = dense_weight(module).shape
+        m, n = dense_weight(collector.layers[name]).shape
         x = args[0].detach().reshape(-1, n)
         stride = -(-len(x) // collector.max_tokens) if len(x) else 1
         first = collector.batches % stride  # other tokens in each batch, and no random number drawn
@@ -311,7 +324,7 @@ class _Tap:
                 y,
                 grad.reshape(-1, m)[first::stride].float() * by,
                 stride,
-                dense_weight(module) if kept is None else kept,
+                collector.weight_of(name) if kept is None else kept,
             )
 
         output.register_hook(arrived)

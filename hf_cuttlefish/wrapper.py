@@ -72,7 +72,7 @@ _KEPT_ATTRIBUTES = (
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The bare model inside DDP and torch.compile.
+    """The bare model inside DDP and torch.compile; what FSDP1 is around as it is (`flattened` describes it).
 
     Raises ValueError, naming the engine, for a wrapper that is known and cannot be repaired.
     """
@@ -84,7 +84,8 @@ def unwrap(model: Any) -> nn.Module:
         elif isinstance(model, DistributedDataParallel):
             model = model.module
         else:
-            _refuse_wrapper(model)
+            if not is_unit(model):
+                _refuse_wrapper(model)
             return model
 
 
@@ -129,6 +130,17 @@ def find_deepspeed(model: nn.Module, optimizer: Any) -> Any:
     return mine[0] if mine else None
 
 
+def find_units(model: nn.Module) -> list[nn.Module]:
+    """All FSDP1 modules around or inside the model."""
+    around = [m for m in _wrappers(model) if is_unit(m)]
+    return list({id(m): m for m in (*around, *model.modules()) if is_unit(m)}.values())
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether a module is one of FSDP1's wrappers."""
+    return type(module).__name__ == "FullyShardedDataParallel"
+
+
 def _wrappers(model: nn.Module) -> list[nn.Module]:
     """Engines' wrappers among all live objects that hold the model somewhere."""
     engines = [m for m in _live_modules() if isinstance(m, DistributedDataParallel) or type(m).__name__ in _REFUSED]
@@ -165,7 +177,7 @@ def check_not_wrapped(model: nn.Module, sharded: bool = False) -> None:
         )
     _refuse_wrapper(model)
     for name, module in model.named_modules():
-        if type(module).__name__ == "FullyShardedDataParallel":
+        if is_unit(module):
             raise ValueError(f"{name or 'the model'} is wrapped by {_REFUSED['FullyShardedDataParallel']}")
     for name, parameter in model.named_parameters():
         if is_sharded(parameter) and not sharded:

@@ -301,6 +301,14 @@ def test_a_sharded_model_trains_as_a_whole_one(fully_sharded, name):
     assert max(here) < 0.51 * sum(here) and sum(here) == everywhere[0][0][name]["parameters"]
 
 
+@pytest.mark.parametrize("name", ["compiled", "compiled by blocks"])
+def test_a_sharded_model_compiles_in_the_first_step_after_the_switch_and_no_more(fully_sharded, name):
+    for results, _ in fully_sharded[0]:
+        graphs = results[name]["graphs"]  # by step
+        before, after = graphs[sharded.SWITCH - 1], graphs[sharded.SWITCH]
+        assert 0 < graphs[0] < after and after - before <= 2 * before and after == graphs[-1]
+
+
 def test_a_sharded_checkpoint_resumes_after_the_switch_bit_for_bit(fully_sharded):
     everywhere, tensors = fully_sharded
     for results, _ in everywhere:

@@ -257,7 +257,7 @@ def in_place() -> dict[str, Any]:
 def failing(folder: Path, where: str, stage: int = 2) -> dict[str, Any]:
     """An error on one process in the middle of writing, or of the exchange; then a run from the last whole checkpoint."""
     holder, name = {
-        "writing": (restart, "_save_model"), "filling": (FlatPartitions if stage == 2 else ParameterPartitions, "write"), "exchange": (restart, "_exchange"),
+        "writing": (restart, "save_model"), "filling": (FlatPartitions if stage == 2 else ParameterPartitions, "write"), "exchange": (restart, "_exchange"),
     }[where]  # fmt: skip
     real = getattr(holder, name)
 

@@ -53,15 +53,16 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def steps(
-    model: nn.Module, optimizer: torch.optim.Optimizer, cuttlefish: Cuttlefish, start: int, stop: int, parts: int = 1
-) -> list[float]:
-    losses = []
+    model: nn.Module, optimizer: torch.optim.Optimizer, cuttlefish: Cuttlefish, start: int, stop: int, parts: int = 1,
+    runner: nn.Module | None = None, graphs: list[int] | None = None,
+) -> list[float]:  # fmt: skip
+    runner, losses = model if runner is None else runner, []
     for batch in batches()[start:stop]:
         total = torch.zeros(())
         for part in range(parts):
             if parts > 1 and size() > 1:
                 model.set_requires_gradient_sync(part == parts - 1)
-            loss = model(**mine(batch, part, parts)).loss / parts
+            loss = runner(**mine(batch, part, parts)).loss / parts
             loss.backward()
             total += loss.detach().float()
         if size() > 1:
@@ -74,6 +75,8 @@ def steps(
             model.eval()
             model(**mine(batch))
             model.train()
+        if graphs is not None:
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     return losses
 
 
@@ -83,19 +86,28 @@ def train(
     settings: CuttlefishConfig | None = None,
     keep: Path | None = None,
     sgd: bool = False,
+    compiled: str = "",
 ) -> dict[str, Any]:
-    model = tiny_bert().train()
+    """compiled: "whole" or "blocks", where the model is sharded."""
+    model, graphs = tiny_bert().train(), None
     if size() > 1:
+        if compiled:
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            graphs = []
+        for block in model.bert.encoder.layer if compiled == "blocks" else ():
+            block.compile(backend="eager")
         shard(model, **(options or {}))
+    runner = torch.compile(model, backend="eager") if graphs is not None and compiled == "whole" else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) if sgd else optimizer_of(model)
-    cuttlefish = Cuttlefish(model, optimizer, settings or config(), total_steps=STEPS)
-    losses = steps(model, optimizer, cuttlefish, 0, SWITCH + 2, parts)
+    cuttlefish = Cuttlefish(runner, optimizer, settings or config(), total_steps=STEPS)
+    losses = steps(model, optimizer, cuttlefish, 0, SWITCH + 2, parts, runner, graphs)
     if keep is not None and size() > 1:
         parts_of = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         save_sharded(parts_of, checkpoint_id=str(keep), no_dist=False)
-    losses += steps(model, optimizer, cuttlefish, SWITCH + 2, STEPS, parts)
+    losses += steps(model, optimizer, cuttlefish, SWITCH + 2, STEPS, parts, runner, graphs)
     cuttlefish.end()
-    return summary(model, optimizer, cuttlefish, losses)
+    return summary(model, optimizer, cuttlefish, losses) | {"graphs": graphs}
 
 
 def summary(
@@ -276,6 +288,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulation": {"parts": 2},
     "SGD": {"sgd": True},
+    "compiled": {"compiled": "whole"},
+    "compiled by blocks": {"compiled": "blocks"},
     "kept whole after forward": {"options": {"reshard_after_forward": False}},
     "ranks by singular values": {"settings": config(rank_rule="energy", target_ratio=None)},
     "switch found": {"settings": config(switch_step=None, check_steps=1, earliest_switch=0.5, latest_switch=0.9)},
