@@ -101,15 +101,10 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         """Make the `Cuttlefish` of this run, where a checkpoint was resumed from its saved state.
 
         Raises:
-            TypeError, ValueError: as `Cuttlefish`; nn.DataParallel; a state that does not fit the model.
+            TypeError, ValueError: as `Cuttlefish`; a state that does not fit the model.
         """
         if model is None:
             raise ValueError("the Trainer gives its callbacks no model")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"nn.DataParallel over {args.n_gpu} GPUs is not supported: set CUDA_VISIBLE_DEVICES to one of them, or start "
-                "one process for each with torchrun or accelerate launch"
-            )
         if _is_to_be_parted(args) and args.load_best_model_at_end:
             raise ValueError(
                 "load_best_model_at_end could not go back to a checkpoint from before the switch under FSDP or DeepSpeed, whose "
@@ -135,7 +130,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             self.config,
             total_steps=state.max_steps,
             scheduler=kwargs.get("lr_scheduler"),
-            loss_factor=float(args.world_size) if args.average_tokens_across_devices else 1.0,
+            loss_factor=float(args.world_size * max(1, args.n_gpu)) if args.average_tokens_across_devices else 1.0,
             can_restart=True,
         )
         if isinstance(self.cuttlefish.sharded, FlattenedModel):

@@ -38,6 +38,7 @@ from .wrapper import (
     check_not_wrapped,
     check_optimizer,
     check_synchronized,
+    count_replicas,
     find_ddp,
     find_deepspeed,
     find_fully_shard,
@@ -66,14 +67,14 @@ class Cuttlefish:
     under DDP, all of them make a Cuttlefish and call it at the same steps; the main one decides, and DDP is repaired.
 
     Args:
-        model: the model, with weights: bare, or as DDP or torch.compile has wrapped it.
+        model: the model, with weights: bare, or as DDP, nn.DataParallel or torch.compile has wrapped it.
         optimizer: the torch optimizer (or Accelerate's wrapper of it) that trains it.
         config: choices; none are needed.
         total_steps: optimizer steps of the whole run.
         scaler: a GradScaler, if fp16 is used without Accelerate's optimizer wrapper.
         scheduler: the scheduler that drives the optimizer; needed for a learning_rate_scale alone.
         loss_factor: what the loss is multiplied by before backward where batches say `num_items_in_batch` (the Trainer with
-            average_tokens_across_devices: the number of processes).
+            average_tokens_across_devices: the number of processes, or of GPUs under nn.DataParallel).
         can_restart: whether the caller saves when `restarts` and `step` says so, calls `switch_in_checkpoint`, and trains on
             from there in another run, as CuttlefishCallback does; DeepSpeed and FSDP1 ask for it.
 
@@ -578,6 +579,7 @@ class Cuttlefish:
         if self._switch_at - self.statistics_steps <= self.global_step < self._switch_at:
             running = None if self.sharded is None else self.sharded.running(self.layers)
             self._collector = MomentCollector(self.model, self.layers, self.config.statistics_tokens, running)
+            self._collector.replicas = count_replicas(self.model)
             self._collector.start()
         if self._collector is not None:
             scaler = self.scaler or getattr(self.optimizer, "scaler", None)

@@ -219,6 +219,7 @@ class FlattenedCheckpoint(LowRankCheckpoint):
     """FSDP1's: the main process rewrites the files of weights and of optimizer state, both whole and by name."""
 
     parted: FlattenedModel
+    mark = OPTIMIZER_FILE
     _exact: dict[str, Factors]
 
     def _check(self, folder: Path) -> None:

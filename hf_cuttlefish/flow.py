@@ -163,6 +163,8 @@ class FlowRecorder:
                 return
             if not args or not isinstance(args[0], torch.Tensor) or torch.is_grad_enabled() == self.inference:
                 return
+            if args[0].device != _any_weight(self.layers[name]).device:  # a replica of nn.DataParallel, elsewhere
+                return
             self._calls[name] = self._calls.get(name, 0) + 1
             if name in self._names:
                 return

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -140,6 +140,9 @@ class LowRankCheckpoint(ABC):
         model: the factorized copy after `write`.
     """
 
+    mark: ClassVar[str]
+    """File without which nothing can be resumed from the folder: of a loop's checkpoint it goes first and comes last."""
+
     def __init__(
         self, parted: PartedModel, plan: RankPlan, factors: Mapping[str, Factors], optimizer_state: str
     ) -> None:
@@ -172,7 +175,7 @@ class LowRankCheckpoint(ABC):
             if self.processes.is_main:
                 shutil.rmtree(staging, ignore_errors=True)
             raise
-        self.processes.from_main(lambda: _exchange(folder, staging))
+        self.processes.from_main(lambda: _exchange(folder, staging, self.mark))
         self.model = model
         return report
 
@@ -208,6 +211,7 @@ class DeepSpeedCheckpoint(LowRankCheckpoint):
     """As a second engine around the factorized copy saves it. A partition has one count of steps, so "reset" is for all."""
 
     parted: DeepSpeedModel
+    mark = "latest"
 
     def _check(self, folder: Path) -> None:
         if not (tag := _tag(folder)) or not (folder / tag).is_dir():
@@ -396,21 +400,21 @@ def save_model(model: nn.Module, staging: Path, state: Mapping[str, torch.Tensor
         save_file(state, staging / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
-def _exchange(folder: Path, staging: Path) -> None:
+def _exchange(folder: Path, staging: Path, mark: str) -> None:
     """The folder's weights and partitions go, the new ones come.
 
-    From the first line on it is no checkpoint: without trainer_state.json, which the caller puts back, or else without
-    `latest`, which comes last.
+    From the first line on it is no checkpoint: without trainer_state.json, which the caller puts back, or else without the
+    engine's `mark`, which comes last.
     """
     by_trainer = (folder / TRAINER_STATE_NAME).is_file()
     if by_trainer:
         os.replace(folder / TRAINER_STATE_NAME, folder / FULL_RANK_STATE)
     else:
-        (folder / "latest").unlink()
+        (folder / mark).unlink()
     for old in folder.iterdir():
         if is_weights_file(old.name):
             old.unlink()
-    for new in sorted(staging.iterdir(), key=lambda path: path.name == "latest"):
+    for new in sorted(staging.iterdir(), key=lambda path: path.name == mark):
         old = folder / new.name
         if old.is_dir():
             shutil.rmtree(old)

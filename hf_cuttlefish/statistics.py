@@ -54,6 +54,9 @@ class MomentCollector:
         self.loss_factor = 1.0
         """Factor on the loss at backward where the batch's `num_items_in_batch` is given: with average_tokens_across_devices
         the Trainer counts items over all processes and multiplies each one's loss by their number."""
+        self.replicas = 1
+        """Over how many devices of this process nn.DataParallel splits a batch. Those of the replica that stands where the
+        layers are are gathered; the loss is the mean over all."""
         self.processes = 1
         """Over how many `batches` are summed; see `reduce`."""
         self.terms_total: torch.Tensor | float = 0.0
@@ -178,7 +181,7 @@ class MomentCollector:
 
     def _count_terms(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """How many terms the batch's loss is a mean of: labels that count, or rows; or the Trainer's number of items."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not self._is_here(module):
             return
         labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
         tensors = [t for t in (labels, *args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.ndim]
@@ -192,15 +195,31 @@ class MomentCollector:
         # Losses over tokens are sums over that number; losses over rows take their own mean all the same.
         self._accumulated = items is None
         over_tokens = isinstance(labels, torch.Tensor) and labels.ndim >= 2
-        self._terms = items if items is not None and over_tokens else terms
+        if isinstance(items, torch.Tensor):
+            items = items.flatten()[0]  # nn.DataParallel gives each replica a table of one
+        self._terms = (items if items is not None and over_tokens else terms) * self.replicas
         if items is not None:
             self._terms = self._terms / self.loss_factor
 
     def _note_loss(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self._is_here(module):
             loss = output.get("loss") if hasattr(output, "get") else None
             if isinstance(loss, torch.Tensor) and loss.ndim == 0:
                 self.losses = self.losses + loss.detach().float()
+
+    def _is_here(self, model: nn.Module) -> bool:
+        """Whether a forward is of the model itself, or of the replica of it that nn.DataParallel has put where it is."""
+        if not getattr(model, "_is_replica", False):
+            return True
+        name, layer = next(iter(self.layers.items()))
+        return model.get_submodule(name).weight.device == layer.weight.device
+
+    def is_mine(self, name: str, module: nn.Module) -> bool:
+        """Whether a module with our hook is the layer, or the replica of it that stands where it is."""
+        layer = self._running.get(name)
+        if layer is None or not getattr(module, "_is_replica", False):
+            return module is layer
+        return type(module) is type(layer) and module.weight.device == layer.weight.device
 
     def _sums_of(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self.sums:
@@ -297,7 +316,7 @@ class _Tap:
             self._weight = dense_weight(module)
 
     def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if module is not self.collector._running.get(self.name):
+        if not self.collector.is_mine(self.name, module):
             return  # a pair shares the hook table of the layer that it replaced
         if not (torch.is_grad_enabled() and isinstance(output, torch.Tensor) and output.requires_grad and args):
             return

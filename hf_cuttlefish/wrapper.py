@@ -25,7 +25,7 @@ from .sharding import ShardedModel, find_sharded, is_sharded
 MIB = 1024 * 1024
 
 _REFUSED = {
-    "DataParallel": "nn.DataParallel: start one process for each GPU with torchrun or accelerate launch (DDP)",
+    "DataParallel": "nn.DataParallel in one of several processes: give each process one GPU and use DDP",
     "FullyShardedDataParallel": "FSDP1, whose flat parameters are fixed when it is built: train with Trainer and "
     "CuttlefishCallback, which switch by restart; or use FSDP2 (fsdp_version: 2) or DDP",
     "DeepSpeedEngine": "DeepSpeed, whose partitions are fixed when it is built: train with Trainer and CuttlefishCallback, which "
@@ -72,7 +72,7 @@ _KEPT_ATTRIBUTES = (
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The bare model inside DDP and torch.compile; what FSDP1 is around as it is (`flattened` describes it).
+    """The bare model inside DDP, nn.DataParallel and torch.compile; what FSDP1 is around as it is (`flattened` describes it).
 
     Raises ValueError, naming the engine, for a wrapper that is known and cannot be repaired.
     """
@@ -82,6 +82,9 @@ def unwrap(model: Any) -> nn.Module:
         elif "_orig_mod" in vars(model):  # Accelerate compiles block by block in a copy of all that holds the blocks
             model = vars(model)["_orig_mod"]
         elif isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, nn.DataParallel):  # copies the model anew in each forward, so nothing is to be repaired
+            _refuse_wrapper(model)
             model = model.module
         else:
             if not is_unit(model):
@@ -147,6 +150,12 @@ def _wrappers(model: nn.Module) -> list[nn.Module]:
     return [m for m in engines if m is not model and any(inner is model for inner in m.modules())]
 
 
+def count_replicas(model: nn.Module) -> int:
+    """Over how many devices of this process nn.DataParallel splits a batch of the model; 1 without it."""
+    wrappers = [m for m in _live_modules() if isinstance(m, nn.DataParallel) and any(i is model for i in m.modules())]
+    return max([1, *(len(m.device_ids) for m in wrappers)])
+
+
 def holders(model: nn.Module) -> list[str]:
     """Class names of live modules that have the model as a child, for messages."""
     return sorted({type(m).__name__ for m in _live_modules() if any(c is model for c in m._modules.values())})
@@ -170,6 +179,8 @@ def check_not_wrapped(model: nn.Module, sharded: bool = False) -> None:
     Args:
         sharded: whether weights under fully_shard are welcome (somebody takes care of them).
     """
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("the model is wrapped by nn.DataParallel: pass the model inside it (model.module)")
     if isinstance(model, DistributedDataParallel):
         raise ValueError(
             "the model is wrapped by DDP: pass the model inside it (accelerator.unwrap_model(model)). In the middle of "
@@ -384,6 +395,8 @@ def _restart_comm_state(state: object) -> None:
 
 
 def _refuse_wrapper(model: nn.Module) -> None:
+    if isinstance(model, nn.DataParallel) and not (is_distributed() and Processes().size > 1):
+        return
     why = _REFUSED.get(type(model).__name__)
     if why is not None:
         raise ValueError(f"the model is wrapped by {why}")

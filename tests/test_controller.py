@@ -216,8 +216,39 @@ def test_bad_arguments():
         with torch.device("meta"):
             empty = Net()
         Cuttlefish(empty, torch.optim.SGD(empty.parameters(), 0.1), total_steps=3)
-    with pytest.raises(ValueError, match=r"wrapped by nn\.DataParallel"):
-        Cuttlefish(nn.DataParallel(model), optimizer, total_steps=3)
+
+
+@pytest.mark.parametrize("given", ["wrapper", "bare"])
+def test_data_parallel_needs_no_repair(given):
+    """Without a GPU it calls the model itself; copies on several GPUs are in test_gpu.py."""
+    plain, wrapped = (make(CuttlefishConfig(switch_step=6, rank_multiple=4, target_ratio=0.4)) for _ in range(2))
+    parallel = nn.DataParallel(wrapped[0])
+    plain[3].close()
+    wrapped[3].close()
+    losses = []
+    for (model, optimizer, *_), run in ((plain, plain[0]), (wrapped, parallel)):
+        cuttlefish = Cuttlefish(
+            run if given == "wrapper" else model,
+            optimizer,
+            CuttlefishConfig(switch_step=6, rank_multiple=4, target_ratio=0.4),
+            total_steps=10,
+        )
+        losses.append([])
+        for step in range(10):
+            loss = run(**batch(step))["loss"].mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            cuttlefish.step()
+            losses[-1].append(float(loss.detach()))
+        assert (
+            cuttlefish.switch_step == 6
+            and cuttlefish.plan
+            and any(isinstance(m, LowRankLinear) for m in model.modules())
+        )
+    assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match=r"pass the model inside it \(model\.module\)"):
+        factorize(parallel, {"a": 4})
 
 
 def test_compiled_model_gathers_and_switches():

@@ -50,6 +50,14 @@ def test_a_restart_goes_on_as_a_switch_in_place(trained, name, like, strategy):
         assert run["increase"] == pytest.approx(expected["increase"], rel=1e-3)
 
 
+def test_a_loop_of_one_s_own_goes_on_as_a_switch_in_place(trained):
+    for everywhere in trained:
+        run, expected = everywhere["loop"], everywhere["loop, DDP"]
+        assert run["on"] and not expected["on"] and run["plan"] == expected["plan"] and len(run["plan"]) == 12
+        assert run["switched"] == expected["switched"] == trainers.SWITCH and run["rates"] == expected["rates"]
+        assert run["losses"] == pytest.approx(expected["losses"], abs=2e-6)
+
+
 @pytest.mark.parametrize(("step", "stops"), [(4, trainers.SWITCH), (8, trainers.STEPS)])
 def test_other_checkpoints_resume_on_the_same_losses(trained, step, stops):
     """One of the full-rank phase, among the steps that gather statistics, and one of the low-rank phase."""

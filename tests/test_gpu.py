@@ -11,15 +11,23 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
-from hf_cuttlefish import Cuttlefish, CuttlefishConfig, LowRankLinear, factorize, profiling
+from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, LowRankLinear, factorize, profiling
 from hf_cuttlefish.factorization import factor_weight
 from hf_cuttlefish.flow import Group
 from hf_cuttlefish.patching import low_rank_layers
@@ -290,47 +298,182 @@ def test_timings_on_the_device_are_finite_and_tell_host_from_device() -> None:
         assert (timing.host_ms > 0) is not compiled
 
 
+class OnTwoDevices(torch.nn.DataParallel):
+    """nn.DataParallel over the GPU and the CPU, for a machine with one GPU: torch's replicas (torch/nn/parallel/replicate.py)
+    and a thread for each, and copies of the parameters that backward goes through."""
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        losses: dict[str, torch.Tensor] = {}
+        halves = {key: value.chunk(2) for key, value in batch.items()}
+
+        def run(i: int, device: str) -> None:
+            rows = {key: parts[i].to(device) for key, parts in halves.items()}
+            losses[device] = replica(self.module, device)(**rows).loss
+
+        threads = [threading.Thread(target=run, args=given) for given in enumerate((DEVICE, "cpu"))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return torch.stack([losses[DEVICE], losses["cpu"].to(DEVICE)])
+
+
+def replica(model: torch.nn.Module, device: str) -> torch.nn.Module:
+    twins = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, twin in twins.items():
+        for name, child in module._modules.items():
+            twin._modules[name] = None if child is None else twins[child]
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                twin._parameters[name] = None
+            else:
+                setattr(twin, name, parameter.to(device).view_as(parameter))
+        twin._buffers = {n: None if b is None else b.to(device) for n, b in module._buffers.items()}
+    return twins[model]
+
+
+@pytest.mark.parametrize("kind", [OnTwoDevices, torch.nn.DataParallel])
+def test_replicas_on_several_devices(kind: Any) -> None:
+    """Statistics are those of the replica where the model is, and the switch needs nothing more."""
+    if kind is torch.nn.DataParallel and torch.cuda.device_count() < 2:
+        pytest.skip("one GPU here: torch's own nn.DataParallel makes no replicas")
+    loop, half = Loop(build()), Loop(build())
+    parallel = kind(loop.model)
+    parallel.device_ids = [0, 1]
+
+    def call(**batch: torch.Tensor) -> SimpleNamespace:
+        output = parallel(**batch)
+        return SimpleNamespace(loss=(output if kind is OnTwoDevices else output.loss).mean())
+
+    loop.call = call
+    loop.batch = make_batch(16)
+    half.batch = {key: value.chunk(2)[0] for key, value in loop.batch.items()}
+    for each in (loop, half):
+        each.run(3)
+    half.model.load_state_dict(loop.model.state_dict())
+    for each in (loop, half):
+        each.step()
+        assert each.cuttlefish._collector is not None
+    ours, plain = (each.cuttlefish._collector.moments() for each in (loop, half))
+    assert ours.keys() == plain.keys() and len(ours) == 12
+    for name, moments in ours.items():
+        assert moments.tokens == plain[name].tokens
+        for key in ("signal", "metric"):
+            expected = getattr(plain[name], key)
+            assert torch.allclose(
+                getattr(moments, key), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
+            ), name
+    loop.run(10)
+    assert loop.cuttlefish.switch_step == 6 and low_rank_layers(loop.model)
+    assert loop.losses[-1] < loop.losses[0]
+    check_in_step(loop)
+
+
+def test_trainer_uses_data_parallel_by_itself(tmp_path: Path) -> None:
+    """One process and several GPUs: Trainer wraps the model, and the switch is in place."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU here")
+    sys.path.insert(0, str(Path(__file__).parent / "distributed_scripts"))
+    from trainers import Rows
+
+    for options in ({}, {"fp16": True}, {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2}):
+        callback = CuttlefishCallback(
+            CuttlefishConfig(switch_step=6, statistics_steps=3, target_ratio=0.5, on_error="raise")
+        )
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=4, save_strategy="no", report_to=[],
+            logging_steps=1, **options,
+        )  # fmt: skip
+        trainer = Trainer(model=build(), args=arguments, train_dataset=Rows(), callbacks=[callback])
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, torch.nn.DataParallel) and trainer.args.n_gpu > 1
+        assert callback.switch_step == 6 and low_rank_layers(trainer.model)
+        assert callback.plan.predicted_loss_increase is not None
+        losses = [r["loss"] for r in trainer.state.log_history if "loss" in r]
+        assert len(losses) == 12 and all(math.isfinite(loss) for loss in losses)
+
+
 ENGINES = [
     ("nccl", 1, ["ddp fp32", "ddp fp16", "ddp fp16 accumulation", "ddp bf16"]),
     ("nccl", 1, ["ddp bf16 compiled"]),
     ("nccl", 1, ["fsdp2 fp32", "fsdp2 bf16"]),
     ("nccl", 1, ["fsdp2 bf16 compiled"]),
     ("gloo", 2, ["ddp fp32", "ddp fp16", "ddp fp16 accumulation", "ddp bf16"]),
+    ("nccl", 2, ["ddp fp32", "ddp fp16", "ddp fp16 accumulation", "ddp bf16"]),
+    ("nccl", 2, ["ddp bf16 compiled"]),
+    ("nccl", 2, ["fsdp2 fp32", "fsdp2 bf16"]),
+    ("nccl", 2, ["fsdp2 bf16 compiled"]),
+]
+RESTARTS = [
+    ("nccl", 2, ["fsdp1 fp32", "fsdp1 fp16", "fsdp1 bf16"]),
+    ("gloo", 2, ["fsdp1 fp32", "fsdp1 bf16"]),
+    ("nccl", 1, ["zero1 fp16", "zero2 fp16", "zero3 fp16", "zero2 bf16", "zero3 bf16"]),
+    ("nccl", 2, ["zero1 fp16", "zero2 fp16", "zero3 fp16", "zero2 bf16", "zero3 bf16"]),
 ]
 """Backend, processes, scenarios of gpu_trainer.py. NCCL takes one process a GPU; through gloo two can share one."""
 
 
 @pytest.mark.parametrize(("backend", "size", "scenarios"), ENGINES)
 def test_trainer_switches_under_an_engine(tmp_path: Path, backend: str, size: int, scenarios: list[str]) -> None:
+    everywhere = start(tmp_path, backend, size, scenarios)
+    for name in scenarios:
+        result, precision = everywhere[0][name], check_engine(everywhere, name, backend, size)
+        assert result["on"] is (size > 1 or "fsdp2" in name)  # Accelerate puts no DDP around one process
+        assert result["unequal"] == 0 and result["loaded"] == result["size"]
+        for step in (4, 8):
+            again = result[f"resumed at {step}"]
+            assert again["plan"] == result["plan"]
+            assert again["losses"][-4:] == pytest.approx(result["losses"][-4:], rel=2e-2 if precision != "no" else 1e-4)
+
+
+@pytest.mark.parametrize(("backend", "size", "scenarios"), RESTARTS)
+def test_trainer_switches_by_restart(tmp_path: Path, backend: str, size: int, scenarios: list[str]) -> None:
+    if scenarios[0].startswith("zero"):
+        pytest.importorskip("deepspeed")
+    everywhere = start(tmp_path, backend, size, scenarios)
+    for name in scenarios:
+        result, _ = everywhere[0][name], check_engine(everywhere, name, backend, size)
+        assert result["on"] and result["on again"] and result["stopped"] == 6 and result["steps"] == 12
+        assert "carried for 12 of 12" in result["optimizer"] and result["loaded"] < result["dense"]
+
+
+def check_engine(everywhere: list[dict[str, Any]], name: str, backend: str, size: int) -> str:
+    """What holds under each of them; returns the precision."""
+    result = everywhere[0][name]
+    assert "error" not in result, f"{name}: {result['error']}"
+    assert (result["backend"], result["processes"], result["device"]) == (backend, size, DEVICE)
+    precision = next((p for p in ("fp16", "bf16") if p in name), "no")
+    assert result["mixed_precision"] == precision
+    assert (result["scale"] is not None) is (precision == "fp16")
+    assert result["switched"] == 6 and result["plan"] and len(result["losses"]) == 12
+    assert all(math.isfinite(loss) for loss in result["losses"]), result["losses"]
+    assert all(other[name]["plan"] == result["plan"] for other in everywhere)
+    return precision
+
+
+def start(tmp_path: Path, backend: str, size: int, scenarios: list[str]) -> list[dict[str, Any]]:
+    """Results of gpu_trainer.py, by process and scenario."""
+    if backend == "nccl" and size > torch.cuda.device_count():
+        pytest.skip(f"NCCL takes a GPU for each of {size} processes, and there is {torch.cuda.device_count()} here")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     script = Path(__file__).parent / "distributed_scripts" / "gpu_trainer.py"
-    common = {**os.environ, "WORLD_SIZE": str(size), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(size)}
+    common = {**os.environ, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "HF_HUB_OFFLINE": "1"}
     common["PYTHONPATH"] = os.pathsep.join([str(script.parents[2]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(script), str(tmp_path), backend, *scenarios]
     processes = [
-        subprocess.Popen(command, env={**common, "RANK": str(rank)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            command,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank if backend == "nccl" else 0)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         for rank in range(size)
     ]
     errors = [p.communicate(timeout=400)[1].decode() for p in processes]
     assert all(p.returncode == 0 for p in processes), errors[0][-3000:]
     everywhere = json.loads((tmp_path / "results.json").read_text())
     print(json.dumps(everywhere[0]))
-    for name in scenarios:
-        result = everywhere[0][name]
-        assert "error" not in result, f"{name}: {result['error']}"
-        assert (result["backend"], result["processes"], result["device"]) == (backend, size, DEVICE)
-        assert result["on"] is (size > 1 or "fsdp2" in name)  # Accelerate puts no DDP around one process
-        precision = next((p for p in ("fp16", "bf16") if p in name), "no")
-        assert result["mixed_precision"] == precision
-        assert (result["scale"] is not None) is (precision == "fp16")
-        assert result["switched"] == 6 and result["plan"] and result["unequal"] == 0
-        assert all(math.isfinite(loss) for loss in result["losses"]), result["losses"]
-        assert all(other[name]["plan"] == result["plan"] for other in everywhere)
-        assert result["loaded"] == result["size"]
-        for step in (4, 8):
-            again = result[f"resumed at {step}"]
-            assert again["plan"] == result["plan"]
-            assert again["losses"][-4:] == pytest.approx(result["losses"][-4:], rel=2e-2 if precision != "no" else 1e-4)
+    return everywhere

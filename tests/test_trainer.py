@@ -440,3 +440,24 @@ def test_a_restart_is_not_left_to_a_strategy_that_may_not_save(tmp_path):
     trainer = Trainer(tiny_bert(), args, train_dataset=Rows(), eval_dataset=Rows(), callbacks=[callback])
     with pytest.raises(ValueError, match="save_strategy is 'best'"):
         trainer.train()
+
+
+def test_data_parallel_switches_in_place(tmp_path):
+    """As on a machine with two GPUs and one process, where Trainer wraps the model by itself; without GPUs it calls the model."""
+    runs = []
+    for gpus in (1, 2):
+        callback = CuttlefishCallback(CuttlefishConfig(switch_step=3, target_ratio=0.5, rank_multiple=2))
+        made = Trainer(
+            model=tiny_bert(),
+            args=TrainingArguments(
+                output_dir=str(tmp_path / str(gpus)), max_steps=6, save_strategy="no", report_to=[], use_cpu=True
+            ),
+            train_dataset=Rows(),
+            callbacks=[callback],
+        )
+        made.args._n_gpu = gpus
+        made.train()
+        assert isinstance(made.model_wrapped, torch.nn.DataParallel) is (gpus == 2)
+        assert callback.switch_step == 3 and any(isinstance(m, LowRankLinear) for m in made.model.modules())
+        runs.append(callback.plan)
+    assert dict(runs[0]) == dict(runs[1])

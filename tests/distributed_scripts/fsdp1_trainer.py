@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import loops
 import torch
 import trainers
-from accelerate import PartialState
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from loops import tiny_bert
@@ -185,6 +186,62 @@ def failing(folder: Path, where: str) -> dict[str, Any]:
     return result | {"stopped again": again.state.global_step, "switched": callback.switch_step}
 
 
+def looped(folder: Path | None) -> dict[str, Any]:
+    """A loop of one's own: to the switch, and on from there, with the same lines. Without a folder: DDP, in place."""
+    batches, step, saved = [{k: v[:8] for k, v in batch.items()} for batch in loops.batches()], 0, None
+    result: dict[str, Any] = {"losses": [], "rates": []}
+    while step < len(batches):
+        model: Any = tiny_bert(9)
+        if saved is not None:
+            model = AutoModelForSequenceClassification.from_pretrained(folder).train()
+        if folder is None:
+            model = torch.nn.parallel.DistributedDataParallel(model)
+        else:
+            AcceleratorState._reset_state()
+            os.environ.pop("FSDP_SHARDING_STRATEGY", None)
+            wanted = {"fsdp_version": 1, "sharding_strategy": "FULL_SHARD", "state_dict_type": "FULL_STATE_DICT"}
+            wanted |= {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["BertLayer"]}
+            wanted |= {"cpu_ram_efficient_loading": False, "sync_module_states": False, "use_orig_params": True}
+            plugin = FullyShardedDataParallelPlugin(**wanted)
+            shared = {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
+            PartialState._shared_state |= shared
+            accelerator = Accelerator(fsdp_plugin=plugin)
+            plugin.optim_state_dict_config.offload_to_cpu = False
+            model = accelerator.prepare(model)
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0)
+        if folder is not None:
+            optimizer = accelerator.prepare(optimizer)
+            accelerator.step_scheduler_with_optimizer = False
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 - s / len(batches))
+        if folder is not None:
+            accelerator.register_for_checkpointing(scheduler)
+        if saved is not None:
+            accelerator.load_state(str(folder))
+        cuttlefish = Cuttlefish(
+            model, optimizer, SETTINGS, total_steps=len(batches), scheduler=scheduler, can_restart=True
+        )
+        if saved is not None:
+            cuttlefish.load_state_dict(saved)
+        result["on"] = isinstance(model, FSDP)
+        while step < len(batches):
+            loss = model(**loops.mine(batches[step])).loss
+            loss.backward()
+            result["rates"].append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            step += 1
+            total = loss.detach().clone()
+            dist.all_reduce(total)
+            result["losses"].append(float(total) / dist.get_world_size())
+            if cuttlefish.step() and cuttlefish.restarts:
+                accelerator.save_state(str(folder))
+                if cuttlefish.switch_in_checkpoint(Path(str(folder))):
+                    saved = cuttlefish.state_dict()
+                    break
+    return result | {"switched": cuttlefish.switch_step, "plan": dict(cuttlefish.plan or {})}
+
+
 def refusals(folder: Path) -> dict[str, str]:
     """What is raised, by name."""
     answers = {}
@@ -244,6 +301,8 @@ def main() -> None:
         "failing in writing": failing(folder / "writing", "writing"),
         "failing in exchange": failing(folder / "exchange", "exchange"),
         "refusals": refusals(folder),
+        "loop": looped(folder / "loop"),
+        "loop, DDP": looped(None),
     }
     trainers.write_results(folder, results)
 

@@ -1,4 +1,4 @@
-"""Trainer under DDP and FSDP2 on a GPU, run by torchrun: gpu_trainer.py FOLDER BACKEND SCENARIO [SCENARIO ...].
+"""Trainer under DDP, FSDP2, FSDP1 and DeepSpeed on a GPU, run by torchrun: gpu_trainer.py FOLDER BACKEND SCENARIO [SCENARIO ...].
 
 Several processes can share one GPU where the backend is gloo and all have LOCAL_RANK=0; NCCL wants a GPU for each.
 Rank 0 writes FOLDER/results.json. Each result says what was really on; an exception ends its scenario alone.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from loops import tiny_bert
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
@@ -32,6 +33,26 @@ FSDP2: dict[str, Any] = {
         "state_dict_type": "FULL_STATE_DICT",
     },
 }
+FSDP1: dict[str, Any] = {
+    "fsdp": "full_shard auto_wrap",
+    "fsdp_config": {
+        "version": 1,
+        "transformer_layer_cls_to_wrap": ["BertLayer"],
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "state_dict_type": "FULL_STATE_DICT",
+        "cpu_ram_efficient_loading": False,
+    },
+}
+
+
+def zero(stage: int) -> dict[str, Any]:
+    whole = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    config: dict[str, Any] = {"zero_optimization": {"stage": stage, **whole}, **dict.fromkeys(auto, "auto")}
+    config |= {"fp16": {"enabled": "auto", "initial_scale_power": 12}, "bf16": {"enabled": "auto"}}
+    return {"deepspeed": config, "optim": "adamw_torch"}
+
+
 SCENARIOS: dict[str, dict[str, Any]] = {
     "ddp fp32": {},
     "ddp fp16": {"fp16": True},
@@ -41,6 +62,14 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "fsdp2 fp32": FSDP2,
     "fsdp2 bf16": {"bf16": True, **FSDP2},
     "fsdp2 bf16 compiled": {"bf16": True, "torch_compile": True, **FSDP2},
+    "fsdp1 fp32": FSDP1,
+    "fsdp1 fp16": {"fp16": True, **FSDP1},
+    "fsdp1 bf16": {"bf16": True, **FSDP1},
+    "zero1 fp16": {"fp16": True, **zero(1)},
+    "zero2 fp16": {"fp16": True, **zero(2)},
+    "zero3 fp16": {"fp16": True, **zero(3)},
+    "zero2 bf16": {"bf16": True, **zero(2)},
+    "zero3 bf16": {"bf16": True, **zero(3)},
 }
 
 
@@ -54,6 +83,7 @@ def make(folder: Path, backend: str, seed: int = 0, **changes: Any) -> tuple[Tra
         switch_step=SWITCH, statistics_steps=4, rank_multiple=2, target_ratio=0.5, on_error="raise"
     )
     callback = CuttlefishCallback(settings)
+    AcceleratorState._reset_state()  # Accelerate takes DeepSpeed's settings once
     args = TrainingArguments(**options)
     return Trainer(model=tiny_bert(seed), args=args, train_dataset=Rows(), callbacks=[callback]), callback
 
@@ -100,12 +130,46 @@ def run(folder: Path, backend: str, name: str) -> dict[str, Any]:
     return result
 
 
+def by_restart(folder: Path, backend: str, name: str) -> dict[str, Any]:
+    """Train to the switch, and on from there with a new Trainer and the same arguments."""
+    changes = {**SCENARIOS[name], "save_strategy": "no"}
+    first, callback = make(folder, backend, **changes)
+    dense = sum(p.numel() for p in first.model.parameters())
+    first.train()
+    scales = [scale_of(first)]
+    resume = {"resume_from_checkpoint": callback.restart_from}
+    second, other = make(folder, backend, seed=9, **changes, **resume)
+    second.train(**resume)
+    scales.append(scale_of(second))
+    loaded = AutoModelForSequenceClassification.from_pretrained(str(callback.restart_from))
+    return {
+        "backend": dist.get_backend(), "processes": dist.get_world_size(), "device": next(second.model.parameters()).device.type,
+        "on": is_on(first), "on again": is_on(second), "mixed_precision": first.accelerator.mixed_precision, "scale": scales[1],
+        "scales": scales, "losses": [r["loss"] for r in second.state.log_history if "loss" in r], "stopped": first.state.global_step,
+        "steps": second.state.global_step, "switched": other.switch_step, "plan": dict(other.plan or {}), "dense": dense,
+        "optimizer": callback.report.optimizer if callback.report else "", "loaded": sum(p.numel() for p in loaded.parameters()),
+    }  # fmt: skip
+
+
+def scale_of(trainer: Trainer) -> float | None:
+    scaler = trainer.accelerator.scaler
+    if trainer.is_deepspeed_enabled:
+        return float(trainer.model_wrapped.optimizer.loss_scale) if trainer.args.fp16 else None
+    return scaler.get_scale() if scaler is not None and scaler.is_enabled() else None
+
+
+def is_on(trainer: Trainer) -> bool:
+    kind = type(trainer.model_wrapped).__name__
+    return kind == ("DeepSpeedEngine" if trainer.is_deepspeed_enabled else "FullyShardedDataParallel")
+
+
 def main() -> None:
     folder, backend = Path(sys.argv[1]), sys.argv[2]
     results: dict[str, Any] = {}
     for name in sys.argv[3:]:
         try:
-            results[name] = run(folder / name.replace(" ", "_"), backend, name)
+            switched = by_restart if name.startswith(("fsdp1", "zero")) else run
+            results[name] = switched(folder / name.replace(" ", "_"), backend, name)
         except Exception:
             results[name] = {"error": traceback.format_exc()[-3000:]}
         if dist.get_rank() == 0:

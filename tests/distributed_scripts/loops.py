@@ -564,7 +564,7 @@ def refused_options() -> str:
 
 
 def refused_engines() -> str:
-    """FSDP1 (in a loop of our own) and nn.DataParallel, by wrapper and by the model inside."""
+    """FSDP1 (in a loop of our own) and nn.DataParallel in one of several processes, by wrapper and by the model inside."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     verdicts = []
