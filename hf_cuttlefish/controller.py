@@ -25,6 +25,7 @@ from .layers import dense_weight
 from .learning_rate import check_can_scale, scale_learning_rate, suggested_scale
 from .patching import low_rank_layers
 from .plan import RankPlan, group_name
+from .redundancy import check_redundant
 from .report import FactorizationReport, count_parameters
 from .restart import DeepSpeedCheckpoint, DeepSpeedModel, LowRankCheckpoint
 from .selection import find_targets, is_meta
@@ -36,7 +37,6 @@ from .wrapper import (
     check_can_step,
     check_ddp,
     check_not_wrapped,
-    check_optimizer,
     check_synchronized,
     count_replicas,
     find_ddp,
@@ -159,11 +159,12 @@ class Cuttlefish:
         else:
             self.sharded = find_fully_shard(self.model)
         check_not_wrapped(self.model, sharded=self.sharded is not None)
-        check_optimizer(self.optimizer)
         if self.restarts:
+            check_redundant(self.optimizer, self.sharded, None)
             self._check_restart()
             return
         self.ddp = find_ddp(self.model)
+        check_redundant(self.optimizer, self.sharded, self.ddp)
         if self.ddp is not None:
             self.processes = Processes(self.ddp.process_group)
 

@@ -91,11 +91,12 @@ class Processes:
             with self._talking():
                 dist.all_reduce(tensor, group=self.group)
 
-    def broadcast_(self, tensor: torch.Tensor) -> None:
-        """Overwrite a tensor by the main process's."""
+    def broadcast_(self, tensor: torch.Tensor, source: int = 0) -> None:
+        """Overwrite a tensor by the one of the process of rank `source`, which is the main one unless told."""
         if self.size > 1:
+            root = source if self.group is None else dist.get_global_rank(self.group, source)
             with self._talking():
-                dist.broadcast(tensor, src=self._root, group=self.group)
+                dist.broadcast(tensor, src=root, group=self.group)
 
     def differing(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
         """Names of the tensors (same names and shapes everywhere) whose bits are not the same on all processes.

@@ -94,6 +94,12 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return seen
 
 
+def is_redundant(optimizer: Any) -> bool:
+    """Whether it is torch's ZeroRedundancyOptimizer (or Accelerate's wrapper of it), of whose state each process holds a part."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(inner).__mro__)
+
+
 def check_holds(optimizer: Any, weights: Mapping[str, nn.Parameter]) -> None:
     """Raises ValueError unless the optimizer holds every trainable weight given, naming the first that it does not."""
     held = {id(p) for group in inner_optimizer(optimizer).param_groups for p in group["params"]}
@@ -122,24 +128,54 @@ def prepare(
         gather: gives the whole of a tensor of which the processes hold parts.
 
     Raises:
-        TypeError: as `inner_optimizer`. ValueError: as `check_holds`, or an unknown mode.
+        TypeError: as `inner_optimizer`, and for ZeroRedundancyOptimizer (`redundancy.py`).
+        ValueError: as `check_holds`, or an unknown mode.
+    """
+    inner = inner_optimizer(optimizer)
+    if is_redundant(inner):
+        raise TypeError(
+            "ZeroRedundancyOptimizer has divided the parameters among the processes: make it after factorize, or use Cuttlefish, "
+            "which divides them anew"
+        )
+    check_holds(inner, {p.name: p.weight for p in pairs})
+    groups = groups_with_factors(inner.param_groups, pairs)
+    state = state_of_factors(inner.state, pairs, mode, gather, type(inner).__name__)
+    had = sum(bool(inner.state.get(pair.weight)) for pair in pairs)
+    return OptimizerEdit(
+        inner, groups, state, [p.weight for p in pairs], summary(type(inner).__name__, len(state) // 2, had, len(pairs))
+    )
+
+
+def summary(name: str, carried: int, had: int, layers: int) -> str:
+    """The line of the report. carried, had: how many of the layers' states were projected, and existed."""
+    return f"{name}: " + (f"state carried for {carried} of {layers} layers" if had else "no state yet")
+
+
+def groups_with_factors(
+    groups: Iterable[Mapping[str, Any]], pairs: Iterable[FactorParameters]
+) -> list[list[nn.Parameter]]:
+    """The parameters of each group, where each pair stands where its weight stood."""
+    new_of = {id(p.weight): [p.down, p.up] for p in pairs}
+    return [[new for old in group["params"] for new in new_of.get(id(old), [old])] for group in groups]
+
+
+def state_of_factors(
+    held: Mapping[torch.Tensor, dict[str, Any]],
+    pairs: Iterable[FactorParameters],
+    mode: str,
+    gather: Callable[[torch.Tensor], torch.Tensor],
+    name: str,
+) -> dict[torch.Tensor, dict[str, Any]]:
+    """The projected state of the factors, but for those whose weight has none in `held`. name: of the optimizer, for the log.
+
+    Raises ValueError for an unknown mode.
     """
     if mode not in ("carry", "reset"):
         raise ValueError(f"optimizer_state is {mode!r}: it must be 'carry' or 'reset'")
-    inner = inner_optimizer(optimizer)
-    check_holds(inner, {p.name: p.weight for p in pairs})
-    by_weight = {id(p.weight): p for p in pairs}
-    groups = []
-    for group in inner.param_groups:
-        params: list[nn.Parameter] = []
-        for parameter in group["params"]:
-            pair = by_weight.get(id(parameter))
-            params += [parameter] if pair is None else [pair.down, pair.up]
-        groups.append(params)
     state: dict[torch.Tensor, dict[str, Any]] = {}
     reset: set[str] = set()
     for pair in pairs:
-        old = inner.state.get(pair.weight)
+        old = held.get(pair.weight)
         if not old or mode == "reset":
             continue
         if unknown := unknown_state(old):
@@ -149,15 +185,10 @@ def prepare(
     if reset:
         logger.warning(
             "Cuttlefish: %s keeps the state %s, which has no known projection; the factors start with empty state.",
-            type(inner).__name__,
+            name,
             ", ".join(sorted(reset)),
         )
-    carried = len(state) // 2
-    had = sum(bool(inner.state.get(pair.weight)) for pair in pairs)
-    summary = f"{type(inner).__name__}: " + (
-        f"state carried for {carried} of {len(pairs)} layers" if had else "no state yet"
-    )
-    return OptimizerEdit(inner, groups, state, [p.weight for p in pairs], summary)
+    return state
 
 
 def check_in_step(model: nn.Module, optimizer: Any, before: set[int], pairs: Sequence[FactorParameters]) -> None:

@@ -27,6 +27,7 @@ from .layers import (
 from .plan import RankDecision, RankPlan
 from .profiling import slower_layers, time_inference
 from .profiling import table as timing_table
+from .redundancy import RedundantEdit
 from .report import FactorizationReport, block_containers, count_parameters
 from .selection import lost_when_saved, skipped_parameters
 from .sharding import ShardedModel, part_like, whole
@@ -47,6 +48,7 @@ def factorize(
     factors: Mapping[str, Factors] | None = None,
     optimizer_state: str = "carry",
     sharded: ShardedModel | None = None,
+    redundant: RedundantEdit | None = None,
     confirm: Callable[[], None] | None = None,
 ) -> FactorizationReport:
     """Replace each layer of `plan` by a LowRankLinear, in place, all or nothing.
@@ -63,6 +65,8 @@ def factorize(
         factors: ready-made factors of the layers instead, asked for one layer after the other.
         optimizer_state: "carry" or "reset".
         sharded: the model as fully_shard holds it, if it does; all processes must call then (`Cuttlefish` gives one).
+        redundant: the edit of a ZeroRedundancyOptimizer, if it is one; `confirm` then has to exchange its state (`Cuttlefish`
+            gives one).
         confirm: called when everything has changed; what it raises puts everything back. It has to repair the wrapper
             and to hear that the other processes are as far, where there are any (`Cuttlefish` gives one).
 
@@ -102,7 +106,11 @@ def factorize(
     rank_plan = plan if isinstance(plan, RankPlan) else _as_plan(plan, layers)
     parameters = [_replacement(name, layer, pairs[name]) for name, layer in layers.items()]
     gather = whole if sharded is None else sharded.whole
-    edit = None if optimizer is None else optimizers.prepare(optimizer, parameters, optimizer_state, gather)
+    edit: optimizers.OptimizerEdit | RedundantEdit | None = redundant
+    if redundant is not None:
+        redundant.prepare(parameters, optimizer_state)
+    elif optimizer is not None:
+        edit = optimizers.prepare(optimizer, parameters, optimizer_state, gather)
     factored = time.perf_counter()
     skipped = skipped_parameters(model)
     reports: list[FactorizationReport] = []
@@ -372,7 +380,7 @@ def _commit(
     layers: Mapping[str, DenseLayer],
     pairs: dict[str, LowRankLinear],
     shifts: Mapping[str, torch.Tensor | None],
-    edit: optimizers.OptimizerEdit | None,
+    edit: optimizers.OptimizerEdit | RedundantEdit | None,
     parameters: list[optimizers.FactorParameters],
     confirm: Callable[[], None] | None,
 ) -> None:

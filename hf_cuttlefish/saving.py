@@ -23,6 +23,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import optimizer as optimizers
+from . import redundancy
 from .flattened import INSIDE, check_structure
 from .layers import DENSE_TYPES, LowRankLinear, dense_origin, dense_weight, is_divided
 from .patching import (
@@ -295,7 +296,8 @@ def _follow(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str,
     _rename_biases(module, state_dict, prefix)
     optimizer = _OPTIMIZERS[module]() if module in _OPTIMIZERS else None
     if changes and optimizer is not None:
-        optimizers.follow(optimizer, changes.values())
+        follow = redundancy.follow if optimizers.is_redundant(optimizer) else optimizers.follow
+        follow(optimizer, changes.values())
 
 
 def _check_divided(name: str, layer: nn.Module, part: str) -> None:

@@ -20,6 +20,7 @@ from .patching import factorize, low_rank_layers
 from .plan import RankPlan, break_even_rank
 from .profiling import keep_faster, rank_prices
 from .ranks import LayerSpectrum, needs_no_weights, plan_ranks, rank_by_hand, spectrum_of
+from .redundancy import RedundantEdit
 from .report import FactorizationReport
 from .sharding import PartedModel, ShardedModel
 from .statistics import MomentCollector
@@ -172,11 +173,14 @@ def carry_out(
     """Factorize and repair the wrapper on all processes, or put everything back on all of them and raise."""
     told = False
     sharded = wrapper if isinstance(wrapper, ShardedModel) else None
+    redundant = RedundantEdit(optimizer) if optimizers.is_redundant(optimizer) else None
 
     def repair() -> ShardedModel | RebuiltDDP | None:
         if sharded is not None:
             sharded.exchange()
             return sharded
+        if redundant is not None:
+            redundant.exchange()
         return None if wrapper is None else RebuiltDDP(cast(DistributedDataParallel, wrapper))
 
     def confirm() -> None:
@@ -200,7 +204,14 @@ def carry_out(
 
     try:
         report = factorize(
-            model, plan, optimizer, factors=factors, optimizer_state=optimizer_state, sharded=sharded, confirm=confirm
+            model,
+            plan,
+            optimizer,
+            factors=factors,
+            optimizer_state=optimizer_state,
+            sharded=sharded,
+            redundant=redundant,
+            confirm=confirm,
         )
     except BaseException as error:
         if sharded is not None:
@@ -208,7 +219,9 @@ def carry_out(
         if isinstance(error, Exception) and not (told or all_know(error, factors)):
             processes.agree(error)
         raise
-    if sharded is None and processes.size > 1:
+    if redundant is not None:
+        report.optimizer = redundant.summary  # of all processes, which was not known before
+    elif sharded is None and processes.size > 1:
         _share_optimizer_state(model, optimizer, processes)
     return report
 

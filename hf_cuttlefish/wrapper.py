@@ -262,15 +262,6 @@ def check_ddp(ddp: DistributedDataParallel, model: nn.Module, targets: Mapping[s
         )
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Raises TypeError for an optimizer that has divided its parameters among the processes."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(inner).__mro__):
-        raise TypeError(
-            "ZeroRedundancyOptimizer has divided the parameters among the processes: use an ordinary optimizer"
-        )
-
-
 def check_can_step(ddp: DistributedDataParallel) -> None:
     """Raises RuntimeError inside a Join context, where some processes may have ended and would not answer."""
     config = getattr(ddp, "_join_config", None)

@@ -549,17 +549,6 @@ def refused_options() -> str:
         )
     )
     del first, second
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    ddp, _ = ddp_of(tiny_bert())
-    zero = ZeroRedundancyOptimizer(ddp.parameters(), torch.optim.AdamW, lr=1e-3)
-    verdicts.append(
-        expect(
-            (TypeError, ValueError),
-            "ZeroRedundancyOptimizer",
-            call=lambda: Cuttlefish(ddp, zero, config(), total_steps=9),
-        )
-    )
     return "ok" if all(v == "ok" for v in verdicts) else repr(verdicts)
 
 
