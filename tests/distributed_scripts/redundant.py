@@ -82,8 +82,8 @@ def train(
     if (
         wrapped
     ):  # placing it on the device reads its state, which ZeroRedundancyOptimizer does not give before it is gathered
-        Accelerator(cpu=True)
-        given = AcceleratedOptimizer(optimizer, device_placement=False)
+        given = Accelerator(cpu=True).prepare_optimizer(optimizer, device_placement=False)
+        assert isinstance(given, AcceleratedOptimizer)
     cuttlefish = None
     if switching:
         cuttlefish = Cuttlefish(ddp, given, config(**(changes or {})), total_steps=STEPS, scheduler=scheduler)
