@@ -1,4 +1,6 @@
-"""Carry the optimizer: the one place that touches an optimizer that is not divided among processes (`redundancy.py`). Its factors take their weight's place, and its state.
+"""Carry the optimizer: the one place that touches an optimizer. Its factors take their weight's place, and its state.
+
+Where each process holds a part of the state, `redundancy.py` does what is said here for its part.
 
 With W = U V (U = up, V = down) and G the gradient by W, the gradients by the factors are G V^T and U^T G. So first moments
 and momentum buffers carry over exactly, m_U = m V^T and m_V = U^T m; second moments approximately, v_U = v (V o V)^T and

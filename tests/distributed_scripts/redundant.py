@@ -18,6 +18,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from loops import STEPS, SWITCH, batches, config, expect, mine, rank, size, tiny_bert, unequal
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -227,7 +228,7 @@ def failing(where: str, culprit: int) -> str:
 
 
 def refused() -> str:
-    """overlap_with_ddp, a group of its own, a state that cannot be sent, `factorize` with it."""
+    """overlap_with_ddp, a group of its own, FSDP2, other parameters elsewhere, a state that cannot be sent, `factorize`."""
 
     class KeepsLists(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:
@@ -252,14 +253,22 @@ def refused() -> str:
     alone = [dist.new_group([i]) for i in range(size())][rank()]
     other = ZeroRedundancyOptimizer(ddp.parameters(), torch.optim.AdamW, process_group=alone, lr=1e-3)
     verdicts.append(expect(ValueError, "same process_group", call=lambda: cuttlefish_of(other, ddp)))
+    sharded = fully_shard(tiny_bert())
+    zero = ZeroRedundancyOptimizer(sharded.parameters(), torch.optim.AdamW, lr=1e-3)
+    verdicts.append(expect(ValueError, "steps whole parameters", call=lambda: cuttlefish_of(zero, sharded)))
+    turned = list(ddp.parameters())[:: 1 - 2 * rank()]
+    other = ZeroRedundancyOptimizer(turned, torch.optim.AdamW, lr=1e-3)
+    now = config(switch_step=1, statistics_steps=0, rank_rule="ratio", target_ratio=None)
+    cuttlefish = Cuttlefish(ddp, other, now, total_steps=STEPS)
+    verdicts.append(expect(ValueError, "in different ways", call=cuttlefish.step))
     listed = ZeroRedundancyOptimizer(ddp.parameters(), KeepsLists, lr=1e-3)
     verdicts.append(
         expect((TypeError, RuntimeError), "keeps a list as its state", call=lambda: cuttlefish_of(listed, ddp))
     )
     model = tiny_bert()
-    zero = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
+    given = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
     plan = {"bert.encoder.layer.0.intermediate.dense": 4}
-    verdicts.append(expect(TypeError, "make it after factorize", call=lambda: factorize(model, plan, zero)))
+    verdicts.append(expect(TypeError, "make it after factorize", call=lambda: factorize(model, plan, given)))
     return "ok" if all(v == "ok" for v in verdicts) else repr(verdicts)
 
 
