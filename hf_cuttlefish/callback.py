@@ -25,6 +25,7 @@ from .plan import RankPlan
 from .report import FactorizationReport
 from .restart import FULL_RANK_STATE
 from .saving import follow_checkpoints
+from .tensor_plan import cut_state
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         self.restart_from, self._full_rank, self._is_due = None, None, False
         _move_to_front(self)
         follow_checkpoints(model)
+        if state.global_step and kwargs.get("optimizer") is not None:
+            cut_state(model, kwargs["optimizer"])
         name = type(self).__name__
         saved = self._saved or _callback_state(state, name) if state.global_step else None
         self._saved = None
@@ -130,7 +133,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             self.config,
             total_steps=state.max_steps,
             scheduler=kwargs.get("lr_scheduler"),
-            loss_factor=float(args.world_size * max(1, args.n_gpu)) if args.average_tokens_across_devices else 1.0,
+            loss_factor=_loss_factor(args, model),
             can_restart=True,
         )
         if isinstance(self.cuttlefish.sharded, FlattenedModel):
@@ -271,6 +274,14 @@ def _callback_state(state: TrainerState, name: str) -> dict[str, Any] | None:
     if not isinstance(attributes, dict):
         raise ValueError(f"trainer_state.json: the state of {name} has no attributes: {entry!r:.80}")
     return attributes.get("_saved")
+
+
+def _loss_factor(args: TrainingArguments, model: nn.Module) -> float:
+    """By what Trainer multiplies the loss: the number of processes (or, under nn.DataParallel, GPUs) that
+    see other batches, where it counts items over all."""
+    if not args.average_tokens_across_devices:
+        return 1.0
+    return float(args.world_size * max(1, args.n_gpu) // (getattr(model, "_tp_size", None) or 1))
 
 
 def _is_to_be_parted(args: TrainingArguments) -> bool:

@@ -33,6 +33,7 @@ from .sharding import PartedModel, ShardedModel
 from .spectrum import StableRankTracker
 from .statistics import MomentCollector, steps_in
 from .switch import FactorsInTurn, carry_out, choose, share
+from .tensor_parallel import TensorParallelCheckpoint, TensorParallelModel, find_tensor_parallel
 from .wrapper import (
     check_can_step,
     check_ddp,
@@ -50,6 +51,11 @@ logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 CHECKS_PER_RUN = 30
+_CHECKPOINTS: dict[type[PartedModel], type[LowRankCheckpoint]] = {
+    DeepSpeedModel: DeepSpeedCheckpoint,
+    FlattenedModel: FlattenedCheckpoint,
+    TensorParallelModel: TensorParallelCheckpoint,
+}
 
 
 class Cuttlefish:
@@ -157,7 +163,7 @@ class Cuttlefish:
         elif engine is not None:
             self.sharded = DeepSpeedModel(self.model, engine)
         else:
-            self.sharded = find_fully_shard(self.model)
+            self.sharded = find_fully_shard(self.model) or find_tensor_parallel(self.model, self.optimizer)
         check_not_wrapped(self.model, sharded=self.sharded is not None)
         if self.restarts:
             check_redundant(self.optimizer, self.sharded, None)
@@ -490,7 +496,7 @@ class Cuttlefish:
         """
         if self._collector is None or not self._collector.running:
             return None
-        self._collector.reduce(self.processes)
+        self._collector.reduce(self._counted)
         return self._collector.state_dict() if self.processes.is_main else None
 
     def note_save(self) -> None:
@@ -501,6 +507,11 @@ class Cuttlefish:
 
     def _finish(self, reason: str) -> None:
         self._finished, self.reason = True, reason
+
+    @property
+    def _counted(self) -> Processes:
+        """Those that see other batches, so that their statistics are summed."""
+        return self.processes if self.sharded is None else self.sharded.counted
 
     def _check_processes(self) -> None:
         """Before the first step has passed nobody else is bound to have come to the model; afterwards someone must have."""
@@ -579,7 +590,8 @@ class Cuttlefish:
             return
         if self._switch_at - self.statistics_steps <= self.global_step < self._switch_at:
             running = None if self.sharded is None else self.sharded.running(self.layers)
-            self._collector = MomentCollector(self.model, self.layers, self.config.statistics_tokens, running)
+            flow = None if self.sharded is None else self.sharded.whole_flow
+            self._collector = MomentCollector(self.model, self.layers, self.config.statistics_tokens, running, flow)
             self._collector.replicas = count_replicas(self.model)
             self._collector.start()
         if self._collector is not None:
@@ -636,7 +648,7 @@ class Cuttlefish:
         else:
             self._check_replicas("before the switch")
         if collector is not None:
-            collector.reduce(self.processes)
+            collector.reduce(self._counted)
         gathered = time.perf_counter()
         factors: Mapping[str, Factors]
         mine: dict[str, Factors] = {}
@@ -671,7 +683,7 @@ class Cuttlefish:
             factors = share(self.layers, plan, mine, shifted, self.processes)
         state = self.config.optimizer_state
         if self.sharded is not None and self.restarts:
-            kind = DeepSpeedCheckpoint if isinstance(self.sharded, DeepSpeedModel) else FlattenedCheckpoint
+            kind = next(kind for parted, kind in _CHECKPOINTS.items() if isinstance(self.sharded, parted))
             checkpoint = kind(self.sharded, plan, factors, state)
             report = checkpoint.write(cast(Path, folder))
             self._checkpoint = checkpoint

@@ -31,6 +31,7 @@ from .redundancy import RedundantEdit
 from .report import FactorizationReport, block_containers, count_parameters
 from .selection import lost_when_saved, skipped_parameters
 from .sharding import ShardedModel, part_like, whole
+from .tensor_plan import find_root, place
 from .wrapper import check_no_ddp, check_not_wrapped, repair_ddp
 
 logger = logging.getLogger(__name__)
@@ -249,11 +250,27 @@ def restructure(model: nn.Module, ranks: Mapping[str, int | None]) -> dict[str, 
         changes[name] = (module, new)
     for old, changed in changes.values():
         _keep_hooks(old, changed)
+    _place(model, changes)
     _swap(model, new_of)
     write_structure(model)
     if changes:
         repair_ddp(model)
     return changes
+
+
+def _place(model: nn.Module, changes: Mapping[str, tuple[nn.Module, nn.Module]]) -> None:
+    """Divide the new layers of a tensor-parallel model as the old ones are."""
+    root = find_root(model) if changes else None
+    if root is None:
+        return
+    for name, (old, new) in changes.items():
+        if not isinstance(new, LowRankLinear) or isinstance(old, LowRankLinear):
+            raise ValueError(
+                f"{name} is factorized at another rank than the weights to be loaded, or they are dense, and its factors are "
+                "divided by tensor parallelism: load these weights with from_pretrained"
+            )
+    for name, (old, new) in changes.items():
+        place(root, name, old, cast(LowRankLinear, new))
 
 
 def write_structure(model: nn.Module) -> None:

@@ -35,6 +35,7 @@ from .patching import (
     write_structure,
 )
 from .selection import conversions
+from .tensor_plan import cut, extend, settle
 from .wrapper import check_not_wrapped, unwrap
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,10 @@ class CuttlefishLoader(HfQuantizer):
             # theirs without asking whether it has one.
             vars(layer.down)["bias"] = torch.empty(0)
 
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        """Before the model is made parallel: rules for the factors, as transformers asks for."""
+        extend(model, plan)
+
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # From here on it is an ordinary model: nothing about it is quantized.
         for holder, key in ((model, "hf_quantizer"), (model, "quantization_method"), (model, "is_quantized")):
@@ -107,6 +112,7 @@ class CuttlefishLoader(HfQuantizer):
                 del config._is_quantized
         for layer in low_rank_layers(model).values():
             vars(layer.down).pop("bias", None)
+        settle(model)
         write_structure(model)
         flags = [getattr(p, "_is_hf_initialized", False) for p in model.parameters()]
         for name, layer in low_rank_layers(model).items():
@@ -298,6 +304,7 @@ def _follow(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str,
     if changes and optimizer is not None:
         follow = redundancy.follow if optimizers.is_redundant(optimizer) else optimizers.follow
         follow(optimizer, changes.values())
+    cut(module, state_dict, prefix)
 
 
 def _check_divided(name: str, layer: nn.Module, part: str) -> None:

@@ -32,10 +32,16 @@ class PartedModel(ABC):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.processes = Processes()
+        self.counted = self.processes
+        """Over which statistics are summed: those that see other batches."""
 
     def running(self, layers: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
         """The layers that run, where those given only describe them."""
         return layers
+
+    def whole_flow(self, name: str, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        """All of a layer's "input", or "output" or its gradient, (..., features), where a process sees some features alone."""
+        return tensor
 
     @abstractmethod
     def check(self, layers: Mapping[str, nn.Module]) -> None:

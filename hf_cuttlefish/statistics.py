@@ -13,7 +13,7 @@ gradient at the first layer that backward reaches, and all together multiplied b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from torch import nn
 from .distributed import Processes
 from .factorization import LayerMoments
 from .layers import dense_origin, dense_weight, is_divided
+from .sharding import whole
 
 
 class MomentCollector:
@@ -35,6 +36,8 @@ class MomentCollector:
         layers: name -> dense layer.
         max_tokens: tokens a layer and micro-batch.
         running: name -> the module that runs, where `layers` only describe them (FSDP1); None: they themselves.
+        whole_flow: gives all features of a layer's "input" or "output" (or its gradient) where a process sees some alone
+            (tensor parallelism); all processes call it for the same tensors in the same order.
     """
 
     def __init__(
@@ -43,9 +46,11 @@ class MomentCollector:
         layers: Mapping[str, nn.Module],
         max_tokens: int = 1024,
         running: Mapping[str, nn.Module] | None = None,
+        whole_flow: Callable[[str, torch.Tensor, str], torch.Tensor] | None = None,
     ) -> None:
         self.model, self.layers, self.max_tokens = model, dict(layers), max_tokens
         self._running = dict(layers if running is None else running)
+        self.whole_flow = whole_flow or (lambda name, tensor, what: tensor)
         self.sums: dict[str, dict[str, torch.Tensor]] = {}
         self.batches = 0
         self.steps = 0
@@ -231,7 +236,7 @@ class MomentCollector:
 
     def weight_of(self, name: str) -> torch.Tensor:
         """The weight that a layer computes with now, (m, n)."""
-        weight = cast(torch.Tensor, self._running[name].weight).detach()
+        weight = whole(cast(torch.Tensor, self._running[name].weight))
         return weight.T if dense_origin(self.layers[name]) == "Conv1D" else weight
 
     def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
@@ -322,20 +327,20 @@ class _Tap:
             return
         collector, name = self.collector, self.name
         m, n = dense_weight(collector.layers[name]).shape
-        x = args[0].detach().reshape(-1, n)
+        x = args[0].detach().reshape(-1, args[0].shape[-1])
         stride = -(-len(x) // collector.max_tokens) if len(x) else 1
         first = collector.batches % stride  # other tokens in each batch, and no random number drawn
-        x = x[first::stride].clone() if stride > 1 else x
+        x = collector.whole_flow(name, x[first::stride].clone() if stride > 1 else x, "input")
         y = None
         if m <= n:
-            y = output.detach().reshape(-1, m)[first::stride]
-            y = y.clone() if stride > 1 else y
+            y = output.detach().reshape(-1, output.shape[-1])[first::stride]
+            y = collector.whole_flow(name, y.clone() if stride > 1 else y, "output")
 
         batch, rows = collector.batches, collector._rows
         kept, self._weight = self._weight, None
 
         def arrived(grad: torch.Tensor) -> None:
-            grad = grad.detach()
+            grad = collector.whole_flow(name, grad.detach(), "output")
             by = collector.factors(batch, grad, rows)[first::stride, None]
             collector.add(
                 name,

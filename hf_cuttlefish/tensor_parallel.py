@@ -1,0 +1,226 @@
+"""Tensor parallelism (`from_pretrained(..., tp_plan="auto")`): whole weights of one layer at a time, and the switch in a checkpoint.
+
+transformers 5.23 divides the weights when it loads a model, and its Trainer saves no checkpoint of such a model from which a run
+could go on: `optimizer.pt` would hold one process's parts, and whole weights do not load into divided ones. So the checkpoint
+of the switch has everything whole, as one process would have saved it, and what is loaded from there is divided by
+`tensor_plan` (weights when they are loaded, optimizer state when the run begins).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+
+from . import optimizer as optimizers
+from .distributed import Processes
+from .factorization import Factors
+from .layers import dense_origin
+from .patching import factorize
+from .report import FactorizationReport
+from .restart import KeptFactors, LowRankCheckpoint, copy_module, save_model
+from .sharding import PartedModel, is_sharded, whole
+from .tensor_plan import BY_INPUTS, Root, check_style, find_root, placements
+
+logger = logging.getLogger(__name__)
+
+_OF_PARALLELISM = ("_tp_size", "_fsdp_size", "_device_mesh", "_mesh_manager", "_is_distributed_loading_by_transformers")
+"""Attributes that transformers gives a model that it divides; without them it is an ordinary one."""
+
+
+class TensorParallelModel(PartedModel):
+    """A model that `from_pretrained` has made tensor parallel: all that the switch asks of it.
+
+    Raises:
+        ValueError: parallelism of another kind besides, or weights divided in another way than into rows or columns.
+    """
+
+    fixed = "the parts of tensor-parallel weights"
+
+    def __init__(self, model: nn.Module, root: Root, optimizer: Any) -> None:
+        super().__init__(model)
+        self.root, self.optimizer = root, optimizer
+        # All processes see the same batches, and each has gathered the whole statistics.
+        self.counted = Processes()
+        self.counted.size, self.counted.rank = 1, 0
+        size, everyone = int(root.module._tp_size), dist.get_world_size()
+        config = getattr(root.module.config, "distributed_config", None)
+        experts, stages = getattr(config, "ep_size", 1) or 1, getattr(config, "pp_size", 1) or 1
+        unsupported = {
+            f"data parallelism besides ({size} of {everyone} processes hold a weight)": size != everyone,
+            f"expert parallelism (ep_size={experts})": experts > 1,
+            f"pipeline parallelism (pp_size={stages})": stages > 1,
+        }
+        for what, is_on in unsupported.items():
+            if is_on:
+                raise ValueError(
+                    f"tensor parallelism with {what} is not supported: use tensor parallelism over all processes, FSDP2 "
+                    "(fsdp_version: 2) or DDP"
+                )
+        for name, mesh, placement in placements(model):
+            if mesh.ndim != 1 or type(placement).__name__ not in ("Shard", "Replicate"):
+                raise ValueError(
+                    f"{name} is divided by tensor parallelism as {placement} on a mesh of {tuple(mesh.shape)} processes (a packed "
+                    "weight?), which is not supported: use FSDP2 (fsdp_version: 2) or DDP"
+                )
+
+    def check(self, layers: Mapping[str, nn.Module]) -> None:
+        """Raises ValueError, naming the layer, for one whose factors could not be divided, or that is not trained."""
+        for name, layer in layers.items():
+            style = self.root.style(name)
+            check_style(name, style)
+            if is_sharded(cast(torch.Tensor, layer.weight)) and (style is None or dense_origin(layer) != "Linear"):
+                raise ValueError(
+                    f"{name}.weight is divided, and no rule of tp_plan is for an nn.Linear of this name: exclude this layer"
+                )
+        optimizers.check_holds(self.optimizer, {n: cast(nn.Parameter, layer.weight) for n, layer in layers.items()})
+
+    def check_replicas(self, when: str) -> None:
+        """Raises RuntimeError unless all processes have the same parameters, and of those that are not divided the same bits."""
+        shapes = self.processes.gather([(n, tuple(p.shape)) for n, p in self.model.named_parameters()])
+        wrong = [f"other parameters on process {r}" for r, theirs in enumerate(shapes) if theirs != shapes[0]]
+        if not wrong:
+            wrong = self.processes.differing({n: p for n, p in self.model.named_parameters() if not is_sharded(p)})
+        if wrong:
+            raise RuntimeError(
+                f"the processes hold different parameters {when}: {wrong[0]}. Training on would go wrong in silence; start again "
+                "from the last checkpoint"
+            )
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All of a tensor, detached; every process must ask at the same time."""
+        return whole(tensor)
+
+    def whole_flow(self, name: str, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        """All of what flows through a layer, of which a process sees its features alone.
+
+        Args:
+            tensor: (..., features here). what: "input", or "output" (its gradient, too).
+        """
+        style = self.root.style(name)
+        divided = (style == "rowwise" and what == "input") or (style == "colwise" and what == "output")
+        if not divided:
+            return tensor
+        layer = cast(nn.Linear, self.model.get_submodule(name))
+        features = layer.in_features if style in BY_INPUTS else layer.out_features
+        largest = -(-features // self.processes.size)  # the last process may have fewer
+        padded = nn.functional.pad(tensor, (0, largest - tensor.shape[-1])).contiguous()
+        parts = [torch.empty_like(padded) for _ in range(self.processes.size)]
+        dist.all_gather(parts, padded)
+        return torch.cat(parts, -1)[..., :features]
+
+
+class TensorParallelCheckpoint(LowRankCheckpoint):
+    """What one process would have saved of the factorized model, written by the main process.
+
+    "reset", and state whose tensors are neither numbers nor of their parameter's shape, start all state anew.
+    """
+
+    parted: TensorParallelModel
+
+    def _check(self, folder: Path) -> None:
+        for name in (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME):
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"{folder} holds no whole checkpoint of Trainer ({name} is missing): under tensor parallelism set "
+                    "save_strategy to 'no' and save_only_model to False, and let nothing else write or remove checkpoints"
+                )
+
+    def _write_parts(
+        self, folder: Path, staging: Path
+    ) -> tuple[nn.Module, FactorizationReport, Mapping[str, torch.Tensor]]:
+        kept = KeptFactors(self.factors)
+        of_plan = {id(self.parted.model.get_submodule(name).weight) for name in self.plan}
+        model = copy_module(self.parted.model, lambda old: self._data(old, id(old) in of_plan))
+        for module in model.modules():
+            vars(module).pop("forward", None)  # it runs the original
+            for name in _OF_PARALLELISM:
+                vars(module).pop(name, None)
+            if hasattr(getattr(module, "config", None), "distributed_config"):
+                del module.config.distributed_config  # type: ignore[union-attr]
+        report = factorize(model, self.plan, factors=kept)
+        self._optimizer, done = self._optimizer_state(kept.seen)
+        report.optimizer = (
+            f"{type(optimizers.inner_optimizer(self.parted.optimizer)).__name__} (tensor parallel): {done}"
+        )
+        return model, report, model.state_dict()
+
+    def _data(self, old: nn.Parameter, is_replaced: bool) -> torch.Tensor:
+        """What the copy has of a parameter: on the main process its values, but for those that factors replace."""
+        if not is_replaced:
+            self.processes.agree()  # one that has failed meanwhile would not answer
+            values = self.parted.gather(old)
+            if self.processes.is_main or old.ndim < 2:  # a bias may get a shift
+                return values.cpu().clone()
+        return torch.zeros((), dtype=old.dtype).expand(old.shape)
+
+    def _optimizer_state(self, factors: Mapping[str, Factors]) -> tuple[dict[str, Any], str]:
+        """The optimizer's state dict, whole on the main process, by the positions of the factorized model's parameters."""
+        inner = optimizers.inner_optimizer(self.parted.optimizer)
+        layer_of = {id(self.parted.model.get_submodule(name).weight): name for name in self.plan}
+        unknown = sorted({kind for p, state in inner.state.items() for kind in _unknown(p, state)})
+        carry = self.optimizer_state == "carry" and not unknown
+        if unknown and self.optimizer_state == "carry" and self.processes.is_main:
+            logger.warning(
+                "Cuttlefish: the optimizer keeps the state %s, which has no known projection; all of its state starts anew.",
+                ", ".join(unknown),
+            )
+        groups, states, count = [], {}, 0
+        for group in inner.param_groups:
+            positions = []
+            for parameter in group["params"]:
+                name = layer_of.get(id(parameter))
+                new = self._new_states(inner.state.get(parameter, {}) if carry else {}, parameter, name, factors)
+                for own in new:
+                    if own:
+                        states[count] = own
+                    positions.append(count)
+                    count += 1
+            groups.append({**{k: v for k, v in group.items() if k != "param_names"}, "params": positions})
+        done = f"state carried for {len(self.plan)} of {len(self.plan)} layers" if states else "state starts anew"
+        return {"state": states, "param_groups": groups}, done
+
+    def _new_states(
+        self, state: Mapping[str, Any], parameter: nn.Parameter, name: str | None, factors: Mapping[str, Factors]
+    ) -> list[dict[str, Any]]:
+        """The whole state of what stands for a parameter; empty on all but the main process."""
+        self.processes.agree()
+        values = {k: self.parted.gather(v) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+        count = 1 if name is None else 2
+        if not values or not self.processes.is_main:
+            return [dict.fromkeys(values)] * count
+        values = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        if name is None:
+            return [values]
+        down, up = (nn.Parameter(f, requires_grad=False) for f in (factors[name].down, factors[name].up))
+        return list(optimizers.project(values, optimizers.FactorParameters(name, parameter, down, up)))
+
+    def _save(
+        self,
+        folder: Path,
+        staging: Path,
+        model: nn.Module,
+        report: FactorizationReport,
+        state: Mapping[str, torch.Tensor],
+    ) -> str:
+        save_model(model, staging, state)
+        torch.save(self._optimizer, staging / OPTIMIZER_NAME)
+        return report.optimizer
+
+
+def find_tensor_parallel(model: nn.Module, optimizer: Any) -> TensorParallelModel | None:
+    """The model as transformers' tensor parallelism holds it; None if it does not. Raises ValueError as `TensorParallelModel`."""
+    root = find_root(model)
+    return None if root is None else TensorParallelModel(model, root, optimizer)
+
+
+def _unknown(parameter: torch.Tensor, state: Mapping[str, Any]) -> list[str]:
+    """Kinds of state that cannot be projected, or not be divided again."""
+    shapes = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, torch.Tensor) and v.ndim > 0}
+    return [*optimizers.unknown_state(state), *(k for k, shape in shapes.items() if shape != tuple(parameter.shape))]
