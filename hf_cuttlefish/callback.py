@@ -25,6 +25,7 @@ from .plan import RankPlan
 from .report import FactorizationReport
 from .restart import FULL_RANK_STATE
 from .saving import follow_checkpoints
+from .tensor_parallel import save_whole_state
 from .tensor_plan import cut_state
 
 logger = logging.getLogger(__name__)
@@ -199,6 +200,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         """After each checkpoint: statistics and model card beside it, and the switch in it if one is due by restart."""
         if self.cuttlefish is not None:
             self.cuttlefish.note_save()
+            if kwargs.get("optimizer") is not None:
+                save_whole_state(_checkpoint_folder(args, state), self.cuttlefish.model, kwargs["optimizer"])
             if self.cuttlefish.processes.size > 1:  # only here do all of them come by, and their sums are needed
                 self._save_statistics(args, state)
             model: nn.Module | None = self.cuttlefish.model

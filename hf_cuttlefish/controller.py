@@ -186,6 +186,11 @@ class Cuttlefish:
                 f"switch is 'in_place', and {fixed} are fixed when it is built: use switch='auto' or 'restart', FSDP2 "
                 "(fsdp_version: 2) or DDP"
             )
+        if self.config.objective == "speed" and isinstance(self.sharded, TensorParallelModel):
+            raise ValueError(
+                "objective is 'speed', and layers would be timed whole, of which tensor parallelism gives each process a part: use "
+                "objective='size'"
+            )
         if not self._can_restart:
             raise ValueError(
                 f"{fixed} are fixed when it is built, so the switch needs a checkpoint and a new engine: use Trainer with "

@@ -9,6 +9,7 @@ of the switch has everything whole, as one process would have saved it, and what
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -41,7 +42,7 @@ class TensorParallelModel(PartedModel):
         ValueError: parallelism of another kind besides, or weights divided in another way than into rows or columns.
     """
 
-    fixed = "the parts of tensor-parallel weights"
+    fixed = "tensor parallelism's parts of weights"
 
     def __init__(self, model: nn.Module, root: Root, optimizer: Any) -> None:
         super().__init__(model)
@@ -161,45 +162,19 @@ class TensorParallelCheckpoint(LowRankCheckpoint):
         return torch.zeros((), dtype=old.dtype).expand(old.shape)
 
     def _optimizer_state(self, factors: Mapping[str, Factors]) -> tuple[dict[str, Any], str]:
-        """The optimizer's state dict, whole on the main process, by the positions of the factorized model's parameters."""
+        """The optimizer's state dict for the factorized model, and what became of the state."""
         inner = optimizers.inner_optimizer(self.parted.optimizer)
-        layer_of = {id(self.parted.model.get_submodule(name).weight): name for name in self.plan}
         unknown = sorted({kind for p, state in inner.state.items() for kind in _unknown(p, state)})
-        carry = self.optimizer_state == "carry" and not unknown
         if unknown and self.optimizer_state == "carry" and self.processes.is_main:
             logger.warning(
                 "Cuttlefish: the optimizer keeps the state %s, which has no known projection; all of its state starts anew.",
                 ", ".join(unknown),
             )
-        groups, states, count = [], {}, 0
-        for group in inner.param_groups:
-            positions = []
-            for parameter in group["params"]:
-                name = layer_of.get(id(parameter))
-                new = self._new_states(inner.state.get(parameter, {}) if carry else {}, parameter, name, factors)
-                for own in new:
-                    if own:
-                        states[count] = own
-                    positions.append(count)
-                    count += 1
-            groups.append({**{k: v for k, v in group.items() if k != "param_names"}, "params": positions})
-        done = f"state carried for {len(self.plan)} of {len(self.plan)} layers" if states else "state starts anew"
-        return {"state": states, "param_groups": groups}, done
-
-    def _new_states(
-        self, state: Mapping[str, Any], parameter: nn.Parameter, name: str | None, factors: Mapping[str, Factors]
-    ) -> list[dict[str, Any]]:
-        """The whole state of what stands for a parameter; empty on all but the main process."""
-        self.processes.agree()
-        values = {k: self.parted.gather(v) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
-        count = 1 if name is None else 2
-        if not values or not self.processes.is_main:
-            return [dict.fromkeys(values)] * count
-        values = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-        if name is None:
-            return [values]
-        down, up = (nn.Parameter(f, requires_grad=False) for f in (factors[name].down, factors[name].up))
-        return list(optimizers.project(values, optimizers.FactorParameters(name, parameter, down, up)))
+        carry = self.optimizer_state == "carry" and not unknown and bool(inner.state)
+        layer_of = {id(self.parted.model.get_submodule(name).weight): name for name in self.plan}
+        saved = _whole_state(inner, self.processes, carry, layer_of, factors)
+        done = f"state carried for {len(self.plan)} of {len(self.plan)} layers" if carry else "state starts anew"
+        return saved, done
 
     def _save(
         self,
@@ -220,7 +195,74 @@ def find_tensor_parallel(model: nn.Module, optimizer: Any) -> TensorParallelMode
     return None if root is None else TensorParallelModel(model, root, optimizer)
 
 
+def save_whole_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
+    """Make a checkpoint that Trainer has just saved of a tensor-parallel model one from which a run can go on.
+
+    Its optimizer.pt has the main process's parts alone; it is written anew with the whole state. All processes must call. Nothing
+    is done for another model, without optimizer.pt, or where the state could not be divided again.
+    """
+    if find_root(model) is None:
+        return
+    inner, processes = optimizers.inner_optimizer(optimizer), Processes()
+    other = any(_other_shapes(p, state) for p, state in inner.state.items())
+    if not processes.from_main((folder / OPTIMIZER_NAME).is_file) or other:
+        return
+    saved = _whole_state(inner, processes)
+
+    def write() -> None:
+        partial = folder / f".{OPTIMIZER_NAME}.partial"
+        torch.save(saved, partial)
+        os.replace(partial, folder / OPTIMIZER_NAME)
+
+    processes.from_main(write)
+
+
+def _whole_state(
+    inner: torch.optim.Optimizer,
+    processes: Processes,
+    carry: bool = True,
+    layer_of: Mapping[int, str] | None = None,
+    factors: Mapping[str, Factors] | None = None,
+) -> dict[str, Any]:
+    """An optimizer's state dict, its tensors whole on the main process (and None on the others).
+
+    Args:
+        carry: whether it has state. layer_of: id of a weight whose place `factors` take -> its layer.
+    """
+    groups: list[dict[str, Any]] = []
+    states: dict[int, dict[str, Any]] = {}
+    count = 0
+    for group in inner.param_groups:
+        positions = []
+        for parameter in group["params"]:
+            processes.agree()  # one that has failed meanwhile would not answer
+            name = (layer_of or {}).get(id(parameter))
+            state = inner.state.get(parameter, {}) if carry else {}
+            values = {k: whole(v) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+            new = [values, values]
+            if not processes.is_main:
+                new = [dict.fromkeys(values), dict.fromkeys(values)]
+            elif values:
+                values = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+                new = [values]
+                if name is not None:
+                    found = cast(Mapping[str, Factors], factors)[name]
+                    down, up = (nn.Parameter(f, requires_grad=False) for f in (found.down, found.up))
+                    new = list(optimizers.project(values, optimizers.FactorParameters(name, parameter, down, up)))
+            for own in new[: 1 if name is None else 2]:
+                if own:
+                    states[count] = own
+                positions.append(count)
+                count += 1
+        groups.append({**{k: v for k, v in group.items() if k != "param_names"}, "params": positions})
+    return {"state": states, "param_groups": groups}
+
+
 def _unknown(parameter: torch.Tensor, state: Mapping[str, Any]) -> list[str]:
     """Kinds of state that cannot be projected, or not be divided again."""
+    return [*optimizers.unknown_state(state), *_other_shapes(parameter, state)]
+
+
+def _other_shapes(parameter: torch.Tensor, state: Mapping[str, Any]) -> list[str]:
     shapes = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, torch.Tensor) and v.ndim > 0}
-    return [*optimizers.unknown_state(state), *(k for k, shape in shapes.items() if shape != tuple(parameter.shape))]
+    return [k for k, shape in shapes.items() if shape != tuple(parameter.shape)]

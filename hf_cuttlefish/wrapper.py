@@ -194,8 +194,8 @@ def check_not_wrapped(model: nn.Module, sharded: bool = False) -> None:
         if is_sharded(parameter) and not sharded:
             raise ValueError(
                 f"{name} is sharded over devices (DTensor: FSDP2 or tensor parallel). In the middle of training use Cuttlefish "
-                "or CuttlefishCallback, which handle fully_shard (tensor parallel is not supported); otherwise change the model before it is "
-                "sharded"
+                "or CuttlefishCallback, which handle fully_shard, and Trainer with models that from_pretrained has made tensor "
+                "parallel (tp_plan='auto'); otherwise change the model before it is sharded"
             )
         if is_divided(parameter) and not sharded:
             raise ValueError(
