@@ -1,6 +1,7 @@
 """Tensor parallelism (real processes, gloo): the switch by restart, against one process on the same batches."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -17,20 +18,20 @@ from test_distributed import launch  # noqa: E402
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What each process says of all runs, the run in this one process, and the folder."""
+    """What each process says of all runs, the runs of both models in this one process, and the folder."""
     folder = tmp_path_factory.mktemp("tensor_parallel")
-    tp_trainer.make_base(folder / "base")
+    tp_trainer.make_bases(folder)
     launch(2, str(SCRIPTS / "tp_trainer.py"), str(folder))
     torch.set_num_threads(1)
-    alone = tp_trainer.run(folder / "alone", folder / "base")
-    assert not alone["divided"] and not alone["divided again"]
+    alone = {base: tp_trainer.run(folder / f"{base} alone", folder / base) for base in ("base", "biased")}
+    assert not any(run["divided"] or run["divided again"] for run in alone.values())
     return json.loads((folder / "results.json").read_text()), alone, folder
 
 
 def check_run(run):
     """One switch by restart, after which the factorized model is tensor parallel."""
     for _, part, whole in run["divided"].values():
-        assert 2 * part[0] * part[1] <= 1.02 * whole[0] * whole[1]  # of 99 tokens a process has 50
+        assert 2 * math.prod(part) <= 1.02 * math.prod(whole)  # of 99 tokens a process has 50
     assert run["dense"] and run["stopped"] == run["switched"] == trainers.SWITCH
     assert run["restart_from"] == run["whole"] and run["restart_from"].endswith(f"checkpoint-{trainers.SWITCH}")
     assert not any("cuttlefish" in name or "full_rank" in name or "partial" in name for name in run["left"])
@@ -39,16 +40,17 @@ def check_run(run):
     assert run["epochs"] == pytest.approx([(i + 1) / 6 for i in range(10)])  # 48 rows, 8 a step
 
 
-@pytest.mark.parametrize("name", ["plain", "accumulation"])
-def test_a_restart_goes_on_as_one_process(trained, name):
+@pytest.mark.parametrize(("name", "base"), [("plain", "base"), ("accumulation", "base"), ("biased", "biased")])
+def test_a_restart_goes_on_as_one_process(trained, name, base):
     everywhere, alone, _ = trained
+    expected = alone[base]
     for results in everywhere:
         run = results[name]
         check_run(run)
-        assert len(run["divided"]) == 16 and run["plan"] == alone["plan"]
-        assert run["losses"] == pytest.approx(alone["losses"], abs=2e-6)
-        assert run["increase"] == pytest.approx(alone["increase"], rel=1e-4)
-        assert "carried for 11 of 11" in run["optimizer"] and len(run["moments"]) == 4
+        assert len(run["divided"]) == (16 if base == "base" else 22) and run["plan"] == expected["plan"]
+        assert run["losses"] == pytest.approx(expected["losses"], abs=2e-6)
+        assert run["increase"] == pytest.approx(expected["increase"], rel=1e-4)
+        assert f"carried for {len(run['plan'])} of" in run["optimizer"] and len(run["moments"]) == 4
         assert all(size > 0 and error <= 1e-6 * size for size, error in run["moments"].values())
 
 
@@ -78,7 +80,7 @@ def test_the_folder_loads_tensor_parallel(trained):
 def test_one_process_goes_on_from_the_checkpoint(trained):
     everywhere, alone, folder = trained
     losses = tp_trainer.resume(folder / "one", folder / "base", Path(everywhere[0]["plain"]["restart_from"]))
-    assert losses == pytest.approx(alone["losses"], abs=2e-6)
+    assert losses == pytest.approx(alone["base"]["losses"], abs=2e-6)
 
 
 def test_the_optimizer_s_state_starts_anew_on_request(trained):

@@ -229,8 +229,9 @@ def refusals(folder: Path, base: Path, factorized: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def make_base(folder: Path) -> None:
-    BY_NAME["llama"].build().save_pretrained(folder)
+def make_bases(folder: Path) -> None:
+    BY_NAME["llama"].build().save_pretrained(folder / "base")
+    BY_NAME["qwen2"].build().save_pretrained(folder / "biased")  # biases at q, k and v
 
 
 def main() -> None:
@@ -243,6 +244,7 @@ def main() -> None:
         "accumulation": run(folder / "accumulation", base, **half),
         "reset": run(folder / "reset", base, replace(SETTINGS, optimizer_state="reset")),
         "with q_proj": run(folder / "q_proj", base, replace(SETTINGS, exclude_modules=None)),
+        "biased": run(folder / "biased run", folder / "biased"),
         "failing": failing(folder / "failing", base),
     }
     checkpoint = Path(results["plain"]["restart_from"])
