@@ -82,7 +82,7 @@ class Cuttlefish:
         loss_factor: what the loss is multiplied by before backward where batches say `num_items_in_batch` (the Trainer with
             average_tokens_across_devices: the number of processes, or of GPUs under nn.DataParallel).
         can_restart: whether the caller saves when `restarts` and `step` says so, calls `switch_in_checkpoint`, and trains on
-            from there in another run, as CuttlefishCallback does; DeepSpeed and FSDP1 ask for it.
+            from there in another run, as CuttlefishCallback does; DeepSpeed, FSDP1 and tensor parallelism ask for it.
 
     Attributes:
         plan: the RankPlan carried out, or None. switch_step: the step of the switch, or None.

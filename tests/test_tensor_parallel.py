@@ -73,7 +73,7 @@ def test_the_factors_are_divided_as_their_weight_was(trained):
 def test_the_folder_loads_tensor_parallel(trained):
     for results in trained[0]:
         loaded = results["loaded"]
-        assert loaded["difference"] <= 1e-5 * loaded["size"] and loaded["saved"]
+        assert loaded["difference"] <= 1e-5 * loaded["size"] and loaded["saved"] and loaded["generated"]
         assert loaded["losses"] == pytest.approx(results["plain"]["losses"], abs=1e-6)
 
 

@@ -171,11 +171,13 @@ def loaded(checkpoint: Path, base: Path) -> dict[str, Any]:
         expected = alone(input_ids=ids).logits
         difference = (model(input_ids=ids).logits - expected).abs().max().item()
     with_gradients = (model(input_ids=ids).logits - expected).abs().max().item()
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
+    same = torch.equal(model.generate(ids, **options), alone.generate(ids, **options))
     model.save_pretrained(checkpoint.parent / "saved")
     saved = AutoModelForCausalLM.from_pretrained(checkpoint.parent / "saved").state_dict()
     return {
         "divided": divided(model), "difference": max(difference, with_gradients), "size": expected.abs().max().item(),
-        "saved": all(torch.equal(saved[k], v) for k, v in alone.state_dict().items()), "losses": resume(checkpoint.parent, checkpoint, checkpoint),
+        "generated": same, "saved": all(torch.equal(saved[k], v) for k, v in alone.state_dict().items()), "losses": resume(checkpoint.parent, checkpoint, checkpoint),
     }  # fmt: skip
 
 
