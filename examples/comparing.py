@@ -147,12 +147,12 @@ def train_and_measure(method: str, new_trainer: Callable[[], Trainer], test: Dat
         measured["model_folder"] = str(folder)
         if trainer.is_world_process_zero():  # the one process that saves
             if cuttlefish is not None and cuttlefish.plan is not None:
-                write_model_card(folder, trainer.accelerator.unwrap_model(trainer.model), report=cuttlefish.report)
+                write_model_card(folder, whole_model(trainer, folder), report=cuttlefish.report)
             measured["saved_bytes"] = sum(file.stat().st_size for file in folder.iterdir())
     if args.do_eval:
         found = trainer.evaluate(test, metric_key_prefix="test")
         measured |= {key: found[key] for key in ("test_loss", "test_accuracy") if key in found}
-    measured |= count_parameters(trainer.accelerator.unwrap_model(trainer.model))
+    measured |= count_parameters(whole_model(trainer, folder))
 
     if cuttlefish is not None and cuttlefish.plan is not None:
         measured["switch_step"], measured["ranks"] = cuttlefish.switch_step, dict(cuttlefish.plan)
@@ -161,6 +161,14 @@ def train_and_measure(method: str, new_trainer: Callable[[], Trainer], test: Dat
             plot_stable_ranks(cuttlefish.history, cuttlefish.switch_step, folder.parents[1] / "stable_ranks.png", title)
             plot_ranks(cuttlefish.plan, folder.parents[1] / "ranks.png")
     return measured
+
+
+def whole_model(trainer: Trainer, folder: Path) -> torch.nn.Module:
+    """The trained model without wrappers. FSDP1 leaves none of its layers their weights: there it is the one just saved."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if type(trainer.model_wrapped).__name__ == "FullyShardedDataParallel":
+        return type(model).from_pretrained(folder)
+    return model
 
 
 def comparison(results: list[dict[str, Any]], blocks: str = "encoder") -> str:

@@ -190,7 +190,8 @@ def check_in_fresh_process(
         if value is not None:
             command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     # One ordinary process, also when this one is a rank of a distributed run.
-    environment = {k: v for k, v in os.environ.items() if k not in {"RANK", "LOCAL_RANK", "WORLD_SIZE"}}
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_", "FSDP_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if process.returncode != 0:
         raise RuntimeError(f"{measured['model_folder']} does not load in a fresh process: see the error above.")

@@ -102,7 +102,13 @@ def main() -> None:
     cuttlefish.end()
 
     bare = accelerator.unwrap_model(model)
-    bare.save_pretrained(args.output_dir, is_main_process=accelerator.is_main_process, save_function=accelerator.save)
+    weights = accelerator.get_state_dict(model)  # whole, also where FSDP2 gives each process a part
+    bare.save_pretrained(
+        args.output_dir,
+        state_dict=weights,
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+    )
     if accelerator.is_main_process:
         tokenizer.save_pretrained(args.output_dir)
     size = sum(p.numel() for p in bare.parameters())

@@ -124,6 +124,7 @@ class TensorParallelCheckpoint(LowRankCheckpoint):
     """
 
     parted: TensorParallelModel
+    mark = OPTIMIZER_NAME
 
     def _check(self, folder: Path) -> None:
         for name in (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME):

@@ -374,17 +374,18 @@ def test_trainer_uses_data_parallel_by_itself(tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU here")
     sys.path.insert(0, str(Path(__file__).parent / "distributed_scripts"))
+    from loops import tiny_bert
     from trainers import Rows
 
     for options in ({}, {"fp16": True}, {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2}):
         callback = CuttlefishCallback(
-            CuttlefishConfig(switch_step=6, statistics_steps=3, target_ratio=0.5, on_error="raise")
+            CuttlefishConfig(switch_step=6, statistics_steps=3, rank_multiple=2, target_ratio=0.5, on_error="raise")
         )
         arguments = TrainingArguments(
             output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=4, save_strategy="no", report_to=[],
             logging_steps=1, **options,
         )  # fmt: skip
-        trainer = Trainer(model=build(), args=arguments, train_dataset=Rows(), callbacks=[callback])
+        trainer = Trainer(model=tiny_bert(), args=arguments, train_dataset=Rows(), callbacks=[callback])
         trainer.train()
         assert isinstance(trainer.model_wrapped, torch.nn.DataParallel) and trainer.args.n_gpu > 1
         assert callback.switch_step == 6 and low_rank_layers(trainer.model)
