@@ -11,7 +11,6 @@ engine is needed. Where the pieces lie is torch's own affair (run on torch 2.13)
 from __future__ import annotations
 
 import copy
-import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,8 +30,6 @@ from .report import FactorizationReport
 from .restart import KeptFactors, LowRankCheckpoint, copy_module, save_model
 from .sharding import PartedModel
 from .wrapper import find_units
-
-logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE, OPTIMIZER_FILE = f"{FSDP_MODEL_NAME}.bin", f"{OPTIMIZER_NAME}.bin"
 INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -257,18 +254,11 @@ class FlattenedCheckpoint(LowRankCheckpoint):
         torch.save(weights, staging / WEIGHTS_FILE)
         save_model(model, staging, weights)
         saved = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", mmap=True, weights_only=True)
-        unknown = sorted({k for state in saved["state"].values() for k in optimizers.unknown_state(state)})
-        carry = self.optimizer_state == "carry" and not unknown
-        if unknown and self.optimizer_state == "carry":
-            logger.warning(
-                "Cuttlefish: the optimizer keeps the state %s, which has no known projection; all of its state starts anew.",
-                ", ".join(unknown),
-            )
+        carry = self._may_carry(k for own in saved["state"].values() for k in optimizers.unknown_state(own))
         states = dict(self._states(saved["state"], dense, exact)) if carry else {}
         saved |= {"state": states, "param_groups": self._groups(saved["param_groups"])}
         torch.save(saved, staging / OPTIMIZER_FILE)
-        done = f"state carried for {len(exact)} of {len(exact)} layers" if states else "state starts anew"
-        return f"FSDP1: {done}"
+        return f"FSDP1: {self._outcome(bool(states))}"
 
     def _states(
         self, saved: Mapping[str, dict[str, Any]], dense: Mapping[str, torch.Tensor], exact: Mapping[str, Factors]

@@ -16,7 +16,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -206,6 +206,20 @@ class LowRankCheckpoint(ABC):
         save_model(model, staging, state)
         return report.optimizer
 
+    def _may_carry(self, unknown: Iterable[str]) -> bool:
+        """Whether optimizer state is to be projected; warns of kinds that cannot be, for which all of it starts anew."""
+        kinds = sorted(set(unknown))
+        if kinds and self.optimizer_state == "carry" and self.processes.is_main:
+            logger.warning(
+                "Cuttlefish: the optimizer keeps the state %s, which has no known projection; all of its state starts anew.",
+                ", ".join(kinds),
+            )
+        return self.optimizer_state == "carry" and not kinds
+
+    def _outcome(self, carried: bool) -> str:
+        """What the report says of the optimizer's state."""
+        return f"state carried for {len(self.plan)} of {len(self.plan)} layers" if carried else "state starts anew"
+
 
 class DeepSpeedCheckpoint(LowRankCheckpoint):
     """As a second engine around the factorized copy saves it. A partition has one count of steps, so "reset" is for all."""
@@ -293,13 +307,7 @@ class DeepSpeedCheckpoint(LowRankCheckpoint):
         """Weights and optimizer state, one parameter after the other."""
         parted, first, second = self.parted, self.parted.partitions, partitions_of(engine)
         kinds = first.kinds()
-        unknown = sorted({k for kind in kinds for k in optimizers.unknown_state(kind)})
-        carry = self.optimizer_state == "carry" and not unknown and any(kinds)
-        if unknown and self.optimizer_state == "carry" and self.processes.is_main:
-            logger.warning(
-                "Cuttlefish: the optimizer keeps the state %s, which has no known projection; all of its state starts anew.",
-                ", ".join(unknown),
-            )
+        carry = self._may_carry(k for kind in kinds for k in optimizers.unknown_state(kind)) and any(kinds)
         group_of = {id(p): i for i, group in enumerate(first.groups) for p in group}
         if carry:
             second.empty_like(first, kinds)
@@ -325,8 +333,7 @@ class DeepSpeedCheckpoint(LowRankCheckpoint):
                 states = list(optimizers.project(state, pair)) if state else [{}, {}]
             for parameter, value, own in zip(new, values, states, strict=True):
                 second.write(parameter, value, own)
-        done = f"state carried for {len(self.plan)} of {len(self.plan)} layers" if carry else "state starts anew"
-        report.optimizer = f"{type(parted.optimizer.optimizer).__name__} (DeepSpeed): {done}"
+        report.optimizer = f"{type(parted.optimizer.optimizer).__name__} (DeepSpeed): {self._outcome(carry)}"
 
 
 class KeptFactors(Mapping[str, Factors]):

@@ -280,7 +280,7 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return any(c.__name__ == "FSDPModule" for c in type(module).__mro__)
 
 
-def is_sharded(tensor: torch.Tensor) -> bool:
+def is_sharded(tensor: object) -> bool:
     """Whether a tensor is a DTensor, of which this process holds a part."""
     return hasattr(tensor, "full_tensor")
 

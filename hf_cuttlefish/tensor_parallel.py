@@ -8,7 +8,6 @@ of the switch has everything whole, as one process would have saved it, and what
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,8 +27,6 @@ from .report import FactorizationReport
 from .restart import KeptFactors, LowRankCheckpoint, copy_module, save_model
 from .sharding import PartedModel, is_sharded, whole
 from .tensor_plan import BY_INPUTS, Root, check_style, find_root, placements
-
-logger = logging.getLogger(__name__)
 
 _OF_PARALLELISM = ("_tp_size", "_fsdp_size", "_device_mesh", "_mesh_manager", "_is_distributed_loading_by_transformers")
 """Attributes that transformers gives a model that it divides; without them it is an ordinary one."""
@@ -165,17 +162,11 @@ class TensorParallelCheckpoint(LowRankCheckpoint):
     def _optimizer_state(self, factors: Mapping[str, Factors]) -> tuple[dict[str, Any], str]:
         """The optimizer's state dict for the factorized model, and what became of the state."""
         inner = optimizers.inner_optimizer(self.parted.optimizer)
-        unknown = sorted({kind for p, state in inner.state.items() for kind in _unknown(p, state)})
-        if unknown and self.optimizer_state == "carry" and self.processes.is_main:
-            logger.warning(
-                "Cuttlefish: the optimizer keeps the state %s, which has no known projection; all of its state starts anew.",
-                ", ".join(unknown),
-            )
-        carry = self.optimizer_state == "carry" and not unknown and bool(inner.state)
+        unknown = (kind for p, state in inner.state.items() for kind in _unknown(p, state))
+        carry = self._may_carry(unknown) and bool(inner.state)
         layer_of = {id(self.parted.model.get_submodule(name).weight): name for name in self.plan}
         saved = _whole_state(inner, self.processes, carry, layer_of, factors)
-        done = f"state carried for {len(self.plan)} of {len(self.plan)} layers" if carry else "state starts anew"
-        return saved, done
+        return saved, self._outcome(carry)
 
     def _save(
         self,

@@ -20,6 +20,7 @@ import transformers
 from torch import nn
 
 from .layers import LowRankLinear
+from .sharding import is_sharded, part_like
 
 BY_OUTPUTS = ("colwise", "colwise_rep", "colwise_gather_output")
 """Styles that divide a weight's outputs."""
@@ -123,8 +124,8 @@ def cut(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str) -> N
         return
     for name, parameter in model.named_parameters(remove_duplicate=False):
         value = state_dict.get(prefix + name)
-        if value is not None and _is_parted(parameter) and not _is_parted(value) and value.shape == parameter.shape:
-            state_dict[prefix + name] = part_of(value, parameter)
+        if value is not None and is_sharded(parameter) and not is_sharded(value) and value.shape == parameter.shape:
+            state_dict[prefix + name] = part_like(value.detach().to(parameter.device), parameter)
 
 
 @torch.no_grad()
@@ -137,29 +138,20 @@ def cut_state(model: nn.Module, optimizer: Any) -> None:
         return
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            if _is_parted(value):
+            if is_sharded(value):
                 raise ValueError(
                     "optimizer.pt holds one process's parts of the optimizer's state, as Trainer saves it under tensor "
                     "parallelism, and a run cannot go on from it: resume from the checkpoint of the switch "
                     "(callback.restart_from), or start from these weights with from_pretrained"
                 )
-            if _is_parted(parameter) and getattr(value, "shape", None) == parameter.shape:
-                state[key] = part_of(value, parameter)
-
-
-def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that all hold whole, on the device of `like` and divided as it is. Nothing is sent."""
-    from torch.distributed.tensor import distribute_tensor
-
-    device = like.to_local().device  # type: ignore[attr-defined]
-    parted = distribute_tensor(tensor.detach().to(device), like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
-    return parted.clone()
+            if is_sharded(parameter) and getattr(value, "shape", None) == parameter.shape:
+                state[key] = part_like(value.to(parameter.device), parameter)
 
 
 def placements(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     """(name, mesh, placement) of each parameter that the processes hold parts of, and each dimension of its mesh."""
     for name, parameter in model.named_parameters():
-        if _is_parted(parameter):
+        if is_sharded(parameter):
             for placement in parameter.placements:  # type: ignore[attr-defined]
                 yield name, parameter.device_mesh, placement  # type: ignore[attr-defined]
 
@@ -196,7 +188,3 @@ def _starred(name: str) -> str:
     from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
     return replace_layer_number_by_wildcard(name)
-
-
-def _is_parted(tensor: object) -> bool:
-    return hasattr(tensor, "full_tensor")
