@@ -28,7 +28,7 @@ from torch import nn
 from training import TRAIN_ROWS_MEASURED, Training, _all_batches, load_once
 
 import hf_cuttlefish
-from hf_cuttlefish.patching import low_rank_layers
+from hf_cuttlefish.layers.low_rank import low_rank_layers
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_cuttlefish import CuttlefishConfig, LowRankLinear, estimate_ranks, factorize, merge
-from hf_cuttlefish.selection import find_targets
+from hf_cuttlefish.decide.targets import find_targets
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "compatibility.json"

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_cuttlefish.layers import LowRankLinear, dense_weight
-from hf_cuttlefish.patching import low_rank_layers, restructure
+from hf_cuttlefish.layers.dense import dense_weight
+from hf_cuttlefish.layers.low_rank import LowRankLinear, low_rank_layers
+from hf_cuttlefish.patch.structure import restructure
 
 
 def fill(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, LowRankLinear]:

@@ -52,8 +52,8 @@ from hf_cuttlefish import (
     factorize,
     follow_checkpoints,
 )
-from hf_cuttlefish.callback import STATISTICS_FILE
-from hf_cuttlefish.selection import find_targets
+from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.saving.checkpoints import STATISTICS_FILE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"

@@ -51,7 +51,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig
-from hf_cuttlefish.checkpoints import last_whole_checkpoint
+from hf_cuttlefish.saving.checkpoints import last_whole_checkpoint
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 DISK = ("file cut short", "read-only folder")

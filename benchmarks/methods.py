@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, RankPlan, estimate_ranks, factorize
-from hf_cuttlefish.factorization import GRADIENT_DAMPING, INPUT_DAMPING, Decomposition, LayerMoments, cut, decompose
-from hf_cuttlefish.layers import LowRankLinear, dense_weight
-from hf_cuttlefish.patching import low_rank_layers
-from hf_cuttlefish.plan import RankDecision, break_even_rank
-from hf_cuttlefish.ranks import LayerSpectrum, allowed_rank, plan_ranks, random_matrix_scale
-from hf_cuttlefish.selection import find_targets
-from hf_cuttlefish.statistics import MomentCollector
+from hf_cuttlefish.decide.plan import RankDecision, break_even_rank
+from hf_cuttlefish.decide.ranks import plan_ranks
+from hf_cuttlefish.decide.rules import LayerSpectrum, allowed_rank, random_matrix_scale
+from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.layers.dense import dense_weight
+from hf_cuttlefish.layers.low_rank import LowRankLinear, low_rank_layers
+from hf_cuttlefish.maths.factors import GRADIENT_DAMPING, INPUT_DAMPING, Decomposition, LayerMoments, cut, decompose
+from hf_cuttlefish.measure.moments import MomentCollector
 
 if TYPE_CHECKING:
     from training import Training
@@ -89,8 +90,8 @@ class Product(Method):
         step, at = controller.global_step + 1, state["switch_at"]
         if at is not None:
             return step >= at
-        checked = step % controller.check_steps == 0 or step >= controller.latest_step
-        return controller.statistics_steps == 0 and step >= controller.earliest_step and checked
+        checked = step % controller.schedule.check_steps == 0 or step >= controller.schedule.latest_step
+        return controller.schedule.statistics_steps == 0 and step >= controller.schedule.earliest_step and checked
 
     def after_step(self, training: Training) -> bool:
         """Let the controller step, and note what it decided."""
@@ -108,7 +109,7 @@ class Product(Method):
             self.notes |= {
                 "reason": controller.reason,
                 "switch_seconds": controller.report.seconds,
-                "statistics_steps": controller.statistics_steps,
+                "statistics_steps": controller.schedule.statistics_steps,
             }
         elif controller.reason is not None and controller.switch_step is None:
             self.notes["reason"] = controller.reason

@@ -501,7 +501,7 @@ class StepJob:
 
     def prepare(self, modes: list[str]) -> dict[str, Any]:
         """Build the model at the first call, and warm up the settings of these modes."""
-        from hf_cuttlefish.report import count_parameters
+        from hf_cuttlefish.layers.sizes import count_parameters
 
         begun = time.perf_counter()
         if self.model is None:
@@ -522,7 +522,7 @@ class StepJob:
 
         torch, job = self.torch, self.job
         from hf_cuttlefish import CuttlefishConfig, estimate_ranks, merge
-        from hf_cuttlefish.selection import find_targets
+        from hf_cuttlefish.decide.targets import find_targets
 
         torch.manual_seed(0)
         torch._dynamo.config.cache_size_limit = 64
@@ -940,8 +940,8 @@ class TrackingJob(OtherJob):
 
     def measure(self, seconds: float) -> dict[str, Any]:
         torch = self.torch
-        from hf_cuttlefish.selection import find_targets
-        from hf_cuttlefish.spectrum import StableRankTracker
+        from hf_cuttlefish.decide.targets import find_targets
+        from hf_cuttlefish.measure.tracker import StableRankTracker
 
         torch.manual_seed(0)
         model = build_model(self.job["model"]).to(self.device)
@@ -986,7 +986,7 @@ class SwitchJob(OtherJob):
     def measure(self, seconds: float) -> dict[str, Any]:
         torch = self.torch
         from hf_cuttlefish import Cuttlefish, CuttlefishConfig
-        from hf_cuttlefish.report import count_parameters
+        from hf_cuttlefish.layers.sizes import count_parameters
 
         torch.manual_seed(0)
         model = build_model(self.job["model"]).to(self.device).train()
@@ -1079,8 +1079,8 @@ class SelectJob(OtherJob):
 
         torch = self.torch
         from hf_cuttlefish import CuttlefishConfig, estimate_ranks, profiling
-        from hf_cuttlefish.flow import FlowRecorder
-        from hf_cuttlefish.selection import find_targets
+        from hf_cuttlefish.decide.targets import find_targets
+        from hf_cuttlefish.measure.shapes import FlowRecorder
 
         torch.manual_seed(0)
         with self.device:

@@ -17,9 +17,9 @@ from methods import Method, create
 from torch import nn
 
 import hf_cuttlefish
-from hf_cuttlefish.patching import low_rank_layers
-from hf_cuttlefish.report import block_containers, count_parameters
-from hf_cuttlefish.selection import find_targets
+from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.layers.low_rank import low_rank_layers
+from hf_cuttlefish.layers.sizes import block_containers, count_parameters
 
 RECORD_VERSION = 1
 TRAIN_ROWS_MEASURED = 1024

@@ -30,7 +30,7 @@ from speed import tables as speed_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from hf_cuttlefish.ranks import DEFAULT_RATIO  # noqa: E402
+from hf_cuttlefish.decide.rules import DEFAULT_RATIO
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 SPEED = {"speed": "speed_cpu.json", "GPU": "speed_h100.json"}

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig, write_model_card
-from hf_cuttlefish.plotting import plot_ranks, plot_stable_ranks
+from hf_cuttlefish.report.plotting import plot_ranks, plot_stable_ranks
 
 SCORES = {"test_accuracy": ("test accuracy", "{:.2%}"), "test_perplexity": ("test perplexity", "{:.2f}")}
 """What a run may be judged by: title and format in the table."""

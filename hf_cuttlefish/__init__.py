@@ -7,17 +7,17 @@ import logging as _logging
 from tqdm import tqdm as _tqdm  # type: ignore[import-untyped]  # comes with transformers
 
 from .callback import CuttlefishCallback
-from .checkpoints import last_whole_checkpoint
 from .config import CuttlefishConfig
-from .controller import Cuttlefish
-from .layers import LowRankLinear
-from .model_card import write_model_card
-from .patching import factorize, merge
-from .plan import RankPlan
-from .ranks import estimate_ranks
-from .saving import follow_checkpoints, save_merged
-from .saving import register as _register
-from .spectrum import stable_rank
+from .cuttlefish import Cuttlefish
+from .decide.plan import RankPlan
+from .decide.ranks import estimate_ranks
+from .layers.low_rank import LowRankLinear
+from .report.model_card import write_model_card
+from .saving.checkpoints import last_whole_checkpoint
+from .saving.following import follow_checkpoints
+from .saving.loading import register as _register
+from .saving.merged import save_merged
+from .switch import factorize, merge
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,6 @@ __all__ = [
     "last_whole_checkpoint",
     "merge",
     "save_merged",
-    "stable_rank",
     "write_model_card",
 ]
 

@@ -8,10 +8,11 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-import regex  # type: ignore[import-untyped]  # as in selection
+import regex  # type: ignore[import-untyped]  # re, with a time limit; transformers brings it
 
 CONFIG_VERSION = 1
 """Version of the dictionary that `CuttlefishConfig.to_dict` writes; older ones are read, newer ones refused."""
+
 
 RANK_RULES = ("loss", "stable_rank", "scaled_stable_rank", "accumulative", "paper", "energy", "ratio")
 

@@ -1,34 +1,129 @@
-"""The switch itself: choose ranks and factors on the main process, share them, carry them out everywhere or nowhere."""
+"""The switch itself: choose ranks and factors on the main process, share them, and make the edits everywhere or nowhere."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from . import optimizer as optimizers
 from .config import CuttlefishConfig
-from .distributed import OtherProcessError, Processes
-from .factorization import Decomposition, Factors, cut, decompose
-from .flow import FlowRecorder
-from .layers import dense_weight
-from .patching import factorize, low_rank_layers
-from .plan import RankPlan, break_even_rank
-from .profiling import keep_faster, rank_prices
-from .ranks import LayerSpectrum, needs_no_weights, plan_ranks, rank_by_hand, spectrum_of
-from .redundancy import RedundantEdit
-from .report import FactorizationReport
-from .sharding import PartedModel, ShardedModel
-from .statistics import MomentCollector
-from .wrapper import RebuiltDDP, forget_compiled
+from .decide.plan import RankPlan, break_even_rank
+from .decide.ranks import needs_no_weights, plan_ranks, rank_by_hand, spectrum_of
+from .decide.rules import LayerSpectrum
+from .decide.speed import keep_faster
+from .engines.around import check_not_wrapped
+from .engines.base import Engine, Layers
+from .engines.ddp import check_no_ddp
+from .layers.dense import dense_weight
+from .maths.factors import Decomposition, Factors, LayerMoments, cut, decompose
+from .measure.moments import MomentCollector
+from .measure.shapes import FlowRecorder
+from .measure.timing import rank_prices
+from .measure.watch import Watch
+from .patch.merge import merge_layers
+from .patch.modules import carry_out, make_change
+from .patch.report import FactorizationReport
+from .processes import Processes
 
 
-def choose(
-    layers: Mapping[str, nn.Module],
+def factorize(
+    model: nn.Module,
+    plan: Mapping[str, int],
+    optimizer: Any = None,
+    *,
+    statistics: Mapping[str, LayerMoments] | None = None,
+    factors: Mapping[str, Factors] | None = None,
+    optimizer_state: str = "carry",
+) -> FactorizationReport:
+    """Replace each layer of `plan` by a LowRankLinear, in place, all or nothing.
+
+        report = factorize(model, estimate_ranks(model), optimizer)
+        print(report)
+
+    Modules, the optimizer's groups and state, and `model.config` change together; if anything fails before the end,
+    nothing has changed. Bias Parameters stay the same objects. Forward and backward hooks of the layers stay in force.
+
+    Args:
+        model: the bare model (not wrapped by DDP or the like).
+        plan: a RankPlan, or {module name: rank}. An explicit rank is obeyed, also above break-even.
+        optimizer: the optimizer that trains the model, if any (Accelerate's wrapper is fine).
+        statistics: moments of the layers; the factors are then the best ones in the metric of the loss, and the mean
+            input's part goes into the bias. Plain SVD without.
+        factors: ready-made factors of the layers instead, asked for one layer after the other.
+        optimizer_state: "carry" or "reset".
+
+    Returns:
+        A report with parameter counts; `str(report)` is a table.
+
+    Raises:
+        TypeError: the plan is no mapping, a rank no whole number, or a named module no nn.Linear or Conv1D.
+        ValueError: an unknown, already factorized, tied, quantized or meta layer; a rank out of range; a plan or
+            factors made for another shape; weights that are not finite; an optimizer that does not hold the weights; a
+            model whose config says that it is quantized; a model inside DDP or another engine.
+    """
+    if isinstance(model, nn.Module):
+        check_not_wrapped(model)
+        check_no_ddp(model)
+    change = make_change(
+        model, plan, optimizer, statistics=statistics, factors=factors, optimizer_state=optimizer_state
+    )
+    return carry_out(change, change.edits(), Processes.alone())
+
+
+def merge(model: nn.Module, where: str = "all", example_inputs: Any = None) -> nn.Module:
+    """Turn LowRankLinears back into the dense class they came from, in place; returns the model.
+
+        merge(model)
+        merge(model, where="slower", example_inputs=batch)
+
+    The bias Parameters stay the same objects, and merged layers are removed from the structure noted in `model.config`.
+
+    Args:
+        where: "all", or "slower": only the layers that are faster dense in inference. They are timed here, eagerly, on the
+            device of `example_inputs` and at their shapes; a few milliseconds for each distinct shape and rank. The others
+            stay pairs, and the model saves and loads like any factorized one. Times differ from process to process: where
+            several hold replicas, let one merge and save.
+        example_inputs: for "slower", what the model is served with: keyword arguments of its forward (as a tokenizer gives
+            them), or a tensor or a tuple of positional ones.
+
+    Raises:
+        TypeError: example_inputs of another type, or a model that is no module.
+        ValueError: the model has no factorized layer, factors that are quantized or hold an adapter; another `where`;
+            "slower" without example_inputs or with inputs with which no factorized layer runs, "all" with some; a model inside
+            DDP or another engine.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return merge_layers(model, where, example_inputs, check_not_wrapped)
+
+
+def choose(engine: Engine, watch: Watch, config: CuttlefishConfig) -> tuple[RankPlan, Mapping[str, Factors]]:
+    """The plan, as the main process decides it, and the factors of its layers, on all processes.
+
+    Raises:
+        ValueError: weights that are not finite, naming the layer.
+    """
+    mine: dict[str, Factors] = {}
+    keep = "none" if not engine.holds_whole_weights else "found" if engine.processes.size == 1 else "all"
+
+    def decide(layers: Layers) -> tuple[RankPlan, list[str]]:
+        plan, found = plan_and_factors(layers, config, watch.moments, watch.initial(), watch.flow, keep)
+        mine.update(found)
+        return plan, [name for name, f in found.items() if f.bias_shift is not None]
+
+    plan, shifted = engine.from_main(watch.layers, decide)
+    if not plan:
+        return plan, {}
+    if not engine.holds_whole_weights:
+        return plan, FactorsInTurn(engine, watch, plan, config)
+    return plan, share(watch.layers, plan, mine, shifted, engine.processes)
+
+
+def plan_and_factors(
+    layers: Layers,
     config: CuttlefishConfig,
     collector: MomentCollector | None,
     initial: Mapping[str, float],
@@ -51,21 +146,7 @@ def choose(
     """
     statistics = collector.moments() if collector is not None else {}
     loss = collector.mean_loss() if collector is not None else None
-    spectra: dict[str, LayerSpectrum] = {}
-    parts: dict[str, Decomposition] = {}
-    shapes_only = needs_no_weights(config, statistics)
-    for name, layer in layers.items():
-        n_out, n_in = dense_weight(layer).shape
-        if shapes_only:
-            spectra[name] = LayerSpectrum(n_in, n_out, initial_stable_rank=initial.get(name))
-            continue
-        spectra[name], d = spectrum_of(name, layer, config, statistics.pop(name, None), initial.get(name))
-        if keep == "none":
-            continue
-        most = max(break_even_rank(n_in, n_out), rank_by_hand(name, config) or 1)
-        exact = torch.promote_types(dense_weight(layer).dtype, torch.float32)
-        parts[name] = d.shortened(min(most, n_in, n_out), exact)
-        del d  # two matrices in fp64, which would stay while the next layer is worked on
+    spectra, parts = _decompose_all(layers, config, statistics, initial, keep)
     if flow is not None and config.rank_rule == "loss":
         sizes = {name: s.in_features + s.out_features for name, s in spectra.items()}
         prices = rank_prices(flow.groups(), sizes, bool(flow.compiled))
@@ -81,12 +162,34 @@ def choose(
     return plan, factors
 
 
+def _decompose_all(
+    layers: Layers,
+    config: CuttlefishConfig,
+    statistics: dict[str, LayerMoments],
+    initial: Mapping[str, float],
+    keep: str,
+) -> tuple[dict[str, LayerSpectrum], dict[str, Decomposition]]:
+    """Spectra of all layers, and their decompositions up to break-even unless `keep` is "none"; `statistics` is used up."""
+    spectra: dict[str, LayerSpectrum] = {}
+    parts: dict[str, Decomposition] = {}
+    shapes_only = needs_no_weights(config, statistics)
+    for name, layer in layers.items():
+        n_out, n_in = dense_weight(layer).shape
+        if shapes_only:
+            spectra[name] = LayerSpectrum(n_in, n_out, initial_stable_rank=initial.get(name))
+            continue
+        spectra[name], d = spectrum_of(name, layer, config, statistics.pop(name, None), initial.get(name))
+        if keep == "none":
+            continue
+        most = max(break_even_rank(n_in, n_out), rank_by_hand(name, config) or 1)
+        exact = torch.promote_types(dense_weight(layer).dtype, torch.float32)
+        parts[name] = d.shortened(min(most, n_in, n_out), exact)
+        del d  # two matrices in fp64, which would stay while the next layer is worked on
+    return spectra, parts
+
+
 def share(
-    layers: Mapping[str, nn.Module],
-    plan: RankPlan,
-    factors: dict[str, Factors],
-    shifted: list[str],
-    processes: Processes,
+    layers: Layers, plan: RankPlan, factors: dict[str, Factors], shifted: list[str], processes: Processes
 ) -> dict[str, Factors]:
     """The main process's factors on all of them, sent layer by layer; `shifted` names the layers with a bias shift."""
     if processes.size == 1:
@@ -109,42 +212,30 @@ def share(
 
 
 class FactorsInTurn(Mapping[str, Factors]):
-    """Factors of a model in parts: each layer's are worked out on the main process and sent when they are asked for.
+    """Factors of sharded weights: each layer's are worked out on the main process and sent when they are asked for.
 
     All processes must ask for the same layers in the same order. None of them ever holds more than one layer whole.
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, nn.Module],
-        plan: RankPlan,
-        config: CuttlefishConfig,
-        collector: MomentCollector | None,
-        parted: PartedModel,
-    ) -> None:
-        self._layers, self._plan, self._config, self._collector = layers, plan, config, collector
-        self._parted, self._processes = parted, parted.processes
-        self.all_know = False
-        """Whether every process has heard of the error that was raised."""
+    def __init__(self, engine: Engine, watch: Watch, plan: RankPlan, config: CuttlefishConfig) -> None:
+        self._engine, self._layers, self._collector = engine, watch.layers, watch.moments
+        self._plan, self._config = plan, config
 
     def __getitem__(self, name: str) -> Factors:
         """Raises ValueError, naming the layer and on all processes, for weights that are not finite."""
-        self._processes.agree()  # one that has failed meanwhile would not answer
+        processes = self._engine.processes
+        processes.agree()  # one that has failed meanwhile would not answer
         mine: dict[str, Factors] = {}
 
-        def work(layers: Mapping[str, nn.Module]) -> list[str]:
+        def work(layers: Layers) -> list[str]:
             moments = self._collector.moments_of(name) if self._collector is not None else None
             _, parts = spectrum_of(name, layers[name], self._config, moments, None)
             mine[name] = cut(parts, self._plan[name])
             return [name] if mine[name].bias_shift is not None else []
 
-        try:
-            shifted = self._parted.from_main(self._layers, work)
-        except Exception:
-            self.all_know = True
-            raise
+        shifted = self._engine.from_main(self._layers, work)
         one = RankPlan({name: self._plan.decisions[name]})
-        return share(self._layers, one, mine, shifted, self._processes)[name]
+        return share(self._layers, one, mine, shifted, processes)[name]
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would work the factors out
         return name in self._plan
@@ -154,83 +245,3 @@ class FactorsInTurn(Mapping[str, Factors]):
 
     def __len__(self) -> int:
         return len(self._plan)
-
-
-def all_know(error: Exception, factors: Mapping[str, Factors]) -> bool:
-    """Whether every process has heard of an error: it came from another one, or from factors that are worked out in turn."""
-    return isinstance(error, OtherProcessError) or (isinstance(factors, FactorsInTurn) and factors.all_know)
-
-
-def carry_out(
-    model: nn.Module,
-    optimizer: Any,
-    plan: RankPlan,
-    factors: Mapping[str, Factors],
-    optimizer_state: str,
-    wrapper: DistributedDataParallel | ShardedModel | None,
-    processes: Processes,
-) -> FactorizationReport:
-    """Factorize and repair the wrapper on all processes, or put everything back on all of them and raise."""
-    told = False
-    sharded = wrapper if isinstance(wrapper, ShardedModel) else None
-    redundant = RedundantEdit(optimizer) if optimizers.is_redundant(optimizer) else None
-
-    def repair() -> ShardedModel | RebuiltDDP | None:
-        if sharded is not None:
-            sharded.exchange()
-            return sharded
-        if redundant is not None:
-            redundant.exchange()
-        return None if wrapper is None else RebuiltDDP(cast(DistributedDataParallel, wrapper))
-
-    def confirm() -> None:
-        nonlocal told
-        forget_compiled()
-        told = True
-        processes.agree()
-        repaired, error = None, None
-        try:
-            repaired = repair()
-        except Exception as caught:
-            error = caught
-        try:
-            processes.agree(error)
-        except BaseException:
-            if repaired is not None:
-                repaired.undo()
-            raise
-        if repaired is not None:
-            repaired.finish()
-
-    try:
-        report = factorize(
-            model,
-            plan,
-            optimizer,
-            factors=factors,
-            optimizer_state=optimizer_state,
-            sharded=sharded,
-            redundant=redundant,
-            confirm=confirm,
-        )
-    except BaseException as error:
-        if sharded is not None:
-            sharded.undo()
-        if isinstance(error, Exception) and not (told or all_know(error, factors)):
-            processes.agree(error)
-        raise
-    if redundant is not None:
-        report.optimizer = redundant.summary  # of all processes, which was not known before
-    elif sharded is None and processes.size > 1:
-        _share_optimizer_state(model, optimizer, processes)
-    return report
-
-
-def _share_optimizer_state(model: nn.Module, optimizer: Any, processes: Processes) -> None:
-    """The projected state comes out of matrix products, which need not round the same on every device."""
-    state = optimizers.inner_optimizer(optimizer).state
-    for pair in low_rank_layers(model).values():
-        for parameter in (pair.down.weight, pair.up.weight):
-            for _, value in sorted(state.get(parameter, {}).items()):
-                if isinstance(value, torch.Tensor) and value.ndim > 0:
-                    processes.broadcast_(value)

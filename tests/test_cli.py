@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Trainer, TrainingArguments
 
 from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig, LowRankLinear, cli, estimate_ranks
-from hf_cuttlefish.inspection import inspect_model
+from hf_cuttlefish.report.inspection import inspect_model
 
 ROOT = Path(__file__).parents[1]
 WORDS = "abcdefgh"
@@ -367,7 +367,7 @@ def test_env(run):
 
 
 def command(*arguments):
-    return [sys.executable, "-m", "hf_cuttlefish.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "hf_cuttlefish", *map(str, arguments)]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import compatibility as matrix  # noqa: E402
 
 from hf_cuttlefish import factorize  # noqa: E402
-from hf_cuttlefish.selection import find_targets, lost_when_saved  # noqa: E402
+from hf_cuttlefish.decide.targets import find_targets, lost_when_saved
 
 CLASSES = matrix.model_classes()
 

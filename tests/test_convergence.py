@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hf_cuttlefish.convergence import has_converged, relative_slopes
+from hf_cuttlefish.maths.convergence import has_converged, relative_slopes
 
 
 def settle(total, every, start=40.0, end=10.0, share=0.05):

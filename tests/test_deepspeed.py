@@ -15,8 +15,9 @@ import trainers  # noqa: E402
 from test_distributed import launch  # noqa: E402
 
 from hf_cuttlefish import CuttlefishConfig, last_whole_checkpoint  # noqa: E402
-from hf_cuttlefish.checkpoints import is_weights_file, what_is_missing  # noqa: E402
-from hf_cuttlefish.optimizer import unknown_state  # noqa: E402
+from hf_cuttlefish.engines.files import is_weights_file
+from hf_cuttlefish.maths.projection import unknown_state
+from hf_cuttlefish.saving.checkpoints import what_is_missing
 
 
 @pytest.fixture(scope="module")

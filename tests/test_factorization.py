@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_cuttlefish.factorization import (
+from hf_cuttlefish.maths.factors import (
     GRADIENT_DAMPING,
     INPUT_DAMPING,
     LayerMoments,

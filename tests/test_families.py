@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.trainer_utils import load_sharded_checkpoint
 
 from hf_cuttlefish import LowRankLinear, factorize, follow_checkpoints, merge
-from hf_cuttlefish.selection import find_targets, skipped_parameters
+from hf_cuttlefish.decide.targets import find_targets, skipped_parameters
 
 NOT_PICKLED = {"wav2vec2"}
 """Models with a torch parametrization (weight_norm), which torch refuses to pickle."""

@@ -18,8 +18,8 @@ from test_trainer import CONFIG, SWITCH, assert_same_run, run, tiny_bert
 
 import hf_cuttlefish
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, RankPlan
-from hf_cuttlefish.checkpoints import STATISTICS_FILE, last_whole_checkpoint, what_is_missing
-from hf_cuttlefish.patching import low_rank_layers
+from hf_cuttlefish.layers.low_rank import low_rank_layers
+from hf_cuttlefish.saving.checkpoints import STATISTICS_FILE, last_whole_checkpoint, what_is_missing
 
 ROOT = Path(__file__).parent.parent
 OURS = str(Path(hf_cuttlefish.__file__).parent)

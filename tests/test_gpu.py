@@ -28,11 +28,12 @@ from transformers import (
 )
 
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, LowRankLinear, factorize, profiling
-from hf_cuttlefish.factorization import factor_weight
-from hf_cuttlefish.flow import Group
-from hf_cuttlefish.patching import low_rank_layers
-from hf_cuttlefish.selection import find_targets
-from hf_cuttlefish.spectrum import StableRankTracker, stable_rank
+from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.layers.low_rank import low_rank_layers
+from hf_cuttlefish.maths.factors import factor_weight
+from hf_cuttlefish.maths.stable_ranks import stable_rank
+from hf_cuttlefish.measure.shapes import Group
+from hf_cuttlefish.measure.tracker import StableRankTracker
 
 DEVICE = "cuda"
 pytestmark = [
@@ -280,7 +281,7 @@ def test_measured_selection_knows_how_the_model_runs() -> None:
     for mode in (None, "default"):
         loop = Loop(build(hidden=256), "bf16", mode, objective="speed", switch_step=12, min_speedup=1.05)
         loop.run(13)
-        flow = loop.cuttlefish._flow
+        flow = loop.cuttlefish.watch.flow
         assert flow is not None
         assert flow.compiled is (mode is not None)
         assert (flow.step_time is None) is (mode is not None)
@@ -353,8 +354,8 @@ def test_replicas_on_several_devices(kind: Any) -> None:
     half.model.load_state_dict(loop.model.state_dict())
     for each in (loop, half):
         each.step()
-        assert each.cuttlefish._collector is not None
-    ours, plain = (each.cuttlefish._collector.moments() for each in (loop, half))
+        assert each.cuttlefish.watch.moments is not None
+    ours, plain = (each.cuttlefish.watch.moments.moments() for each in (loop, half))
     assert ours.keys() == plain.keys() and len(ours) == 12
     for name, moments in ours.items():
         assert moments.tokens == plain[name].tokens

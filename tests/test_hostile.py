@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import BY_NAME, RANK, outputs
 
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, LowRankLinear, RankPlan, estimate_ranks, factorize, merge
-from hf_cuttlefish.history import StableRankHistory
-from hf_cuttlefish.report import FactorizationReport
-from hf_cuttlefish.saving import CuttlefishStructure, follow_checkpoints, names_in
-from hf_cuttlefish.selection import find_targets, matches
-from hf_cuttlefish.statistics import MomentCollector, steps_in
+from hf_cuttlefish.decide.targets import find_targets, matches
+from hf_cuttlefish.measure.history import StableRankHistory
+from hf_cuttlefish.measure.moments import MomentCollector, steps_in
+from hf_cuttlefish.patch.report import FactorizationReport
+from hf_cuttlefish.saving.following import follow_checkpoints
+from hf_cuttlefish.saving.loading import CuttlefishStructure, names_in
 
 ROOT = Path(__file__).parent.parent
 MUTATIONS = int(os.environ.get("CUTTLEFISH_MUTATIONS", "150"))
@@ -153,7 +154,7 @@ def test_a_pattern_may_begin_with_a_flag():
 
 
 def test_a_slow_pattern_is_given_up(monkeypatch):
-    monkeypatch.setattr("hf_cuttlefish.selection.PATTERN_SECONDS", 1e-9)
+    monkeypatch.setattr("hf_cuttlefish.decide.targets.PATTERN_SECONDS", 1e-9)
     with pytest.raises(ValueError, match=r"takes more than .* write it without repeats"):
         matches(r"(x|\w+\w+|\.)*(\w+\.?)+", "bert.encoder.layer.0.attention.self.query" * 20)
 

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler as torch_schedules
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, get_scheduler
 
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, factorize
-from hf_cuttlefish.learning_rate import scale_learning_rate
+from hf_cuttlefish.patch.learning_rate import ScaleLearningRate
 
 STEPS, SWITCH, SCALE = 12, 5, 1.5
 
@@ -55,7 +55,7 @@ def rates(schedule, scale, kind=float):
         optimizer.step()
         scheduler.step(*([1.0] if isinstance(scheduler, torch_schedules.ReduceLROnPlateau) else []))
         if step + 1 == SWITCH:
-            scale_learning_rate(optimizer, scheduler, scale)
+            ScaleLearningRate(optimizer, scheduler, scale).apply()
             assert scheduler.get_last_lr() == pytest.approx([float(group["lr"]) for group in optimizer.param_groups])
     return seen
 
@@ -74,7 +74,9 @@ def test_one_tensor_as_the_rate_of_all_groups():
     torch.testing.assert_close(scaled[SWITCH:], SCALE * plain[SWITCH:])
     rate = torch.tensor(1e-2)
     optimizer = torch.optim.AdamW([{"params": [nn.Parameter(torch.ones(1))]} for _ in range(2)], lr=rate)
-    assert "0.01 -> 0.02" in scale_learning_rate(optimizer, None, 2.0)
+    edit = ScaleLearningRate(optimizer, None, 2.0)
+    edit.apply()
+    assert "0.01 -> 0.02" in edit.summary
     assert all(group["lr"] is rate for group in optimizer.param_groups) and float(rate) == pytest.approx(2e-2)
 
 

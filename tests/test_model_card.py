@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Trainer, TrainingArguments
 
 from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig, factorize
-from hf_cuttlefish.model_card import BEGIN, END, model_card, write_model_card
-from hf_cuttlefish.saving import save_merged
-from hf_cuttlefish.selection import find_targets
+from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.report.model_card import BEGIN, END, model_card, write_model_card
+from hf_cuttlefish.saving.merged import save_merged
 
 
 @pytest.fixture

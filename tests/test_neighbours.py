@@ -24,8 +24,8 @@ from hf_cuttlefish import (
     follow_checkpoints,
     merge,
 )
-from hf_cuttlefish.patching import low_rank_layers
-from hf_cuttlefish.selection import find_targets
+from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.layers.low_rank import low_rank_layers
 
 STEPS, SWITCH = 12, 6
 CONFIG = CuttlefishConfig(switch_step=SWITCH, rank_multiple=4, target_ratio=0.4)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from hf_cuttlefish import Cuttlefish, CuttlefishConfig, LowRankLinear, stable_rank
-from hf_cuttlefish.factorization import LayerMoments, decompose, factor_weight
-from hf_cuttlefish.ranks import allowed_rank
-from hf_cuttlefish.spectrum import StableRankTracker
-from hf_cuttlefish.statistics import MomentCollector
+from hf_cuttlefish import Cuttlefish, CuttlefishConfig, LowRankLinear
+from hf_cuttlefish.maths import stable_rank
+from hf_cuttlefish.decide.rules import allowed_rank
+from hf_cuttlefish.maths.factors import LayerMoments, decompose, factor_weight
+from hf_cuttlefish.measure.moments import MomentCollector
+from hf_cuttlefish.measure.tracker import StableRankTracker
 
 
 def ill_conditioned(m: int, n: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from transformers.optimization import Adafactor
 from transformers.pytorch_utils import Conv1D
 
 from hf_cuttlefish import factorize
-from hf_cuttlefish.optimizer import check_holds, inner_optimizer
+from hf_cuttlefish.patch.optimizer import check_holds, inner_optimizer
 
 
 def make_model(conv: bool = False) -> nn.Module:

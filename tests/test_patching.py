@@ -20,9 +20,9 @@ from hf_cuttlefish import LowRankLinear, RankPlan, factorize, merge
 from hf_cuttlefish import layers as layers_file
 from hf_cuttlefish import optimizer as optimizer_file
 from hf_cuttlefish import patching as patching_file
-from hf_cuttlefish.factorization import Factors, LayerMoments
-from hf_cuttlefish.plan import RankDecision
-from hf_cuttlefish.selection import find_targets
+from hf_cuttlefish.decide.plan import RankDecision
+from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.maths.factors import Factors, LayerMoments
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 OUTPUT = "bert.encoder.layer.1.output.dense"

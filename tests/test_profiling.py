@@ -13,11 +13,13 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, estimate_ranks, factorize, merge, profiling
-from hf_cuttlefish.flow import FlowRecorder, Group, StepTime
-from hf_cuttlefish.patching import low_rank_layers
-from hf_cuttlefish.profiling import GroupTiming, Timing, choose, keep_faster
-from hf_cuttlefish.ranks import LayerSpectrum, plan_ranks
-from hf_cuttlefish.selection import find_targets
+from hf_cuttlefish.decide.ranks import plan_ranks
+from hf_cuttlefish.decide.rules import LayerSpectrum
+from hf_cuttlefish.decide.speed import choose, keep_faster
+from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.layers.low_rank import low_rank_layers
+from hf_cuttlefish.measure.shapes import FlowRecorder, Group, StepTime
+from hf_cuttlefish.measure.timing import GroupTiming, Timing
 
 
 def bert() -> Any:

@@ -34,10 +34,10 @@ from hf_cuttlefish import (
     merge,
 )
 from hf_cuttlefish.config import RANK_RULES
-from hf_cuttlefish.factorization import LayerMoments, cut, decompose, factor_weight
-from hf_cuttlefish.patching import low_rank_layers
-from hf_cuttlefish.plan import RankDecision
-from hf_cuttlefish.selection import find_targets
+from hf_cuttlefish.decide.plan import RankDecision
+from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.layers.low_rank import low_rank_layers
+from hf_cuttlefish.maths.factors import LayerMoments, cut, decompose, factor_weight
 
 MANY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 

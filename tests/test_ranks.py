@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from hf_cuttlefish import CuttlefishConfig, RankPlan, estimate_ranks, factorize, ranks
-from hf_cuttlefish.plan import RankDecision, break_even_rank
-from hf_cuttlefish.ranks import RULES, LayerSpectrum, allowed_rank, plan_ranks, random_matrix_scale
+from hf_cuttlefish.decide.plan import RankDecision, break_even_rank
+from hf_cuttlefish.decide.ranks import plan_ranks
+from hf_cuttlefish.decide.rules import RULES, LayerSpectrum, allowed_rank, random_matrix_scale
 
 
 class Blocks(nn.Module):

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tiny_models import BY_NAME, RANK, aligned, assert_close, outputs
 
 from hf_cuttlefish import LowRankLinear, factorize
-from hf_cuttlefish.saving import save_merged
-from hf_cuttlefish.selection import find_targets
+from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.saving.merged import save_merged
 
 FRESH = """
 import json, sys, torch, transformers

@@ -21,8 +21,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from hf_cuttlefish import LowRankLinear, factorize, follow_checkpoints, merge
 from hf_cuttlefish import layers as layers_file
-from hf_cuttlefish.saving import CuttlefishLoader, CuttlefishStructure, names_in, register
-from hf_cuttlefish.selection import find_targets
+from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.saving.loading import CuttlefishLoader, CuttlefishStructure, names_in, register
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 RANK = 4

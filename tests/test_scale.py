@@ -13,9 +13,9 @@ import transformers as hf
 from torch import nn
 
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, estimate_ranks, factorize
-from hf_cuttlefish.history import MOST_CHECKS
-from hf_cuttlefish.selection import find_targets
-from hf_cuttlefish.switch import choose
+from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.measure.history import MOST_CHECKS
+from hf_cuttlefish.switch import plan_and_factors as choose
 
 LONG = os.environ.get("CUTTLEFISH_LONG") == "1"
 LAYERS, CHECKS, WIDTH = (1000, 1000, 4) if LONG else (100, 600, 4)
@@ -54,17 +54,17 @@ def test_many_checks_of_many_layers():
     config = CuttlefishConfig(check_steps=1, switch_step=10 * CHECKS, rank_multiple=1)
     cuttlefish = Cuttlefish(model, torch.optim.SGD(model.parameters(), lr=0.1), config, total_steps=10 * CHECKS)
     assert len(cuttlefish.layers) == LAYERS
-    cuttlefish._switch_at = None  # a fixed step needs no checks; this run is to make them all the same
+    cuttlefish.schedule.switch_at = None  # a fixed step needs no checks; this run is to make them all the same
     process, seconds, held = psutil.Process(), [], []
     gc.collect()
     for check in range(CHECKS):
         started = time.process_time()
-        cuttlefish._measure()
+        cuttlefish.watch.measure(cuttlefish.global_step)
         seconds.append(time.process_time() - started)
         if check % 50 == 49:
             cuttlefish.note_save()  # as a run that saves does
             held.append(process.memory_info().rss)
-    assert len(cuttlefish.checks) <= MOST_CHECKS and cuttlefish.checks[0] == 0
+    assert len(cuttlefish.watch.history.steps) <= MOST_CHECKS and cuttlefish.watch.history.steps[0] == 0
     assert hooks(model) == 0
     assert len(json.dumps(cuttlefish.state_dict())) < 25 * MOST_CHECKS * LAYERS
     early, late = seconds[100:200], seconds[-100:]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from hf_cuttlefish import CuttlefishConfig, LowRankLinear, factorize
-from hf_cuttlefish.selection import find_targets, matches, skipped_parameters
+from hf_cuttlefish.decide.targets import find_targets, matches, skipped_parameters
 
 
 class Block(nn.Module):

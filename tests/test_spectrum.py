@@ -10,9 +10,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_cuttlefish import Cuttlefish, CuttlefishConfig, stable_rank
-from hf_cuttlefish.ranks import random_matrix_scale
-from hf_cuttlefish.spectrum import StableRankTracker
+from hf_cuttlefish import Cuttlefish, CuttlefishConfig
+from hf_cuttlefish.maths import stable_rank
+from hf_cuttlefish.decide.rules import random_matrix_scale
+from hf_cuttlefish.measure.tracker import StableRankTracker
 
 
 def exact(w: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_cuttlefish.factorization import LayerMoments
-from hf_cuttlefish.layers import dense_weight
-from hf_cuttlefish.statistics import MomentCollector
+from hf_cuttlefish.layers.dense import dense_weight
+from hf_cuttlefish.maths.factors import LayerMoments
+from hf_cuttlefish.measure.moments import MomentCollector
 
 
 class Classifier(nn.Module):

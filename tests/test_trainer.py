@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig, LowRankLinear
-from hf_cuttlefish.callback import STATISTICS_FILE
+from hf_cuttlefish.saving.checkpoints import STATISTICS_FILE
 
 STEPS, SWITCH = 20, 8
 CONFIG = CuttlefishConfig(switch_step=SWITCH, rank_multiple=4, target_ratio=0.4)

@@ -27,7 +27,7 @@ from torch import distributed as dist
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, last_whole_checkpoint, restart
-from hf_cuttlefish.partitions import FlatPartitions, ParameterPartitions
+from hf_cuttlefish.engines.deepspeed_partitions import FlatPartitions, ParameterPartitions
 
 SETTINGS = CuttlefishConfig(
     switch_step=trainers.SWITCH, statistics_steps=4, rank_multiple=2, target_ratio=0.5, on_error="raise"
@@ -171,7 +171,7 @@ def run(folder: Path, stage: int, settings: CuttlefishConfig = SETTINGS, **chang
 
 
 def restart_ranks(model: torch.nn.Module) -> dict[str, int]:
-    from hf_cuttlefish.patching import low_rank_layers
+    from hf_cuttlefish.layers.low_rank import low_rank_layers
 
     return {name: layer.rank for name, layer in low_rank_layers(model).items()}
 

@@ -28,7 +28,7 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, flattened, last_whole_checkpoint, restart
-from hf_cuttlefish.patching import low_rank_layers
+from hf_cuttlefish.layers.low_rank import low_rank_layers
 
 SETTINGS = CuttlefishConfig(
     switch_step=trainers.SWITCH, statistics_steps=4, rank_multiple=2, target_ratio=0.5, on_error="raise"

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, LowRankLinear
-from hf_cuttlefish.wrapper import RebuiltDDP
+from hf_cuttlefish.engines.ddp import RebuildDDP as RebuiltDDP
 
 STEPS, SWITCH, GLOBAL_BATCH, LENGTH, CLASSES = 10, 5, 12, 8, 3
 

@@ -121,7 +121,7 @@ def summary(
     state = get_optimizer_state_dict(model, optimizer, options=WHOLE)["state"] if size() > 1 else {}
     plain = tiny_bert()
     if rank() == 0 and pairs:
-        from hf_cuttlefish.patching import restructure
+        from hf_cuttlefish.patch.structure import restructure
 
         restructure(plain, {n: m.rank for n, m in model.named_modules() if isinstance(m, LowRankLinear)})
         plain.load_state_dict(whole)
@@ -145,7 +145,7 @@ def summary(
 
 def resumed(folder: Path) -> dict[str, Any]:
     """Another model, factorized as the saved one before it is sharded, goes on from the sharded checkpoint."""
-    from hf_cuttlefish.patching import restructure
+    from hf_cuttlefish.patch.structure import restructure
 
     model = tiny_bert()
     cuttlefish = Cuttlefish(shard(model), optimizer := optimizer_of(model), config(), total_steps=STEPS)
@@ -217,6 +217,7 @@ def failing(where: str, culprit: int) -> str:
     """An error on one process in the middle of the switch leaves all of them dense, as before, and able to go on."""
     import hf_cuttlefish.optimizer as optimizers
     import hf_cuttlefish.sharding as sharding
+
     import hf_cuttlefish.switch as switch
 
     model = shard(tiny_bert().train())

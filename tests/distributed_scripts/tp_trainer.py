@@ -30,7 +30,7 @@ from hf_cuttlefish import (
     last_whole_checkpoint,
     tensor_parallel,
 )
-from hf_cuttlefish.patching import low_rank_layers
+from hf_cuttlefish.layers.low_rank import low_rank_layers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_models import BY_NAME

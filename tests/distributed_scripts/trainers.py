@@ -184,7 +184,7 @@ def main() -> None:
 
 def killed(folder: Path) -> None:
     """Process 1 ends without a word after everything has changed, before it has said so."""
-    from hf_cuttlefish.distributed import Processes
+    from hf_cuttlefish.processes import Processes
 
     agree = Processes.agree
 

@@ -1,0 +1,132 @@
+"""The command's arguments."""
+
+from __future__ import annotations
+
+import argparse
+
+from .. import __version__
+from ..config import RANK_RULES
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise ValueError
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+_share.__name__, _count.__name__ = "share (above 0, at most 1)", "whole number of at least 1"  # argparse shows these
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-cuttlefish",
+        description="Cuttlefish (low-rank training without tuning) for models that lie in a folder or on the hub.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 reader of the output gone, 143 terminated.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        sub.set_defaults(command=name.replace("-", "_"))
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    sub = command("inspect", "show each layer's stable rank, its rank under every rule, and what that would save")
+    _add_model(sub)
+    sub.add_argument(
+        "--ratio", type=_share, metavar="R", help="size for rule 'loss': share of these layers' parameters"
+    )
+    sub.add_argument(
+        "--rule", choices=RANK_RULES, default="loss", help="rule of the size columns, the plots and the plan"
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON: all numbers of all rules")
+    sub.add_argument("--plot", metavar="FILE", help="draw the ranks as a map of layers by projections")
+    sub.add_argument("--plot-spectra", metavar="FILE", help="draw the spectra, with the ranks marked")
+    sub.add_argument("--save-plan", metavar="FILE", help="write the ranks as JSON, for factorize --plan")
+
+    sub = command("factorize", "make a trained model low rank, without training")
+    _add_model(sub)
+    sub.add_argument("out", metavar="OUT", help="folder to write")
+    size = sub.add_mutually_exclusive_group(required=True)
+    size.add_argument("--ratio", type=_share, metavar="R", help="share of the target layers' parameters to keep")
+    size.add_argument("--plan", metavar="FILE", help='ranks: what inspect --save-plan wrote, or {"module name": rank}')
+    size.add_argument("--rule", choices=RANK_RULES, help="ranks by a rule of CuttlefishConfig.rank_rule")
+    sub.add_argument("--json", action="store_true", help="print the report as JSON")
+    _add_force(sub)
+
+    sub = command("merge", "turn a factorized model into a dense one, which loads without this package")
+    sub.add_argument("model", metavar="MODEL", help="folder or hub name of a factorized model")
+    sub.add_argument("out", metavar="OUT", help="folder to write")
+    _add_force(sub)
+
+    sub = command("plot", "draw a run from the state that the Trainer saved in its checkpoints")
+    sub.add_argument(
+        "run_dir", metavar="RUN_DIR", help="a checkpoint, or a folder with checkpoints (the newest counts)"
+    )
+    sub.add_argument("out", metavar="OUT", help="file to write; its ending chooses the format (png, svg, pdf)")
+    sub.add_argument(
+        "--what",
+        choices=("stable-ranks", "ranks", "loss"),
+        default="stable-ranks",
+        help="what to draw (default: %(default)s)",
+    )
+
+    sub = command("env", "show versions and devices, for bug reports")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_model(sub: argparse.ArgumentParser) -> None:
+    """The model, its target layers, and the data for statistics."""
+    sub.add_argument("model", metavar="MODEL", help="folder or hub name")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    layers = sub.add_argument_group("layers")
+    layers.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="endings of module names (default: all linear layers of the blocks)",
+    )
+    layers.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="endings of module names that stay dense")
+    layers.add_argument(
+        "--rank-multiple",
+        type=_count,
+        default=8,
+        metavar="N",
+        help="ranks are multiples of this (default: %(default)s)",
+    )
+    data = sub.add_argument_group("data", "With texts the ranks and the factors suit what flows through the layers.")
+    data.add_argument("--data", metavar="FILE", help=".csv, .tsv, .jsonl or .json with columns, or lines of text")
+    data.add_argument("--text-column", nargs="+", metavar="NAME", help="one column, or two for pairs (default: text)")
+    data.add_argument(
+        "--label-column",
+        default="label",
+        metavar="NAME",
+        help="column of the classes, if there is one (default: %(default)s)",
+    )
+    data.add_argument(
+        "--samples", type=_count, default=1024, metavar="N", help="rows to read at most (default: %(default)s)"
+    )
+    data.add_argument(
+        "--batch-size", type=_count, default=32, metavar="N", help="rows in a batch (default: %(default)s)"
+    )
+    data.add_argument(
+        "--max-length",
+        type=_count,
+        default=128,
+        metavar="N",
+        help="longer texts are cut to N tokens (default: %(default)s)",
+    )
+
+
+def _add_force(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--force", action="store_true", help="write into OUT even if it is not empty")

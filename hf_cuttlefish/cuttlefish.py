@@ -1,0 +1,508 @@
+"""The run itself: watch, decide, gather, switch. Knows no Trainer; `Cuttlefish.step()` is all that a loop calls."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import CuttlefishConfig
+from .decide.plan import RankPlan, group_name
+from .decide.schedule import Schedule
+from .decide.targets import find_targets
+from .engines.base import Engine
+from .engines.find import find_again, find_engine
+from .engines.restart import LowRankCheckpoint
+from .layers.dense import is_meta
+from .layers.low_rank import low_rank_layers
+from .layers.sizes import count_parameters
+from .measure.moments import steps_in
+from .measure.watch import Watch
+from .patch.edits import Edit
+from .patch.learning_rate import check_can_scale, learning_rate_edit
+from .patch.modules import carry_out
+from .patch.report import FactorizationReport
+from .processes import Processes, ProcessLostError
+from .saving.run_state import RunState
+from .switch import choose
+
+logger = logging.getLogger(__name__)
+
+
+class Cuttlefish:
+    """Full-rank phase, switch, low-rank phase, for a hand-written training loop.
+
+        cuttlefish = Cuttlefish(model, optimizer, total_steps=len(loader) * epochs)
+        for batch in ...:
+            model(**batch).loss.backward()
+            optimizer.step(); scheduler.step(); optimizer.zero_grad()
+            if cuttlefish.step():
+                print(cuttlefish.report)
+        cuttlefish.end()
+
+    The optimizer and the scheduler stay the same objects; the model changes in place. Where several processes train it
+    under DDP, all of them make a Cuttlefish and call it at the same steps; the main one decides, and DDP is repaired.
+
+    Args:
+        model: the model, with weights: bare, or as DDP, nn.DataParallel or torch.compile has wrapped it.
+        optimizer: the torch optimizer (or Accelerate's wrapper of it) that trains it.
+        config: choices; none are needed.
+        total_steps: optimizer steps of the whole run.
+        scaler: a GradScaler, if fp16 is used without Accelerate's optimizer wrapper.
+        scheduler: the scheduler that drives the optimizer; needed for a learning_rate_scale alone.
+        loss_factor: what the loss is multiplied by before backward where batches say `num_items_in_batch` (the Trainer with
+            average_tokens_across_devices: the number of processes, or of GPUs under nn.DataParallel).
+        can_restart: whether the caller saves when `restarts` and `step` says so, calls `switch_in_checkpoint`, and trains on
+            from there in another run, as CuttlefishCallback does; DeepSpeed, FSDP1 and tensor parallelism ask for it.
+
+    Attributes:
+        plan: the RankPlan carried out, or None. switch_step: the step of the switch, or None.
+        history: [{"step", "layer", "stable_rank"}, ...]. report: FactorizationReport of the switch, or None.
+        reason: why the switch came when it did, or why there is none. model: the bare model.
+
+    Raises:
+        TypeError, ValueError: bad arguments, patterns without a match, weights on the meta device, an optimizer that does
+            not hold the target weights, an engine that is not supported, processes that hold different models or settings.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        config: CuttlefishConfig | None = None,
+        *,
+        total_steps: int,
+        scaler: Any = None,
+        scheduler: Any = None,
+        loss_factor: float = 1.0,
+        can_restart: bool = False,
+    ) -> None:
+        self.config = CuttlefishConfig.coerce(config)
+        self.schedule = Schedule(self.config, total_steps)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self.scaler, self.scheduler, self.loss_factor = scaler, scheduler, loss_factor
+        self.global_step = 0
+        self.plan: RankPlan | None = None
+        self.switch_step: int | None = None
+        self.report: FactorizationReport | None = None
+        self.finished = False
+        self._can_restart = can_restart
+        self._checkpoint: LowRankCheckpoint | None = None
+        self._logged_check = -1
+        self._verify_at: int | None = None
+        self._looked_again = False
+        self.engine = self._agreed_engine(model, optimizer)
+        if not self.finished:
+            self.watch.measure(0)
+            self._look_ahead()
+
+    def _agreed_engine(self, model: nn.Module, optimizer: Any) -> Engine:
+        """Find the engine and the layers, refuse what would go wrong, and see that all processes are alike."""
+        engine, processes, error = None, Processes(), None
+        try:
+            engine = find_engine(model, optimizer, self._can_restart)
+            processes = engine.processes
+            self.watch = Watch(engine.model, self._targets(engine), engine, self.config)
+            if not self.finished:
+                engine.check(self.watch.layers, self.config, self._can_restart)
+        except Exception as caught:
+            error = caught
+        processes.agree(error)
+        assert_alike(processes, self._facts(engine) if engine is not None else {})
+        if engine is not None and not self.finished:
+            engine.check_replicas("at the start")
+        return engine or Engine(model, optimizer)
+
+    def _targets(self, engine: Engine) -> dict[str, nn.Module]:
+        """The layers to watch; none where the model is factorized already."""
+        if low_rank_layers(engine.model):
+            self._finish("the model is already factorized")
+            return {}
+        self.schedule.check_fits()
+        layers: dict[str, nn.Module] = dict(find_targets(engine.model, self.config))
+        for name, layer in layers.items():
+            if is_meta(layer):
+                raise ValueError(f"{name} is on the meta device: load the weights before training")
+        if self.config.learning_rate_scale not in (None, 1):
+            check_can_scale(engine.optimizer, self.scheduler)
+        return layers
+
+    def _facts(self, engine: Engine) -> dict[str, Any]:
+        """What all processes must have alike."""
+        return {
+            "model": [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in engine.model.named_parameters()],
+            "target layers": list(self.watch.layers),
+            "config": self.config.to_dict(),
+            "total_steps": self.schedule.total_steps,
+            "the engine around the model": type(engine).__name__,
+        }
+
+    # --- what the loop calls ---
+
+    def step(self) -> bool:
+        """Call after each optimizer step (not after each micro-batch). True on the step that switched.
+
+            if cuttlefish.step():
+                print(cuttlefish.report)
+
+        Where the model `restarts`, True says that the switch is due: save a checkpoint, then `switch_in_checkpoint`.
+
+        Raises:
+            RuntimeError or ValueError: the switch failed and on_error is "raise". The model is as before.
+        """
+        accumulating = getattr(self.engine.optimizer, "gradient_state", None)
+        if accumulating is not None and not accumulating.sync_gradients:
+            return False  # Accelerate's optimizer has not stepped: this was a micro-batch
+        self.global_step += 1
+        self._check_engine()
+        if self.finished:
+            return False
+        if self.config.learning_rate_scale not in (None, 1):
+            check_can_scale(self.engine.optimizer, self.scheduler)  # a scheduler may have been made since
+        # Measure what this step has shown, then decide from numbers alone.
+        self.watch.step(self.global_step, self.schedule.latest_step)
+        if self.schedule.is_check(self.global_step):
+            self.watch.measure(self.global_step)
+        self.schedule.decide(self.global_step, self.watch.history.steps, self.watch.history.ranks)
+        self._look_ahead()
+        return self.schedule.is_due(self.global_step) and (self.restarts or self._try_switch())
+
+    def switch_in_checkpoint(self, folder: Path) -> bool:
+        """Exchange the checkpoint just saved of this step for that of the factorized model; the model here stays as it is.
+
+            if cuttlefish.step():
+                accelerator.save_state(folder); cuttlefish.switch_in_checkpoint(folder)
+
+        All processes must call it. False where there is no switch, for the reason in `reason`: the checkpoint is as it was.
+        Trainer's trainer_state.json has been renamed; to write that of the low-rank phase is left to the caller, as the last
+        act. Without one (`accelerator.save_state`) the checkpoint is whole; keep `state_dict()` for the run that goes on.
+        A checkpoint of the same step that is saved once more can be exchanged once more.
+
+        Raises:
+            RuntimeError or ValueError: as `step`.
+        """
+        if self._checkpoint is not None:
+            self._checkpoint.write(folder)
+            return True
+        return self._try_switch(folder)
+
+    def start_at(self, step: int) -> None:
+        """Join a run that has come to `step` without us. Raises ValueError if that is at or past a fixed switch_step."""
+        if step == 0 or self.finished:
+            return
+        self.schedule.start_at(step)
+        self.global_step = step
+        self.watch.history.steps = [step]
+        self.watch.drop_moments()
+        self._look_ahead()
+
+    def close(self) -> None:
+        """Remove all hooks. `end` does so too; this is for a run that is given up without a word."""
+        self.watch.stop()
+
+    def end(self) -> None:
+        """Call when training ends: removes the hooks, and warns with the reason if there was no switch."""
+        self.close()
+        if self.switch_step is None and not low_rank_layers(self.model):
+            due = self.schedule.switch_at or self.schedule.latest_step
+            self._say(
+                logging.WARNING,
+                "Cuttlefish: the run ended after %d of %d steps without a switch, and the model is as large as before: %s.",
+                self.global_step,
+                self.schedule.total_steps,
+                self.reason if self.finished else f"the switch was due at step {due} at the latest",
+            )
+
+    def keep_results(self, previous: Cuttlefish) -> None:
+        """Keep what an earlier run on this model found out, if the model still has the structure of its plan."""
+        here = {n: m.rank for n, m in low_rank_layers(self.model).items()}
+        if previous.plan is not None and dict(previous.plan) == here:
+            self.plan, self.report, self.switch_step = previous.plan, previous.report, previous.switch_step
+            self.watch.history = previous.watch.history
+
+    # --- what can be read ---
+
+    @property
+    def model(self) -> nn.Module:
+        return self.engine.model
+
+    @property
+    def processes(self) -> Processes:
+        """Who decides together."""
+        return self.engine.processes
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """Name -> target layer; none once the run has switched."""
+        return dict(self.watch.layers)
+
+    @property
+    def restarts(self) -> bool:
+        """Whether the engine cannot be edited, so that the switch has to be carried out in a checkpoint."""
+        return bool(self.engine.fixed)
+
+    @property
+    def reason(self) -> str | None:
+        return self.schedule.reason
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        return self.watch.history.records()
+
+    @property
+    def switched_model(self) -> nn.Module | None:
+        """The factorized model that `switch_in_checkpoint` has saved, for its model card."""
+        return None if self._checkpoint is None else self._checkpoint.model
+
+    def logs(self) -> dict[str, float]:
+        """What a tracker shows of the run, as in `accelerator.log({"loss": ..., **cuttlefish.logs()}, step=...)`.
+
+        Mean stable rank of each kind of projection if there was a check since the last call, the model's parameters, and
+        the step of the switch once there was one. The Trainer callback adds the same to each log.
+        """
+        values: dict[str, float] = {}
+        checks = self.watch.history.steps
+        if checks and checks[-1] != self._logged_check:
+            self._logged_check = checks[-1]
+            kinds: dict[str, list[float]] = {}
+            for layer, value in self.watch.latest().items():
+                kinds.setdefault(group_name(layer).rpartition("*.")[2], []).append(value)
+            values = {f"stable_rank/{kind}": round(sum(v) / len(v), 4) for kind, v in kinds.items()}
+        values["parameters"] = count_parameters(self.model)
+        if self.switch_step is not None:
+            values["switch_step"] = self.switch_step
+        return values
+
+    # --- state, for checkpoints ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to resume, but for the statistics being gathered (`statistics_state`). JSON-ready."""
+        return RunState(
+            self.global_step,
+            self.schedule.switch_at,
+            self.switch_step,
+            self.reason,
+            self.finished,
+            self.watch.is_gathering,
+            self.plan,
+            self.report,
+            self.watch.history,
+        ).to_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], statistics: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Go on where `state_dict` was taken. The model must hold that checkpoint's weights already.
+
+        Args:
+            statistics: what `statistics_state` gave then (asked for on the main process only); without it the gathering
+                starts anew, and the switch comes later.
+
+        Raises:
+            ValueError: a state written by a newer version, one that does not fit the model, or one that is broken.
+        """
+        saved = RunState.from_dict(state, self.model)
+        self.watch.drop_moments()
+        self.global_step, self.finished = saved.global_step, saved.finished
+        self.plan, self.report, self.switch_step = saved.plan, saved.report, saved.switch_step
+        self.schedule.switch_at, self.schedule.reason = saved.switch_at, saved.reason
+        self.watch.history = saved.history
+        self.watch.forget()
+        if saved.gathering and not self.finished and saved.switch_at is not None:
+            self._go_on_gathering(statistics)
+
+    def _go_on_gathering(self, statistics: Mapping[str, torch.Tensor] | None) -> None:
+        steps = self.processes.from_main(lambda: None if statistics is None else steps_in(statistics))
+        if steps is None:
+            self._say(
+                logging.WARNING,
+                "Cuttlefish: the checkpoint lies among the steps that gather statistics, and its statistics are not at "
+                "hand: gathering starts anew, and the switch comes at step %d.",
+                self.schedule.postpone(self.global_step),
+            )
+        self._look_ahead()
+        if steps is not None and self.watch.moments is not None:
+            if statistics is not None and self.processes.is_main:
+                self.watch.moments.load_state_dict(statistics)
+            self.watch.moments.steps = steps
+
+    def statistics_state(self) -> dict[str, torch.Tensor] | None:
+        """The statistics gathered so far, as tensors for safetensors; None while none are being gathered.
+
+        Call on all processes: they are summed, and the main one gets them all (the others None).
+        """
+        if not self.watch.is_gathering or self.watch.moments is None:
+            return None
+        self.watch.sum_moments()
+        return self.watch.moments.state_dict() if self.processes.is_main else None
+
+    def note_save(self) -> None:
+        """Call when a checkpoint has been written: the next check starts cold, as it will in a run resumed from there."""
+        self.watch.forget()
+
+    # --- inside ---
+
+    def _finish(self, reason: str) -> None:
+        self.finished, self.schedule.reason = True, reason
+
+    def _check_engine(self) -> None:
+        """Before the first step has passed nobody else is bound to have come to the model; afterwards someone must have."""
+        if self._verify_at is not None and self.global_step >= self._verify_at:
+            self._verify_at = None
+            self.engine.check_replicas(f"after the switch at step {self.switch_step}")
+        if self.finished:
+            return
+        if self.engine.is_alone and not self._looked_again:
+            self._looked_again = True
+            self.engine = find_again(self.engine, self.watch.layers, self.config, self._can_restart)
+            self.watch.engine = self.engine
+        self.engine.check_step()
+
+    def _look_ahead(self) -> None:
+        """Before a step: fix the switch where the config does, and gather statistics when it is near."""
+        if self.finished:
+            return
+        if self.schedule.is_known_at_once:
+            self.schedule.decide(self.global_step, self.watch.history.steps, self.watch.history.ranks)
+        if self.schedule.is_gathering(self.global_step):
+            self.watch.start_gathering()
+        self.watch.note_scale(self.scaler, self.loss_factor)
+
+    def _try_switch(self, folder: Path | None = None) -> bool:
+        try:
+            self.watch.stop()
+            switched = self._switch(folder)
+        except ProcessLostError:
+            raise  # there is no going on, whatever on_error says
+        except Exception as error:
+            if self.switch_step is not None:  # all has changed, and training goes on low rank
+                self._say(
+                    logging.WARNING,
+                    "Cuttlefish: switched at step %d, but what comes after it failed: %s",
+                    self.switch_step,
+                    error,
+                )
+                return True
+            self._finish(f"the switch failed: {error}")
+            if self.config.on_error == "raise":
+                raise
+            self._say(
+                logging.WARNING,
+                "Cuttlefish: the switch at step %d failed and training goes on full rank, the model as before: %s",
+                self.global_step,
+                error,
+            )
+            return False
+        finally:
+            self.watch.moments = None
+        if self.reason == "latest_switch" and switched:
+            self._say(
+                logging.WARNING,
+                "Cuttlefish: the stable ranks were not seen to converge by step %d, the latest switch point (latest_switch=%.2f of "
+                "the run); switched all the same.",
+                self.global_step,
+                self.config.latest_switch,
+            )
+        return switched
+
+    def _switch(self, folder: Path | None) -> bool:
+        """The main process decides; all of them carry the same plan out, with the same factors, or none does."""
+        started = time.perf_counter()
+        self.engine.check_replicas("before the switch")
+        self.watch.sum_moments()
+        gathered = time.perf_counter()
+        # Which layers, and at which ranks.
+        plan, factors = choose(self.engine, self.watch, self.config)
+        if not plan:
+            return self._stay_dense(plan)
+        planned = time.perf_counter()
+        # Make the change here, or in the checkpoint.
+        if self.restarts and folder is not None:
+            checkpoint = self.engine.checkpoint(plan, factors, self.config.optimizer_state)
+            report = checkpoint.write(folder)
+            self._checkpoint = checkpoint
+            self._record(plan, report)
+        else:
+            report = self._switch_in_place(plan, factors)
+        # Say what was done.
+        seconds = {"statistics": gathered - started, "ranks": planned - gathered}
+        report.seconds = {**seconds, "total": time.perf_counter() - started}
+        self._say(logging.INFO, "%s (%s)\n%s", report.headline(), self.reason, "\n".join(str(report).splitlines()[1:]))
+        return True
+
+    def _switch_in_place(self, plan: RankPlan, factors: Mapping[str, Any]) -> FactorizationReport:
+        before, after = plan.parameters()
+        processes = self.processes
+        with processes.together():
+            change, edits = self.engine.change(plan, factors, self.config.optimizer_state)
+            scale = self.config.learning_rate_scale
+            edits.append(learning_rate_edit(self.engine.optimizer, self.scheduler, scale, after / before))
+            edits.append(_Record(self, plan, change.report))
+        return carry_out(change, edits, processes)
+
+    def _stay_dense(self, plan: RankPlan) -> bool:
+        smaller = "no layer would get smaller at the ranks that it needs"
+        self._finish(plan.notes[-1] if self.config.objective == "speed" and plan.notes else smaller)
+        self._say(
+            logging.WARNING,
+            "Cuttlefish: no switch at step %d: %s.\n%s",
+            self.global_step,
+            self.reason,
+            plan.summary(),
+        )
+        return False
+
+    def _record(self, plan: RankPlan, report: FactorizationReport) -> None:
+        self.plan, self.report, self.finished = plan, report, True
+        report.step = self.switch_step = self.global_step
+        self._verify_at = None if self.restarts else self.global_step + 1
+        self.watch.layers = {}
+
+    def _say(self, level: int, message: str, *values: Any) -> None:
+        """One log line of the run, not one of each process."""
+        if self.processes.is_main:
+            logger.log(level, message, *values)
+
+
+class _Record(Edit):
+    """The run hears of the switch as its last edit, so that it never says otherwise than the model is."""
+
+    def __init__(self, run: Cuttlefish, plan: RankPlan, report: FactorizationReport) -> None:
+        self.run, self.plan, self.report, self._layers = run, plan, report, run.watch.layers
+
+    def apply(self) -> None:
+        self.run._record(self.plan, self.report)
+
+    def undo(self) -> None:
+        self.run.plan = self.run.report = self.run.switch_step = self.run._verify_at = None
+        self.run.finished, self.run.watch.layers = False, self._layers
+
+
+def assert_alike(processes: Processes, mine: Mapping[str, Any]) -> None:
+    """Raises ValueError on all processes, naming what differs, unless all have the same facts."""
+    # Compared with each other, so that every process raises where only one differs.
+    for rank, theirs in enumerate(processes.gather(dict(mine)) if processes.size > 1 else ()):
+        for what, value in mine.items():
+            if theirs[what] != value:
+                detail = _first_difference(theirs[what], value)
+                raise ValueError(
+                    f"the processes disagree on {what}: {detail[0]} on process {rank}, {detail[1]} on process "
+                    f"{processes.rank}; give each process the same model, config and number of steps"
+                )
+
+
+def _first_difference(a: Any, b: Any) -> tuple[str, str]:
+    """Where two values begin to differ, as short text."""
+    if isinstance(a, list) and isinstance(b, list):
+        for x, y in zip(a, b, strict=False):
+            if x != y:
+                return str(x), str(y)
+        return f"{len(a)} entries", f"{len(b)} entries"
+    if isinstance(a, dict) and isinstance(b, dict):
+        key = next(k for k in {**a, **b} if a.get(k) != b.get(k))
+        return f"{key}={a.get(key)!r}", f"{key}={b.get(key)!r}"
+    return str(a), str(b)

@@ -1,0 +1,1 @@
+"""Decide: when, where and how much. A plan comes out."""

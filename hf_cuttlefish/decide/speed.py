@@ -1,0 +1,106 @@
+"""Is low rank faster here? Keep dense what would not make a training step faster.
+
+The paper measures, on the device, which layer stacks get faster (arXiv 2305.02538, section 3.4; its K). Here the unit is
+what runs together: layers that read one tensor (q, k and v; gate and up), found by what flows and not by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from ..measure.shapes import FlowRecorder, StepTime
+from ..measure.timing import GroupTiming, Timer, measure_groups, table, time_group
+from .plan import RankPlan
+
+MIN_SPEEDUP = 1.05
+"""Default of `min_speedup`: a margin for noise, not yet fitted to measurements on a GPU (docs/speed.md); the paper took 1.5."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What `choose` found.
+
+    Attributes:
+        rows: every group. faster: names of the layers to factorize.
+        reason: why nothing is to be switched, or "". predicted: step after / before, as far as the groups tell, or None.
+    """
+
+    rows: tuple[GroupTiming, ...]
+    faster: frozenset[str]
+    reason: str = ""
+    predicted: float | None = None
+    notes: tuple[str, ...] = field(default=())
+
+
+def choose(rows: Sequence[GroupTiming], step: StepTime | None = None, min_speedup: float = MIN_SPEEDUP) -> Selection:
+    """Which groups make a step faster when factorized (a pure function).
+
+    Args:
+        rows: the measured groups.
+        step: time of a whole step, where host and device both matter (a GPU, not compiled); None: only the device counts.
+        min_speedup: a group that is not so much faster on the device stays dense.
+    """
+    if not rows:
+        return Selection((), frozenset(), "no layer that is to be factorized was seen to run")
+    quick = [row for row in rows if row.speedup >= min_speedup]
+    slow = len(rows) - len(quick)
+    if not quick:
+        return Selection(
+            tuple(rows), frozenset(), f"no group of layers is {min_speedup:g} times faster at its planned ranks"
+        )
+    if step is None:
+        saved = sum((row.dense.device_ms - row.low_rank.device_ms) * row.group.calls for row in quick)
+        notes = (f"measured: {saved:.3g} ms a step saved on the device, {slow} of {len(rows)} groups stay dense",)
+        return Selection(tuple(rows), _names(quick), notes=notes)
+    # The step lasts as long as the busier of the two. Take first what saves most of the device for what it costs the host.
+    gain = {id(row): (row.dense.device_ms - row.low_rank.device_ms) * row.group.calls for row in quick}
+    cost = {id(row): (row.low_rank.host_ms - row.dense.host_ms) * row.group.calls for row in quick}
+    order = sorted(quick, key=lambda row: gain[id(row)] / max(cost[id(row)], 1e-6), reverse=True)
+    best, best_count, host, total = step.total_ms, 0, step.host_ms, step.total_ms
+    for count, row in enumerate(order, 1):
+        host, total = host + cost[id(row)], total - gain[id(row)]
+        after = max(host, total)
+        if after < best:
+            best, best_count = after, count
+    if step.total_ms / best < min_speedup:
+        return Selection(
+            tuple(rows),
+            frozenset(),
+            f"a step takes {step.total_ms:.1f} ms, in {step.host_ms:.1f} of which the host launches kernels: pairs launch "
+            f"more, and at best a step would take {best:.1f} ms (torch.compile, larger batches or larger layers change that)",
+        )
+    notes = (f"measured: a step of {step.total_ms:.1f} ms is predicted to take {best:.1f} ms",)
+    return Selection(tuple(rows), _names(order[:best_count]), predicted=best / step.total_ms, notes=notes)
+
+
+def keep_faster(
+    plan: RankPlan, flow: FlowRecorder, min_speedup: float = MIN_SPEEDUP, timer: Timer = time_group
+) -> RankPlan:
+    """The plan without the layers that would not make a step faster; the notes hold the table, or why nothing is left.
+
+    Layers that have not been seen to run stay dense.
+    """
+    rows = measure_groups(flow.groups(), plan, bool(flow.compiled), timer)
+    found = choose(rows, flow.step_time, min_speedup)
+    speedups = {name: row.speedup for row in rows for name in row.group.layers}
+    decisions = {}
+    for name, d in plan.decisions.items():
+        if d.rank is not None and name not in found.faster:
+            why = (
+                f"rank {d.rank} is {speedups[name]:.2f} times as fast here" if name in speedups else "never seen to run"
+            )
+            d = replace(d, rank=None, reason=why, predicted_loss_increase=0.0)
+        decisions[name] = d
+    notes = [*plan.notes, *found.notes, *table(rows)]
+    if found.reason:
+        notes.append(found.reason)
+    known = [d.predicted_loss_increase for d in decisions.values()]
+    total = None if plan.predicted_loss_increase is None else sum(v or 0.0 for v in known)
+    return RankPlan(decisions, plan.rule, notes, total)
+
+
+def _names(rows: Iterable[GroupTiming]) -> frozenset[str]:
+    return frozenset(
+        name for row in rows for name, rank in zip(row.group.layers, row.ranks, strict=True) if rank is not None
+    )

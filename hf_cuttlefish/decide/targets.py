@@ -1,0 +1,269 @@
+"""Where: which layers of a model are targets. Found by structure, with no list of architectures."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import regex  # type: ignore[import-untyped]  # re, with a time limit; transformers brings it
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import CuttlefishConfig
+from ..layers.dense import DENSE_TYPES, DenseLayer, check_rank, dense_weight, is_quantized
+from ..layers.low_rank import LowRankLinear
+
+PATTERN_SECONDS = 1.0
+"""A regular expression that takes longer on one name is refused."""
+
+
+def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> dict[str, DenseLayer]:
+    """The layers to watch and to factorize: module name -> nn.Linear or Conv1D, in the order of `named_modules`.
+
+    "all-linear" takes every nn.Linear and Conv1D inside a repeated block (a child of an nn.ModuleList, or of an
+    nn.Sequential whose children are of one class) of the base model. Never taken, whatever the pattern says: embeddings
+    and output embeddings, a PreTrainedModel's head (what lies outside its base model), tied weights, weights computed
+    from other parameters, layers inside a LowRankLinear. A module registered under several names is taken once, under
+    its first name. (`factorize(model, {name: rank})` obeys for a layer of a head, too.)
+
+    Args:
+        model: any module.
+        config: its target_modules, exclude_modules and rank_pattern are read.
+
+    Raises:
+        ValueError: a pattern that matches no layer that could be factorized, with the closest names; PEFT's adapters.
+        TypeError: the model is no module, or a target is quantized (packed weights cannot be factorized).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    adapted = next((n for n, m in model.named_modules() if type(m).__module__.startswith("peft.") and n), None)
+    if adapted is not None:
+        raise ValueError(
+            f"{adapted} belongs to PEFT, which trains adapters beside frozen weights: factorize first and add the adapters "
+            "then, or merge_and_unload() them before"
+        )
+    config = config or CuttlefishConfig()
+    candidates = dict(_candidates(model))
+    for name in lost_when_saved(model, candidates):
+        del candidates[name]
+    if config.target_modules == "all-linear":
+        inside = _block_names(model)
+        # A layer with one input or output (the gate of a shared expert) has no rank at which it would be smaller.
+        chosen = {
+            name: module
+            for name, module in candidates.items()
+            if name in inside and min(dense_weight(module).shape) > 1
+        }
+        if not chosen:
+            raise ValueError(
+                "target_modules='all-linear' finds no nn.Linear or Conv1D inside a repeated block of "
+                f"{type(model).__name__}: {_why_none(model)}"
+            )
+    else:
+        chosen = _matching(model, candidates, config.target_modules, "target_modules")
+    if config.exclude_modules:
+        excluded = _matching(model, candidates, config.exclude_modules, "exclude_modules")
+        chosen = {name: module for name, module in chosen.items() if name not in excluded}
+        if not chosen:
+            raise ValueError(f"exclude_modules={config.exclude_modules!r} leaves no target layer")
+    for pattern in config.rank_pattern:
+        if not any(matches(pattern, name) for name in chosen):
+            raise ValueError(f"rank_pattern {pattern!r} matches none of the target layers; {_closest(pattern, chosen)}")
+    for name, module in chosen.items():
+        for pattern, rank in config.rank_pattern.items():
+            if matches(pattern, name):
+                out_features, in_features = dense_weight(module).shape
+                check_rank(rank, in_features, out_features, name)
+                break
+        if is_quantized(module.weight):
+            raise TypeError(
+                f"{name} holds {module.weight.dtype} weights: a quantized layer cannot be factorized; exclude it"
+            )
+    return chosen
+
+
+def matches(pattern: str, name: str) -> bool:
+    """PEFT's rule for rank_pattern keys: the pattern, as a regular expression, matches the whole name or its ending."""
+    return _is_match(rf"(.*\.)?({pattern})", name)
+
+
+def lost_when_saved(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of the layers whose factors would not come back under their names from `save_pretrained`.
+
+    transformers 5 stores some models in another layout (Kimi's vision tower: q, k and v as one tensor, rows rearranged) or
+    under names that only whole weights get (Inkling 2). Its patterns are not made for factors.
+    """
+    loading = [c for c in conversions(model, add_legacy=False) if type(c).__name__ != "PrefixChange"]
+    saving = [c.reverse_transform() for c in loading[::-1]]
+    return [n for n in names if not all(_comes_back(f"{n}.{part}.weight", saving, loading) for part in ("down", "up"))]
+
+
+def conversions(model: nn.Module, **options: Any) -> list[Any]:
+    """How `from_pretrained` changes names and layouts for a model; none before transformers knew such changes."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:
+        return []
+    return list(get_model_conversion_mapping(model, **options)) if isinstance(model, PreTrainedModel) else []
+
+
+def _comes_back(key: str, saving: list[Any], loading: list[Any]) -> bool:
+    renamed = key
+    for changes in (saving, loading):
+        for conversion in changes:
+            new, match = conversion.rename_source_key(renamed)
+            if match is not None and hasattr(conversion, "operations"):
+                return False  # it would be put together with others, or rearranged
+            renamed = new
+    return renamed == key
+
+
+def skipped_parameters(model: nn.Module) -> dict[str, int]:
+    """3-D expert weights, which stay dense: parameter name -> number of elements. For the report."""
+    return {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and "expert" in name.lower()
+    }
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, DenseLayer]]:
+    """Layers of a class that can be factorized, in no head, whose weight is their own and no (output) embedding."""
+    prefix = _base_prefix(model)
+    banned = {id(m) for m in _embeddings(model)}
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    tied = _tied_names(model)
+    inner = {id(child) for m in model.modules() if isinstance(m, LowRankLinear) for child in m.children()}
+    for name, module in model.named_modules():
+        if not isinstance(module, DenseLayer) or type(module) not in DENSE_TYPES.values():
+            continue
+        if id(module) in banned or id(module) in inner:
+            continue
+        weight = module._parameters.get("weight")  # None where weight_norm or pruning computes it
+        if weight is None or owners[id(weight)] > 1 or f"{name}.weight" in tied:
+            continue
+        if name and (not prefix or name.startswith(prefix + ".")):
+            yield name, module
+
+
+def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        for getter in ("get_output_embeddings", "get_input_embeddings"):
+            get = getattr(module, getter, None)
+            if get is None:
+                continue
+            try:
+                found = get()
+            except (NotImplementedError, AttributeError):  # models without a vocabulary say so in this way
+                continue
+            if isinstance(found, nn.Module):
+                yield found
+
+
+def _tied_names(model: nn.Module) -> set[str]:
+    keys = getattr(model, "all_tied_weights_keys", None) or {}
+    return set(keys) | set(keys.values()) if isinstance(keys, dict) else set(keys)
+
+
+def _block_names(model: nn.Module) -> set[str]:
+    """Names of all modules that lie inside a repeated block of the base model."""
+    prefix = _base_prefix(model)
+    blocks: list[str] = []
+    for name, module in model.named_modules():
+        if not _repeats(module) or (prefix and not (name + ".").startswith(prefix + ".")):
+            continue
+        blocks += [f"{name}.{child}." if name else f"{child}." for child in module._modules]
+    return {
+        name
+        for name, _ in model.named_modules()
+        if any(name.startswith(b) or name == b[:-1] for b in _outermost(blocks))
+    }
+
+
+def _outermost(blocks: list[str]) -> list[str]:
+    known = set(blocks)
+
+    def nested(block: str) -> bool:
+        parts = block[:-1].split(".")
+        return any(".".join(parts[:i]) + "." in known for i in range(1, len(parts)))
+
+    return [b for b in blocks if not nested(b)]
+
+
+def _repeats(module: nn.Module) -> bool:
+    if isinstance(module, nn.ModuleList):
+        # A list of bare layers is a list of heads or of stems, not of blocks.
+        return any(next(iter(child.children()), None) is not None for child in module)
+    if isinstance(module, nn.Sequential):
+        kinds = Counter(type(child) for child in module if next(iter(child.children()), None) is not None)
+        return bool(kinds) and max(kinds.values()) >= 2
+    return False
+
+
+def _base_prefix(model: nn.Module) -> str:
+    """Name of the base model inside a PreTrainedModel with a head; "" where there is no such split."""
+    prefix = getattr(model, "base_model_prefix", "") or ""
+    return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def _matching(
+    model: nn.Module, candidates: dict[str, DenseLayer], wanted: str | list[str], field: str
+) -> dict[str, DenseLayer]:
+    def hit(pattern: str, name: str, is_regex: bool) -> bool:
+        return _is_match(pattern, name) if is_regex else name == pattern or name.endswith("." + pattern)
+
+    is_regex = isinstance(wanted, str)
+    patterns = [wanted] if isinstance(wanted, str) else wanted
+    found: set[str] = set()
+    for pattern in patterns:
+        names = {name for name in candidates if hit(pattern, name, is_regex)}
+        if not names:
+            others = [name for name, _ in model.named_modules() if name and hit(pattern, name, is_regex)]
+            if others and field == "exclude_modules":
+                continue  # never taken anyway
+            if others:
+                kind = type(model.get_submodule(others[0])).__name__
+                raise ValueError(
+                    f"{field} {pattern!r} matches only modules that cannot be factorized, such as {others[0]} "
+                    f"({kind}): embeddings, heads, tied weights, norms, containers and already factorized layers stay "
+                    "as they are"
+                )
+            raise ValueError(f"{field} {pattern!r} matches no module; {_closest(pattern, candidates)}")
+        found |= names
+    return {name: module for name, module in candidates.items() if name in found}
+
+
+def _is_match(pattern: str, name: str) -> bool:
+    """Whether the pattern matches the whole name. It may come from a file, and some patterns take years to say no."""
+    try:
+        return regex.fullmatch(pattern, name, timeout=PATTERN_SECONDS) is not None
+    except TimeoutError as error:
+        raise ValueError(
+            f"the pattern {pattern!r:.200} takes more than {PATTERN_SECONDS} s on {name!r:.200}: write it without repeats "
+            "inside repeats, or list name endings"
+        ) from error
+
+
+def _closest(pattern: str, names: Iterable[str]) -> str:
+    endings: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        for length in (1, 2):
+            endings.setdefault(".".join(parts[-length:]), None)
+    plain = re.sub(r"[\\^$*+?()\[\]{}|]|\.\*", "", pattern).strip(".")
+    close = difflib.get_close_matches(plain, list(endings) + list(names), n=3, cutoff=0.3) or list(endings)[:6]
+    return f"close names: {', '.join(close)}"
+
+
+def _why_none(model: nn.Module) -> str:
+    done = sum(isinstance(m, LowRankLinear) for m in model.modules())
+    if done:
+        return f"{done} layers are already factorized"
+    dense = tuple(DENSE_TYPES.values())
+    kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, dense) and type(m) not in dense})
+    if kinds:
+        return f"its layers are of the classes {', '.join(kinds)}, which may compute something else and stay dense"
+    return "name the layers with target_modules=[...]"

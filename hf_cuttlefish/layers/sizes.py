@@ -1,0 +1,28 @@
+"""Count: parameters of a model, of some of its modules, and the containers of its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .parts import numel
+
+
+def count_parameters(model: nn.Module, names: set[str] | None = None) -> int:
+    """Number of parameters, each counted once; only those under the given module names if any are given."""
+    if names is None:
+        return sum(numel(p) for p in model.parameters())
+    found = {id(p): numel(p) for name in names for p in model.get_submodule(name).parameters()}
+    return sum(found.values())
+
+
+def block_containers(model: nn.Module, layers: Mapping[str, Any]) -> set[str]:
+    """Outermost containers of repeated blocks (the module holding the numbered children) that hold the given layers."""
+    containers = set()
+    for name in layers:
+        parts = name.split(".")
+        first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        containers.add(".".join(parts[:first]) if first else name)
+    return containers

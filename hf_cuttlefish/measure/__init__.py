@@ -1,0 +1,1 @@
+"""Measure: what is seen of a run or a model. Changes nothing."""

@@ -1,0 +1,132 @@
+"""Watch: all that is measured of a run before its switch. Stable ranks, moments, and what flows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from ..config import CuttlefishConfig
+from ..layers.dense import dense_weight
+from ..processes import Processes
+from .history import StableRankHistory
+from .moments import MomentCollector
+from .shapes import FlowRecorder
+from .tracker import StableRankTracker
+
+T = TypeVar("T")
+Layers = Mapping[str, nn.Module]
+
+
+class Source(Protocol):
+    """What is asked of the engine that trains the model."""
+
+    processes: Processes
+    peers: Processes
+    replicas: int
+
+    def taps(self, layers: Layers) -> Layers: ...
+    def whole_flow(self, name: str, tensor: torch.Tensor, side: str) -> torch.Tensor: ...
+    def loss_scale(self, scaler: Any = None) -> float: ...
+    def from_main(self, layers: Layers, function: Callable[[Layers], T]) -> T: ...
+
+
+class Watch:
+    """What is measured of a run's target layers.
+
+        watch = Watch(model, layers, engine, config)
+        watch.measure(0); watch.start_gathering(); watch.step(1); watch.stop()
+
+    Attributes:
+        history: stable ranks by step and layer. moments: the statistics being gathered, or None. flow: what flows, or None.
+    """
+
+    def __init__(self, model: nn.Module, layers: Layers, engine: Source, config: CuttlefishConfig) -> None:
+        self.model, self.layers, self.engine, self.config = model, layers, engine, config
+        self.history = StableRankHistory()
+        self.moments: MomentCollector | None = None
+        self.flow: FlowRecorder | None = None
+        self._tracker = StableRankTracker()
+
+    # --- stable ranks ---
+
+    def measure(self, step: int) -> None:
+        """Measure the stable ranks of all layers; one after the other where weights are sharded."""
+        ranks = self.engine.from_main(self.layers, self._measure)
+        self.history.append(step, ranks)
+
+    def _measure(self, layers: Layers) -> dict[str, float]:
+        if layers is self.layers:
+            return self._tracker.measure({name: dense_weight(layer) for name, layer in layers.items()})
+        return {n: self._tracker.measure({n: dense_weight(layer)})[n] for n, layer in layers.items()}
+
+    def forget(self) -> None:
+        """The next check starts cold, as it will in a run resumed from here."""
+        self._tracker.forget()
+
+    def latest(self) -> dict[str, float]:
+        """Stable rank of each layer at the last check."""
+        return {name: values[-1] for name, values in self.history.ranks.items() if values}
+
+    def initial(self) -> dict[str, float]:
+        """Stable rank of each layer before the first step; empty where the run was joined later."""
+        known = self.history.ranks if self.history.steps[:1] == [0] else {}
+        return {name: values[0] for name, values in known.items()}
+
+    # --- moments ---
+
+    @property
+    def is_gathering(self) -> bool:
+        return self.moments is not None and self.moments.running
+
+    def start_gathering(self) -> None:
+        """Gather statistics from the next step on; nothing to do if that has begun."""
+        if self.moments is None:
+            taps, flow = self.engine.taps(self.layers), self.engine.whole_flow
+            self.moments = MomentCollector(self.model, self.layers, self.config.statistics_tokens, taps, flow)
+            self.moments.replicas = self.engine.replicas
+            self.moments.start()
+
+    def note_scale(self, scaler: Any, loss_factor: float) -> None:
+        """Before a step: what its loss will be multiplied by."""
+        if self.moments is not None:
+            self.moments.loss_scale = self.engine.loss_scale(scaler)
+            self.moments.loss_factor = loss_factor
+
+    def sum_moments(self) -> None:
+        """Sum the statistics over all processes that saw other batches; the main one gets them all."""
+        if self.moments is not None:
+            self.moments.reduce(self.engine.peers)
+
+    def drop_moments(self) -> None:
+        """Stop gathering, and forget what was gathered."""
+        if self.moments is not None:
+            self.moments.stop()
+            self.moments = None
+
+    # --- both ---
+
+    def step(self, step: int, latest_step: int) -> None:
+        """An optimizer step has ended."""
+        if self.moments is not None and self.moments.running:
+            self.moments.step()
+        if self.config.objective == "speed":
+            self._watch_flow(step, latest_step)
+
+    def _watch_flow(self, step: int, latest_step: int) -> None:
+        """See in early steps what has to be timed at the switch; not in the first two, in which a compiler is at work."""
+        if self.flow is None and step < 2 and latest_step > 8:
+            return
+        if self.flow is None:
+            self.flow = FlowRecorder(self.model, self.layers)
+            self.flow.start()
+        elif not self.flow.done:
+            self.flow.step()
+
+    def stop(self) -> None:
+        """Remove all hooks; what was seen stays."""
+        for part in (self.moments, self.flow):
+            if part is not None:
+                part.stop()

@@ -1,0 +1,140 @@
+"""The learning rate after the switch: the rates of the optimizer, and what its scheduler works out the next ones from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from .edits import Edit
+from .optimizer import inner_optimizer
+
+IN_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+"""Rates that an optimizer's groups hold; the third and fourth are OneCycleLR's, the last is SWALR's."""
+
+
+IN_SCHEDULERS = ("base_lrs", "max_lrs", "min_lrs", "default_min_lr", "eta_min", "_last_lr")
+"""Rates that a scheduler holds. All of them are saved in its state_dict, so that a resumed run has them scaled already."""
+
+
+SMALL, SCALE_OF_SMALL = 0.25, 1.5
+"""Where less than a quarter of the target layers' parameters is kept, 1.5 times the rate ends more accurate or the same, and at
+a third it makes no difference (docs/results.md; the paper's code doubles it for BERT)."""
+
+
+def suggested_scale(kept: float) -> float:
+    """What a `learning_rate_scale` of None stands for. kept: share of the target layers' parameters after the switch."""
+    return SCALE_OF_SMALL if kept < SMALL else 1.0
+
+
+def check_can_scale(optimizer: Any, scheduler: Any) -> None:
+    """Raises unless `ScaleLearningRate` would last: what a scheduler works out next must follow from what is scaled.
+
+    Raises:
+        TypeError: no scheduler that is known.
+        ValueError: a scheduler of another optimizer, one that drives the optimizer and was not given, or an optimizer that
+            sets its rate by itself.
+    """
+    inner = inner_optimizer(optimizer)
+    if any(group.get("lr") is None for group in inner.param_groups):
+        raise ValueError(
+            f"learning_rate_scale needs a learning rate, and {type(inner).__name__} finds its own (lr is None): give it one, "
+            "or leave learning_rate_scale at 1"
+        )
+    if scheduler is None:
+        if any("initial_lr" in group for group in inner.param_groups):
+            raise ValueError(
+                "learning_rate_scale: a scheduler drives this optimizer (its groups have an initial_lr) and would undo the "
+                "scaling at its next step: pass it, Cuttlefish(..., scheduler=scheduler)"
+            )
+        return
+    for part in _parts(scheduler):
+        if not isinstance(part, LRScheduler) and not hasattr(part, "min_lrs"):  # the latter: transformers' GreedyLR
+            raise TypeError(
+                f"scheduler is a {type(part).__module__}.{type(part).__name__}: learning_rate_scale knows the schedulers of "
+                "torch.optim.lr_scheduler and transformers"
+            )
+        if inner_optimizer(part.optimizer) is not inner:
+            raise ValueError(
+                f"the scheduler ({type(part).__name__}) drives another optimizer than the one given: pass the scheduler of "
+                "this optimizer"
+            )
+
+
+class ScaleLearningRate(Edit):
+    """The rate of every group, now and in all that the scheduler will set, times `scale`.
+
+    Raises:
+        TypeError, ValueError: as `check_can_scale`.
+    """
+
+    def __init__(self, optimizer: Any, scheduler: Any, scale: float) -> None:
+        check_can_scale(optimizer, scheduler)
+        self._groups, self._scheduler, self.scale = inner_optimizer(optimizer).param_groups, scheduler, scale
+        self._before: list[tuple[dict[str, Any], str, Any]] = []
+
+    def apply(self) -> None:
+        before = float(self._groups[0]["lr"])
+        holders: list[tuple[dict[str, Any], tuple[str, ...]]] = [(group, IN_GROUPS) for group in self._groups]
+        scheduler = self._scheduler
+        holders += [(vars(part), IN_SCHEDULERS) for part in (_parts(scheduler) if scheduler is not None else ())]
+        # One tensor may stand in several places: all products are worked out before the first is written.
+        scaled = [
+            (holder, name, holder[name], _times(holder[name], self.scale))
+            for holder, names in holders
+            for name in names
+            if holder.get(name) is not None
+        ]
+        self._before = [(h, n, v.clone() if isinstance(v, torch.Tensor) else v) for h, n, v, _ in scaled]
+        for holder, name, _, value in scaled:
+            _write(holder, name, value)
+        now = float(self._groups[0]["lr"])
+        self.summary = f"learning rate times {self.scale:g} from here on ({before:.3g} -> {now:.3g})"
+
+    def undo(self) -> None:
+        for holder, name, value in self._before:
+            _write(holder, name, value)
+
+
+def learning_rate_edit(optimizer: Any, scheduler: Any, scale: float | None, kept: float) -> Edit:
+    """What the switch does to the learning rate: as `learning_rate_scale` says, or as the plan's size suggests.
+
+    Args:
+        scale: learning_rate_scale. kept: share of the target layers' parameters after the switch.
+
+    Raises:
+        TypeError, ValueError: as `check_can_scale`, for a scale that was asked for; without one the rate is left alone then.
+    """
+    wanted = suggested_scale(kept) if scale is None else scale
+    edit = Edit()
+    if wanted == 1:
+        return edit
+    try:
+        return ScaleLearningRate(optimizer, scheduler, wanted)
+    except (TypeError, ValueError) as error:
+        if scale is not None:
+            raise
+        edit.summary = f"learning rate unchanged ({error})"
+        return edit
+
+
+def _write(holder: dict[str, Any], name: str, value: Any) -> None:
+    if name == "lr" and isinstance(holder[name], torch.Tensor):
+        holder[name].copy_(value)  # a compiled or captured step reads this very tensor
+    else:
+        holder[name] = value
+
+
+def _times(rates: Any, scale: float) -> Any:
+    return [rate * scale for rate in rates] if isinstance(rates, (list, tuple)) else rates * scale
+
+
+def _parts(scheduler: Any) -> Iterator[Any]:
+    """The scheduler inside Accelerate's wrapper, and those that it is made of."""
+    while type(scheduler).__module__.startswith("accelerate.") and hasattr(scheduler, "scheduler"):
+        scheduler = scheduler.scheduler
+    yield scheduler
+    for part in getattr(scheduler, "_schedulers", ()):
+        yield from _parts(part)

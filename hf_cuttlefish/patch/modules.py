@@ -1,0 +1,280 @@
+"""Patch: dense layers become low-rank pairs, in place, all or nothing. A change is worked out first, and then made."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..decide.plan import RankDecision, RankPlan
+from ..decide.targets import lost_when_saved, skipped_parameters
+from ..layers.dense import DenseLayer, check_layer, check_rank, dense_origin, dense_weight
+from ..layers.low_rank import LowRankLinear, low_rank_layers
+from ..layers.parts import numel, part_like, whole
+from ..layers.sizes import block_containers, count_parameters
+from ..maths.factors import Factors, LayerMoments, cut, decompose
+from ..processes import Processes
+from .edits import Edit, commit
+from .optimizer import CheckParameters, FactorParameters, SwapParameters, check_holds
+from .report import FactorizationReport
+from .structure import NoteStructure, check_free
+from .surgery import keep_hooks, swap
+
+
+@dataclass
+class Change:
+    """A switch that is worked out and not made: the pairs that take the layers' places, and what it will come to.
+
+    Attributes:
+        model: bare. optimizer: that trains it, or None. optimizer_state: "carry" or "reset".
+        plan: with the numbers behind each rank. layers: name -> dense layer, each once. pairs: name -> what stands for it.
+        shifts: name -> what is added to the bias, or None. report: sizes before and after.
+        gather: gives the whole of a tensor of which the processes hold parts.
+    """
+
+    model: nn.Module
+    optimizer: Any
+    optimizer_state: str
+    plan: RankPlan
+    layers: dict[str, DenseLayer]
+    pairs: dict[str, LowRankLinear]
+    shifts: dict[str, torch.Tensor | None]
+    report: FactorizationReport
+    gather: Callable[[torch.Tensor], torch.Tensor] = whole
+
+    @property
+    def parameters(self) -> list[FactorParameters]:
+        """Each weight with the two that take its place, in the order of the plan."""
+        return [
+            FactorParameters(
+                name,
+                cast(nn.Parameter, layer.weight),
+                cast(nn.Parameter, self.pairs[name].down.weight),
+                cast(nn.Parameter, self.pairs[name].up.weight),
+                transposed=dense_origin(layer) == "Conv1D",
+            )
+            for name, layer in self.layers.items()
+        ]
+
+    def edits(self, swap: Edit | None = None) -> list[Edit]:
+        """What makes the change of model, optimizer and config. swap: the edit of the optimizer, where it is of its own kind."""
+        edits: list[Edit] = [SwapModules(self)]
+        if self.optimizer is not None:
+            pairs = self.parameters
+            edits.append(swap or SwapParameters(self.optimizer, pairs, self.optimizer_state, self.gather))
+            edits.append(CheckParameters(self.model, self.optimizer, pairs))
+        return [*edits, NoteStructure(self.model)]
+
+
+def make_change(
+    model: nn.Module,
+    plan: Mapping[str, int],
+    optimizer: Any = None,
+    *,
+    statistics: Mapping[str, LayerMoments] | None = None,
+    factors: Mapping[str, Factors] | None = None,
+    optimizer_state: str = "carry",
+    place: Callable[[DenseLayer, LowRankLinear], None] | None = None,
+    gather: Callable[[torch.Tensor], torch.Tensor] = whole,
+) -> Change:
+    """Work a switch out; nothing is changed.
+
+    Args:
+        model: bare. plan: a RankPlan, or {module name: rank}. optimizer: that trains the model, if any.
+        statistics: moments of the layers; plain SVD without.
+        factors: ready-made ones instead, asked for one layer after the other.
+        place: called with each layer and its pair as soon as that is made, so that it can be sharded before the next one.
+        gather: see `Change`.
+
+    Raises: as `factorize`.
+    """
+    started = time.perf_counter()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    layers = _validate(model, plan)
+    check_free(model)
+    if optimizer is not None:
+        check_holds(optimizer, {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()})
+    pairs: dict[str, LowRankLinear] = {}
+    shifts: dict[str, torch.Tensor | None] = {}
+    # One layer at a time, so that no more than one need be whole.
+    for name, layer in layers.items():
+        if name in (factors or {}):
+            ready = cast(Mapping[str, Factors], factors)[name]
+        else:
+            try:
+                ready = cut(decompose(dense_weight(layer), (statistics or {}).get(name)), plan[name])
+            except ValueError as error:
+                raise ValueError(f"{name} cannot be factorized: {error}") from error
+        _check_factors(name, layer, ready, plan[name])
+        pairs[name] = LowRankLinear.standing_for(layer, ready.down, ready.up)
+        shifts[name] = ready.bias_shift
+        if place is not None:
+            place(layer, pairs[name])
+    rank_plan = plan if isinstance(plan, RankPlan) else _as_plan(plan, layers)
+    report = _report(model, rank_plan, layers)
+    report.seconds["factors"] = time.perf_counter() - started
+    return Change(model, optimizer, optimizer_state, rank_plan, layers, pairs, shifts, report, gather)
+
+
+def carry_out(change: Change, edits: list[Edit], processes: Processes) -> FactorizationReport:
+    """Make the edits of a change on all processes, or none on any; returns its report, completed.
+
+    Raises: as `commit`.
+    """
+    started = time.perf_counter()
+    commit(edits, processes)
+    change.report.optimizer = "; ".join(edit.summary for edit in edits if edit.summary) or "no optimizer"
+    change.report.seconds["patch"] = time.perf_counter() - started
+    return change.report
+
+
+class SwapModules(Edit):
+    """The pairs take the layers' places, with their hooks; what the mean input did goes into the biases.
+
+    Bias Parameters stay the same objects.
+    """
+
+    def __init__(self, change: Change) -> None:
+        self.change = change
+        self._biases = {n: la.bias.detach().clone() for n, la in change.layers.items() if la.bias is not None}
+        self._grads = [(layer, layer.weight.grad) for layer in change.layers.values()]
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        change = self.change
+        swap(change.model, {id(layer): change.pairs[name] for name, layer in change.layers.items()})
+        for name, layer in change.layers.items():
+            keep_hooks(layer, change.pairs[name])
+            shift = change.shifts[name]
+            if shift is not None and layer.bias is not None:
+                layer.bias.add_(part_like(shift.to(layer.bias.device, layer.bias.dtype), layer.bias))
+            layer.weight.grad = None
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        change = self.change
+        swap(change.model, {id(change.pairs[name]): layer for name, layer in change.layers.items()})
+        for name, bias in self._biases.items():
+            change.layers[name].bias.copy_(bias)
+        for layer, grad in self._grads:
+            layer.weight.grad = grad
+
+
+def _check_factors(name: str, layer: DenseLayer, factors: Factors, rank: int) -> None:
+    m, n = dense_weight(layer).shape
+    if factors.down.shape != (rank, n) or factors.up.shape != (m, rank):
+        raise ValueError(
+            f"the factors of {name} have the shapes {tuple(factors.up.shape)} and {tuple(factors.down.shape)}: "
+            f"rank {rank} of a layer of shape {(m, n)} needs {(m, rank)} and {(rank, n)}"
+        )
+    parts = [t for t in (factors.down, factors.up, factors.bias_shift) if t is not None]
+    if not all(bool(torch.isfinite(t.to(layer.weight.dtype)).all()) for t in parts):
+        raise ValueError(f"the factors of {name} hold NaN or Inf; the model is unchanged")
+
+
+def _validate(model: nn.Module, plan: Mapping[str, int]) -> dict[str, DenseLayer]:
+    """The layers of the plan by name, each once. Raises before anything is touched (see `make_change`)."""
+    if not isinstance(plan, Mapping):
+        raise TypeError(f"plan must be a RankPlan or a dict {{module name: rank}}, got {type(plan).__name__}")
+    if not plan:
+        raise ValueError("the plan factorizes no layer: every target stays dense, so there is nothing to do")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    decisions = plan.decisions if isinstance(plan, RankPlan) else {}
+    for name in [*plan, *decisions]:
+        if name not in modules:
+            close = difflib.get_close_matches(str(name), list(modules), n=3)
+            raise ValueError(
+                f"the plan names {name!r}, which is no module of {type(model).__name__}; close names: {close}"
+            )
+    owners, inner = _owners(model)
+    chosen: dict[str, DenseLayer] = {}
+    seen: dict[int, str] = {}
+    for name, rank in plan.items():
+        module = modules[name]
+        if id(module) in inner:
+            rank = low_rank_layers(model)[inner[id(module)]].rank
+            raise ValueError(
+                f"{inner[id(module)]} is already factorized (rank {rank}); merge(model) first to change its rank"
+            )
+        if module is model:
+            raise ValueError(
+                "the model is itself a layer, and cannot be replaced in place: use LowRankLinear.from_linear(layer)"
+            )
+        _check_target(name, module, rank, decisions.get(name), owners)
+        if id(module) in seen:
+            if plan[seen[id(module)]] != rank:
+                raise ValueError(
+                    f"{seen[id(module)]} and {name} are one module, but the plan gives them different ranks"
+                )
+            continue
+        seen[id(module)] = name
+        chosen[name] = cast(DenseLayer, module)
+    if lost := lost_when_saved(model, chosen):
+        raise ValueError(
+            f"transformers stores {lost[0]} in another layout or under another name than it has in {type(model).__name__}, and "
+            "its factors would be lost by save_pretrained: leave it out of the plan"
+        )
+    return chosen
+
+
+def _owners(model: nn.Module) -> tuple[dict[int, set[int]], dict[int, str]]:
+    """Which modules hold each parameter (by ids), and the factorized layer that a module is, or is a factor of."""
+    owners: dict[int, set[int]] = {}
+    inner: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(id(module))
+        if isinstance(module, LowRankLinear):
+            inner |= {id(module): name, id(module.down): name, id(module.up): name}
+    return owners, inner
+
+
+def _check_target(
+    name: str, module: nn.Module, rank: int, decision: RankDecision | None, owners: Mapping[int, set[int]]
+) -> None:
+    """Raises unless this layer can be factorized at this rank, by itself."""
+    check_layer(module, name)
+    out_features, in_features = dense_weight(module).shape
+    check_rank(rank, in_features, out_features, name)
+    if decision is not None and (decision.in_features, decision.out_features) != (in_features, out_features):
+        raise ValueError(
+            f"the plan was written for another model: {name} is ({decision.out_features}, {decision.in_features}) "
+            f"there and ({out_features}, {in_features}) here"
+        )
+    for part in ("weight", "bias"):
+        if len(owners.get(id(getattr(module, part)), ())) > 1:
+            raise ValueError(f"{name}.{part} is tied to another module, which would change with it: exclude it")
+
+
+def _report(model: nn.Module, plan: RankPlan, layers: Mapping[str, DenseLayer]) -> FactorizationReport:
+    """Sizes before, and after: each weight of the plan gives way to its two factors."""
+    decided = {id(m): m for m in map(model.get_submodule, plan.decisions)}.values()
+    saved = 0
+    for name, layer in layers.items():
+        m, n = dense_weight(layer).shape
+        saved += numel(cast(torch.Tensor, layer.weight)) - plan[name] * (m + n)
+    total = count_parameters(model)
+    targets = sum(
+        m.down.weight.numel() + m.up.weight.numel() if isinstance(m, LowRankLinear) else dense_weight(m).numel()
+        for m in decided
+    )
+    blocks = count_parameters(model, block_containers(model, plan.decisions))
+    skipped = skipped_parameters(model)
+    return FactorizationReport(
+        plan, total, total - saved, targets, targets - saved, blocks, blocks - saved, skipped=skipped
+    )
+
+
+def _as_plan(plan: Mapping[str, int], layers: Mapping[str, nn.Module]) -> RankPlan:
+    decisions = {}
+    for name, layer in layers.items():
+        out_features, in_features = dense_weight(layer).shape
+        decisions[name] = RankDecision(in_features, out_features, plan[name], "by hand")
+    return RankPlan(decisions)

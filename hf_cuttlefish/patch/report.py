@@ -1,0 +1,91 @@
+"""Tell: what the switch did, as numbers and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from ..decide.plan import RankPlan, plan_table
+from ..decide.tables import short_count
+
+
+@dataclass
+class FactorizationReport:
+    """What `factorize` did. Counts are numbers of parameters.
+
+    Attributes:
+        plan: the plan carried out.
+        parameters_before, parameters_after: of the whole model, each parameter counted once.
+        target_parameters_before, target_parameters_after: weights of the layers decided on.
+        encoder_parameters_before, encoder_parameters_after: of the repeated blocks' container (everything in it), or of
+            the targets where there is no such container.
+        seconds: time of each part of the switch.
+        optimizer: what became of the optimizer's state.
+        skipped: parameters that are no layers (3-D expert weights) and stayed dense.
+
+    Raises:
+        TypeError: a count that is no whole number, or another field of the wrong type.
+    """
+
+    plan: RankPlan
+    parameters_before: int
+    parameters_after: int
+    target_parameters_before: int
+    target_parameters_after: int
+    encoder_parameters_before: int
+    encoder_parameters_after: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    optimizer: str = "no optimizer"
+    skipped: dict[str, int] = field(default_factory=dict)
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        counts = {f.name: getattr(self, f.name) for f in fields(self) if "parameters" in f.name}
+        wrong = [f"{name} {value!r:.80}" for name, value in counts.items() if type(value) is not int or value < 0]
+        wrong += [f"step {self.step!r:.80}"] if not isinstance(self.step, int | None) else []
+        wrong += [f"optimizer {self.optimizer!r:.80}"] if not isinstance(self.optimizer, str) else []
+        for name, kinds in (("seconds", (int, float)), ("skipped", int)):
+            value = getattr(self, name)
+            if not isinstance(value, dict) or not all(isinstance(v, kinds) for v in value.values()):
+                wrong.append(f"{name} {value!r:.80}")
+        if wrong:
+            raise TypeError(f"the report of the switch has values of the wrong type: {', '.join(wrong)}")
+
+    @classmethod
+    def from_dict(cls, plan: RankPlan, data: Mapping[str, Any]) -> FactorizationReport:
+        """Reads what `to_dict` wrote, the plan aside. Raises ValueError for anything else."""
+        try:
+            return cls(plan=plan, **data)
+        except TypeError as error:
+            raise ValueError(f"the saved report of the switch cannot be read: {error!s:.200}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        result = {k: v for k, v in asdict(self).items() if k != "plan"}
+        return {**result, "plan": self.plan.to_dict()}
+
+    def headline(self) -> str:
+        """One line for the log."""
+        return (
+            f"Cuttlefish factorized {len(self.plan)} of {len(self.plan.decisions)} target layers"
+            + (f" at step {self.step}" if self.step is not None else "")
+            + f": {short_count(self.parameters_before)} -> {short_count(self.parameters_after)} parameters "
+            f"({self.parameters_after / max(1, self.parameters_before):.0%}), encoder "
+            f"{short_count(self.encoder_parameters_before)} -> {short_count(self.encoder_parameters_after)} "
+            f"({self.encoder_parameters_after / max(1, self.encoder_parameters_before):.0%})"
+        )
+
+    def __str__(self) -> str:
+        lines = [self.headline(), plan_table(self.plan)]
+        after, before = self.target_parameters_after, max(1, self.target_parameters_before)
+        lines.append(f"FLOPs of the target layers (estimated, per token): {after / before:.0%} of before")
+        if self.skipped:
+            lines.append(
+                f"left dense: {len(self.skipped)} 3-D expert weights, {short_count(sum(self.skipped.values()))} parameters"
+            )
+        lines += [f"note: {note}" for note in self.plan.notes]
+        lines.append(f"optimizer: {self.optimizer}")
+        if self.seconds:
+            lines.append("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()))
+        return "\n".join(lines)

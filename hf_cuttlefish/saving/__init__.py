@@ -1,0 +1,1 @@
+"""Save: folders that load, and checkpoints that resume."""

@@ -1,0 +1,100 @@
+"""Follow: a model takes dense and factorized weights alike; its structure follows what is loaded."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..engines.find import has_fixed, restructure_under_engines, shard_loaded, takes_as_it_is
+from ..engines.zero_redundancy import follow_redundant
+from ..layers.dense import dense_origin, dense_weight
+from ..layers.low_rank import LowRankLinear
+from ..patch.optimizer import follow_modules, is_redundant
+from ..patch.structure import write_structure
+from .names import is_layer, rank_of, rename_biases, rename_keys
+
+_OPTIMIZERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+
+
+def follow_checkpoints(model: nn.Module, optimizer: Any = None) -> None:
+    """Let `model.load_state_dict` take dense and factorized weights alike: the structure follows the weights.
+
+    This is what makes a Trainer resume a checkpoint made after the switch, and load the best model from before it. An
+    optimizer that exists already (given to the Trainer by the user) follows too.
+    """
+    if optimizer is not None:
+        _OPTIMIZERS[model] = weakref.ref(optimizer)
+    if not getattr(model, "_cuttlefish_follows", False):
+        model.register_load_state_dict_pre_hook(_follow)
+        model._cuttlefish_follows = True  # type: ignore[assignment]
+    write_structure(model)  # a dense model made from a factorized one's config must not be saved with its note
+
+
+def _follow(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    """Before the tensors of a whole file, or of one shard, which may hold one factor of a layer and not the other."""
+    if takes_as_it_is(module, state_dict, prefix):
+        return
+    # What the weights have: the rank of each layer that they name.
+    rename_keys(module, state_dict, prefix)
+    shapes: dict[str, dict[str, torch.Size]] = {}
+    for key, tensor in state_dict.items():
+        name, part = _split(module, key.removeprefix(prefix)) if key.startswith(prefix) else (None, "")
+        if name is None:
+            continue
+        if has_fixed(name, module.get_submodule(name), part):
+            continue
+        shapes.setdefault(name, {})[part] = tensor.shape
+    wanted: dict[str, int | None] = {}
+    for name, parts in shapes.items():
+        rank, layer = _structure(name, parts), module.get_submodule(name)
+        if rank == (layer.rank if isinstance(layer, LowRankLinear) else None):
+            continue
+        _check_shapes(name, layer, rank, parts)
+        wanted[name] = rank
+    # The model takes that structure, and so do its engine and its optimizer.
+    changes = restructure_under_engines(module, wanted) if wanted else {}
+    rename_biases(module, state_dict, prefix)
+    optimizer = _OPTIMIZERS[module]() if module in _OPTIMIZERS else None
+    if changes and optimizer is not None:
+        follow = follow_redundant if is_redundant(optimizer) else follow_modules
+        follow(optimizer, changes.values())
+    shard_loaded(module, state_dict, prefix)
+
+
+def _split(module: nn.Module, key: str) -> tuple[str | None, str]:
+    """The layer whose weight the key names, and which part: "down", "up" or "dense". (None, "") for any other key."""
+    for part, ending in (("down", ".down.weight"), ("up", ".up.weight"), ("dense", ".weight")):
+        name = key.removesuffix(ending)
+        if name != key and is_layer(module, name):
+            return name, part
+    return None, ""
+
+
+def _structure(name: str, parts: Mapping[str, torch.Size]) -> int | None:
+    """The rank that one layer's tensors have, None for dense. Raises ValueError where they contradict each other."""
+    ranks = {
+        None if part == "dense" else rank_of(f"{name}.{part}.weight", part, shape) for part, shape in parts.items()
+    }
+    if len(ranks) > 1:
+        shapes = {part: tuple(shape) for part, shape in parts.items()}
+        raise ValueError(f"the weights of {name} do not fit together: {shapes}")
+    return ranks.pop()
+
+
+def _check_shapes(name: str, layer: nn.Module, rank: int | None, parts: Mapping[str, torch.Size]) -> None:
+    """Raises ValueError, before the layer is touched, for tensors that belong to a layer of another size."""
+    if isinstance(layer, LowRankLinear):
+        m, n, transposed = layer.out_features, layer.in_features, layer.origin == "Conv1D"
+    else:
+        (m, n), transposed = dense_weight(layer).shape, dense_origin(layer) == "Conv1D"
+    fitting = {"down": (rank, n), "up": (m, rank), "dense": (n, m) if transposed else (m, n)}
+    for part, shape in parts.items():
+        if tuple(shape) != fitting[part]:
+            tensor = f"{name}.weight" if part == "dense" else f"{name}.{part}.weight"
+            raise ValueError(
+                f"{tensor} has the shape {tuple(shape)}, and this model needs {fitting[part]}; nothing is loaded"
+            )

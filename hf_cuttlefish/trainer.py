@@ -1,0 +1,146 @@
+"""What Trainer knows and hands to no callback: its saved state, its folders, how it scales the loss."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from .config import CuttlefishConfig
+from .decide.files import replaced
+from .decide.plan import RankPlan
+from .engines.find import will_fix_structure
+from .engines.restart import FULL_RANK_STATE
+from .layers.low_rank import low_rank_layers
+from .patch.report import FactorizationReport
+from .patch.structure import restructure
+from .report.model_card import write_model_card
+from .saving.checkpoints import STATISTICS_FILE
+
+logger = logging.getLogger(__name__)
+
+
+def callback_state(state: TrainerState, name: str) -> dict[str, Any] | None:
+    """What our callback has saved in the Trainer's state, if it has. Raises ValueError for a state that is broken."""
+    entry = state.stateful_callbacks.get(name) if isinstance(state.stateful_callbacks, dict) else None
+    if isinstance(entry, list):
+        entry = entry[-1] if entry else None
+    attributes: Any = entry.get("attributes") if isinstance(entry, dict) else {}
+    if not isinstance(attributes, dict):
+        raise ValueError(f"trainer_state.json: the state of {name} has no attributes: {entry!r:.80}")
+    return attributes.get("_saved")
+
+
+def loss_factor(args: TrainingArguments, model: nn.Module) -> float:
+    """By what Trainer multiplies the loss: the number of processes (or, under nn.DataParallel, GPUs) that
+    see other batches, where it counts items over all."""
+    if not args.average_tokens_across_devices:
+        return 1.0
+    return float(args.world_size * max(1, args.n_gpu) // (getattr(model, "_tp_size", None) or 1))
+
+
+def shape_like_checkpoint(model: nn.Module, args: TrainingArguments, name: str) -> None:
+    """Factorize as the checkpoint to be resumed is, before FSDP or DeepSpeed take the model: its weights are loaded afterwards."""
+    folder = args.resume_from_checkpoint
+    if isinstance(folder, bool) or str(folder).lower() in ("true", "1"):
+        folder = get_last_checkpoint(str(args.output_dir)) if folder and Path(str(args.output_dir)).is_dir() else None
+    path = Path(str(folder)) / TRAINER_STATE_NAME
+    if folder is None or not path.is_file():
+        return
+    saved = callback_state(TrainerState.load_from_json(str(path)), name)
+    if saved and saved["plan"]:
+        restructure(model, dict(RankPlan.from_dict(saved["plan"])))
+
+
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where Trainer saves the checkpoint of this step."""
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def save_statistics(args: TrainingArguments, state: TrainerState, statistics: Mapping[str, Any] | None) -> None:
+    """Beside the checkpoint of this step, if there are any: whole or not at all."""
+    folder = checkpoint_folder(args, state)
+    if statistics is not None and state.is_world_process_zero and folder.is_dir():
+        from safetensors.torch import save_file
+
+        with replaced(folder / STATISTICS_FILE) as partial:
+            save_file(dict(statistics), partial, metadata={"step": str(state.global_step)})
+
+
+def load_statistics(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
+    """Statistics saved beside the checkpoint that is resumed: in the folder named, or under the output folder."""
+    from safetensors import safe_open
+
+    folders = [checkpoint_folder(args, state)]
+    if isinstance(args.resume_from_checkpoint, str):
+        folders.insert(0, Path(args.resume_from_checkpoint))
+    for folder in folders:
+        path = folder / STATISTICS_FILE
+        if not path.is_file():
+            continue
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("step") == str(state.global_step):
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+    return None
+
+
+def move_to_front(callback: TrainerCallback) -> None:
+    """Stand before the trackers, so that what `on_log` adds reaches them. Callbacks given by users come after them.
+
+    Trainer hands its handler to no callback; the frame that calls us is a method of it.
+    """
+    frame = sys._getframe(1)
+    for _ in range(4):
+        if frame is None:
+            return
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler):
+            if callback in handler.callbacks:
+                handler.callbacks.remove(callback)
+                handler.callbacks.insert(0, callback)
+            return
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def check_arguments(args: TrainingArguments, config: CuttlefishConfig) -> None:
+    """Raises ValueError for settings of the Trainer that a switch could not go with."""
+    if will_fix_structure(args) and args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end could not go back to a checkpoint from before the switch under FSDP or DeepSpeed, whose "
+            "parts are fixed by then: set it to False, and load the best checkpoint with from_pretrained after the run"
+        )
+    if config.switch == "restart" and args.save_strategy == "best":
+        raise ValueError(
+            "save_strategy is 'best', by which Trainer may not save at the switch, and switch is 'restart': set "
+            "save_strategy to 'steps' or 'epoch', or switch to 'auto'"
+        )
+
+
+def write_low_rank_state(folder: Path, name: str, entry: dict[str, Any]) -> None:
+    """Make the exchanged checkpoint one that resumes: the full-rank trainer_state.json comes back with our new entry."""
+    saved = TrainerState.load_from_json(str(folder / FULL_RANK_STATE))
+    before = saved.stateful_callbacks[name]
+    saved.stateful_callbacks[name] = [*before[:-1], entry] if isinstance(before, list) else entry
+    (folder / STATISTICS_FILE).unlink(missing_ok=True)
+    saved.save_to_json(str(folder / FULL_RANK_STATE))
+    os.replace(folder / FULL_RANK_STATE, folder / TRAINER_STATE_NAME)
+
+
+def write_card(folder: Path, model: nn.Module | None, state: TrainerState, report: FactorizationReport | None) -> None:
+    """The model card of a factorized model beside its checkpoint; a card that cannot be written is only said."""
+    if not state.is_world_process_zero or not folder.is_dir() or model is None or not low_rank_layers(model):
+        return
+    metrics = next((r for r in reversed(state.log_history) if any(k.startswith("eval_") for k in r)), None)
+    try:
+        write_model_card(folder, model, report=report, metrics=metrics)
+    except Exception as error:  # the checkpoint itself is whole
+        logger.warning("Cuttlefish: %s got no model card: %s", folder, error)
