@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .config import CuttlefishConfig
-from .decide.plan import RankPlan, group_name
+from .decide.plan import RankPlan
 from .decide.schedule import Schedule
 from .decide.targets import find_targets
 from .engines.base import Engine
@@ -23,13 +23,11 @@ from .layers.low_rank import low_rank_layers
 from .layers.sizes import count_parameters
 from .measure.moments import steps_in
 from .measure.watch import Watch
-from .patch.edits import Edit
-from .patch.learning_rate import check_can_scale, learning_rate_edit
-from .patch.modules import carry_out
+from .patch.learning_rate import check_can_scale
 from .patch.report import FactorizationReport
 from .processes import Processes, ProcessLostError
 from .saving.run_state import RunState
-from .switch import choose
+from .switch import Record, choose, switch_in_place
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +92,6 @@ class Cuttlefish:
         self.finished = False
         self._can_restart = can_restart
         self._checkpoint: LowRankCheckpoint | None = None
-        self._logged_check = -1
         self._verify_at: int | None = None
         self._looked_again = False
         self.engine = self._agreed_engine(model, optimizer)
@@ -114,7 +111,7 @@ class Cuttlefish:
         except Exception as caught:
             error = caught
         processes.agree(error)
-        assert_alike(processes, self._facts(engine) if engine is not None else {})
+        processes.check_alike(self._facts(engine) if engine is not None else {})
         if engine is not None and not self.finished:
             engine.check_replicas("at the start")
         return engine or Engine(model, optimizer)
@@ -266,14 +263,7 @@ class Cuttlefish:
         Mean stable rank of each kind of projection if there was a check since the last call, the model's parameters, and
         the step of the switch once there was one. The Trainer callback adds the same to each log.
         """
-        values: dict[str, float] = {}
-        checks = self.watch.history.steps
-        if checks and checks[-1] != self._logged_check:
-            self._logged_check = checks[-1]
-            kinds: dict[str, list[float]] = {}
-            for layer, value in self.watch.latest().items():
-                kinds.setdefault(group_name(layer).rpartition("*.")[2], []).append(value)
-            values = {f"stable_rank/{kind}": round(sum(v) / len(v), 4) for kind, v in kinds.items()}
+        values = self.watch.logs()
         values["parameters"] = count_parameters(self.model)
         if self.switch_step is not None:
             values["switch_step"] = self.switch_step
@@ -427,22 +417,13 @@ class Cuttlefish:
             self._checkpoint = checkpoint
             self._record(plan, report)
         else:
-            report = self._switch_in_place(plan, factors)
+            record = _Record(self, plan)
+            report = switch_in_place(self.engine, plan, factors, self.config, self.scheduler, record)
         # Say what was done.
         seconds = {"statistics": gathered - started, "ranks": planned - gathered}
         report.seconds = {**seconds, "total": time.perf_counter() - started}
         self._say(logging.INFO, "%s (%s)\n%s", report.headline(), self.reason, "\n".join(str(report).splitlines()[1:]))
         return True
-
-    def _switch_in_place(self, plan: RankPlan, factors: Mapping[str, Any]) -> FactorizationReport:
-        before, after = plan.parameters()
-        processes = self.processes
-        with processes.together():
-            change, edits = self.engine.change(plan, factors, self.config.optimizer_state)
-            scale = self.config.learning_rate_scale
-            edits.append(learning_rate_edit(self.engine.optimizer, self.scheduler, scale, after / before))
-            edits.append(_Record(self, plan, change.report))
-        return carry_out(change, edits, processes)
 
     def _stay_dense(self, plan: RankPlan) -> bool:
         smaller = "no layer would get smaller at the ranks that it needs"
@@ -468,11 +449,11 @@ class Cuttlefish:
             logger.log(level, message, *values)
 
 
-class _Record(Edit):
+class _Record(Record):
     """The run hears of the switch as its last edit, so that it never says otherwise than the model is."""
 
-    def __init__(self, run: Cuttlefish, plan: RankPlan, report: FactorizationReport) -> None:
-        self.run, self.plan, self.report, self._layers = run, plan, report, run.watch.layers
+    def __init__(self, run: Cuttlefish, plan: RankPlan) -> None:
+        self.run, self.plan, self._layers = run, plan, run.watch.layers
 
     def apply(self) -> None:
         self.run._record(self.plan, self.report)
@@ -480,29 +461,3 @@ class _Record(Edit):
     def undo(self) -> None:
         self.run.plan = self.run.report = self.run.switch_step = self.run._verify_at = None
         self.run.finished, self.run.watch.layers = False, self._layers
-
-
-def assert_alike(processes: Processes, mine: Mapping[str, Any]) -> None:
-    """Raises ValueError on all processes, naming what differs, unless all have the same facts."""
-    # Compared with each other, so that every process raises where only one differs.
-    for rank, theirs in enumerate(processes.gather(dict(mine)) if processes.size > 1 else ()):
-        for what, value in mine.items():
-            if theirs[what] != value:
-                detail = _first_difference(theirs[what], value)
-                raise ValueError(
-                    f"the processes disagree on {what}: {detail[0]} on process {rank}, {detail[1]} on process "
-                    f"{processes.rank}; give each process the same model, config and number of steps"
-                )
-
-
-def _first_difference(a: Any, b: Any) -> tuple[str, str]:
-    """Where two values begin to differ, as short text."""
-    if isinstance(a, list) and isinstance(b, list):
-        for x, y in zip(a, b, strict=False):
-            if x != y:
-                return str(x), str(y)
-        return f"{len(a)} entries", f"{len(b)} entries"
-    if isinstance(a, dict) and isinstance(b, dict):
-        key = next(k for k in {**a, **b} if a.get(k) != b.get(k))
-        return f"{key}={a.get(key)!r}", f"{key}={b.get(key)!r}"
-    return str(a), str(b)

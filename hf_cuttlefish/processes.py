@@ -94,6 +94,20 @@ class Processes:
             raise
         self.agree()
 
+    def check_alike(self, mine: Mapping[str, Any]) -> None:
+        """Raises ValueError on all processes, naming what differs, unless all have the same facts. mine: what -> value."""
+        if self.size == 1:
+            return
+        # Compared with each other, so that every process raises where only one differs.
+        for rank, theirs in enumerate(self.gather(dict(mine))):
+            for what, value in mine.items():
+                if theirs[what] != value:
+                    detail = _first_difference(theirs[what], value)
+                    raise ValueError(
+                        f"the processes disagree on {what}: {detail[0]} on process {rank}, {detail[1]} on process "
+                        f"{self.rank}; give each process the same model, config and number of steps"
+                    )
+
     def gather(self, value: T) -> list[T]:
         """The value of every process (picklable), by rank."""
         if self.size == 1:
@@ -170,3 +184,16 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 _COLUMNS = 1024
+
+
+def _first_difference(a: Any, b: Any) -> tuple[str, str]:
+    """Where two values begin to differ, as short text."""
+    if isinstance(a, list) and isinstance(b, list):
+        for x, y in zip(a, b, strict=False):
+            if x != y:
+                return str(x), str(y)
+        return f"{len(a)} entries", f"{len(b)} entries"
+    if isinstance(a, dict) and isinstance(b, dict):
+        key = next(k for k in {**a, **b} if a.get(k) != b.get(k))
+        return f"{key}={a.get(key)!r}", f"{key}={b.get(key)!r}"
+    return str(a), str(b)

@@ -23,6 +23,8 @@ from .measure.moments import MomentCollector
 from .measure.shapes import FlowRecorder
 from .measure.timing import rank_prices
 from .measure.watch import Watch
+from .patch.edits import Edit
+from .patch.learning_rate import learning_rate_edit
 from .patch.merge import merge_layers
 from .patch.modules import carry_out, make_change
 from .patch.report import FactorizationReport
@@ -209,6 +211,33 @@ def share(
             processes.broadcast_(parts[part])
         factors[name] = Factors(**parts)
     return factors
+
+
+class Record(Edit):
+    """The last edit of a switch: whoever asked for it hears of it. report: of the switch, set before it is applied."""
+
+    report: FactorizationReport
+
+
+def switch_in_place(
+    engine: Engine,
+    plan: RankPlan,
+    factors: Mapping[str, Factors],
+    config: CuttlefishConfig,
+    scheduler: Any,
+    record: Record,
+) -> FactorizationReport:
+    """Work the switch out, and make it on all processes or on none.
+
+    Args:
+        factors: as `choose` gives them. scheduler: that drives the optimizer, if any. record: hears of it.
+    """
+    before, after = plan.parameters()
+    with engine.processes.together():
+        change, edits = engine.change(plan, factors, config.optimizer_state)
+        edits.append(learning_rate_edit(engine.optimizer, scheduler, config.learning_rate_scale, after / before))
+        record.report = change.report
+    return carry_out(change, [*edits, record], engine.processes)
 
 
 class FactorsInTurn(Mapping[str, Factors]):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..layers.dense import check_rank
+from ..layers.sizes import group_name
 from .files import replaced
 from .tables import short_count, text_table
 
@@ -175,11 +175,6 @@ def _check_number(value: Any, name: str) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**300
     if not (value is None or isinstance(value, float) or whole):
         raise TypeError(f"{name} must be a number or null, got {value!r:.80}")
-
-
-def group_name(name: str) -> str:
-    """The name without its block numbers, such as "encoder.layer.*.attention.self.query"."""
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
 def plan_table(plan: RankPlan) -> str:

@@ -1,7 +1,8 @@
-"""Count: parameters of a model, of some of its modules, and the containers of its blocks."""
+"""Count: parameters of a model, of some of its modules, the containers of its blocks, and layers of one kind."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,3 +27,8 @@ def block_containers(model: nn.Module, layers: Mapping[str, Any]) -> set[str]:
         first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         containers.add(".".join(parts[:first]) if first else name)
     return containers
+
+
+def group_name(name: str) -> str:
+    """The name without its block numbers, such as "encoder.layer.*.attention.self.query"."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)

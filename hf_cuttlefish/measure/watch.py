@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config import CuttlefishConfig
 from ..layers.dense import dense_weight
+from ..layers.sizes import group_name
 from ..processes import Processes
 from .history import StableRankHistory
 from .moments import MomentCollector
@@ -49,6 +50,7 @@ class Watch:
         self.moments: MomentCollector | None = None
         self.flow: FlowRecorder | None = None
         self._tracker = StableRankTracker()
+        self._logged_check = -1
 
     # --- stable ranks ---
 
@@ -69,6 +71,17 @@ class Watch:
     def latest(self) -> dict[str, float]:
         """Stable rank of each layer at the last check."""
         return {name: values[-1] for name, values in self.history.ranks.items() if values}
+
+    def logs(self) -> dict[str, float]:
+        """Mean stable rank of each kind of projection, if there was a check since the last call."""
+        checks = self.history.steps
+        if not checks or checks[-1] == self._logged_check:
+            return {}
+        self._logged_check = checks[-1]
+        kinds: dict[str, list[float]] = {}
+        for layer, value in self.latest().items():
+            kinds.setdefault(group_name(layer).rpartition("*.")[2], []).append(value)
+        return {f"stable_rank/{kind}": round(sum(v) / len(v), 4) for kind, v in kinds.items()}
 
     def initial(self) -> dict[str, float]:
         """Stable rank of each layer before the first step; empty where the run was joined later."""

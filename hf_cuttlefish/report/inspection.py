@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 from ..config import RANK_RULES, CuttlefishConfig
-from ..decide.plan import RankDecision, RankPlan, group_name
+from ..decide.plan import RankDecision, RankPlan
 from ..decide.ranks import plan_ranks
 from ..decide.rules import DEFAULT_RATIO, LayerSpectrum
 from ..decide.tables import text_table
 from ..decide.targets import find_targets
 from ..layers.dense import DENSE_TYPES, dense_weight
 from ..layers.low_rank import LowRankLinear, low_rank_layers
-from ..layers.sizes import count_parameters
+from ..layers.sizes import count_parameters, group_name
 from ..maths.factors import LayerMoments, decompose
 from ..maths.stable_ranks import stable_rank
 

@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 from transformers.modelcard import TASK_MAPPING
 
-from ..decide.plan import RankDecision, RankPlan, group_name
-from ..layers.sizes import count_parameters
+from ..decide.plan import RankDecision, RankPlan
+from ..layers.sizes import count_parameters, group_name
 from ..patch.report import FactorizationReport
 from .inspection import FLOPS_PER_PARAMETER, present_plan
 
