@@ -99,7 +99,7 @@ def assert_same(ours, theirs):
 def gather(model, batches, accumulate=1, scale=1.0, **kwargs):
     collector = MomentCollector(model, {n: model.get_submodule(n) for n in NAMES}, **kwargs)
     collector.start()
-    collector.loss_scale = scale
+    collector.batches.loss_scale = scale
     for i, batch in enumerate(batches):
         (model(**batch)["loss"] / accumulate * scale).backward()
         if (i + 1) % accumulate == 0:
@@ -152,11 +152,11 @@ def test_weights_of_examples_follow_them_into_windows_and_keep_the_sum_of_square
     norms = grad.flatten(1).norm(dim=1)
 
     def weighted(batch, grad, rows=4):
-        return grad * collector.factors(batch, grad, rows).reshape(*grad.shape[:-1], 1)
+        return grad * collector.batches.factors(batch, grad, rows).reshape(*grad.shape[:-1], 1)
 
     first = weighted(1, grad)
     torch.testing.assert_close(first.flatten(1).norm(dim=1), norms.sqrt())
-    squares, total = float(collector.squares), float(collector.norms)
+    squares, total = float(collector.batches.squares), float(collector.batches.norms)
     assert (squares, total) == pytest.approx((float(norms.square().sum()), float(norms.sum())))
     assert float(first.square().sum()) * squares / total == pytest.approx(float(grad.square().sum()))
     torch.testing.assert_close(weighted(1, grad.reshape(4 * 5, 1, 6)).reshape(4, 5, 6), first)
@@ -165,11 +165,11 @@ def test_weights_of_examples_follow_them_into_windows_and_keep_the_sum_of_square
     assert not len(weighted(1, grad[:0]))
     flat_first = weighted(2, grad.reshape(4 * 5, 6))  # as OPT has its MLPs
     torch.testing.assert_close(flat_first.reshape(4, 5, 6), first)
-    assert float(collector.squares) == pytest.approx(2 * squares)
+    assert float(collector.batches.squares) == pytest.approx(2 * squares)
     assert not weighted(3, torch.zeros(4, 5, 6)).any() and not weighted(3, torch.ones(3, 5, 6)).any()
     spoilt = weighted(4, torch.full((4, 5, 6), torch.inf))
     assert not torch.isfinite(spoilt).any()  # and `add` leaves it out
-    assert float(collector.squares) == pytest.approx(2 * squares)
+    assert float(collector.batches.squares) == pytest.approx(2 * squares)
 
 
 def test_sampling_tokens_keeps_the_scale():
@@ -252,7 +252,7 @@ def test_language_model_terms():
     collector = MomentCollector(model, {"a": model.a})
     collector.start()
     model(torch.randn(2, 3, 4), labels=labels)["loss"].backward()
-    assert float(collector.terms_total) == 3
+    assert float(collector.batches.total) == 3
     model(torch.randn(2, 3, 4), labels=labels, num_items_in_batch=torch.tensor(10))["loss"].backward()
-    assert float(collector.terms_total) == 6 and float(collector._terms) == 10
+    assert float(collector.batches.total) == 6 and float(collector.batches.terms) == 10
     collector.stop()
