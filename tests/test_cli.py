@@ -16,7 +16,8 @@ from tiny_models import BERT, BY_NAME, assert_close, outputs
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Trainer, TrainingArguments
 
-from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig, LowRankLinear, cli, estimate_ranks
+from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig, LowRankLinear, estimate_ranks
+from hf_cuttlefish.cli import main as cli
 from hf_cuttlefish.report.inspection import inspect_model
 
 ROOT = Path(__file__).parents[1]

@@ -240,7 +240,7 @@ class Raiser:
         return self.on_line
 
     def come_by(self, frame: FrameType, line: int) -> None:
-        place = (Path(frame.f_code.co_filename).name, line)
+        place = (Path(frame.f_code.co_filename).relative_to(OURS).as_posix(), line)
         self.seen[place] = self.seen.get(place, 0) + 1
         if place == self.place and self.seen[place] == self.nth:
             raise self.error(f"at {place}")
@@ -310,8 +310,9 @@ def test_an_error_anywhere_in_the_switch_changes_all_or_nothing(few_objects, cap
     """The first and the last time that each function of ours is called; then training goes on, full rank or low rank."""
     found = places()
     assert {name for (name, _), _ in found} >= {
-        "controller.py", "switch.py", "statistics.py", "factorization.py", "ranks.py", "patching.py", "layers.py",
-        "optimizer.py", "plan.py", "report.py", "wrapper.py",
+        "cuttlefish.py", "switch.py", "measure/watch.py", "measure/moments.py", "maths/factors.py", "decide/ranks.py", "decide/plan.py",
+        "layers/low_rank.py", "engines/base.py", "engines/around.py", "patch/edits.py", "patch/modules.py", "patch/optimizer.py",
+        "patch/structure.py", "patch/surgery.py", "patch/learning_rate.py", "patch/report.py",
     }  # fmt: skip
     wrong, untouched, model = [], 0, None
     for place, count in found:
@@ -352,7 +353,7 @@ def test_ctrl_c_anywhere_in_the_switch_leaves_a_model_that_is_one_or_the_other(f
     """KeyboardInterrupt is never swallowed; a notebook goes on with what is there."""
     wrong, model = [], None
     for place, count in places():
-        if place[0] not in ("controller.py", "switch.py", "patching.py", "optimizer.py", "wrapper.py", "layers.py"):
+        if not place[0].startswith(("cuttlefish.py", "switch.py", "patch/", "engines/", "layers/low_rank.py", "processes.py")):
             continue  # the others only work things out
         model, optimizer, cuttlefish = before_the_switch("continue", model)
         before = as_before(model, optimizer)
@@ -376,13 +377,12 @@ def test_ctrl_c_anywhere_in_the_switch_leaves_a_model_that_is_one_or_the_other(f
 
 
 def test_the_run_of_the_trainer_goes_on_full_rank_or_stops(tmp_path, monkeypatch, caplog):
-    import hf_cuttlefish.patching as patching
+    from hf_cuttlefish.patch import structure
 
     def fail(*_: Any) -> None:
         raise Injected("no memory")
 
-    monkeypatch.setattr(patching, "write_structure", fail)
-    monkeypatch.setattr(hf_cuttlefish.saving, "write_structure", lambda model: None)
+    monkeypatch.setattr(structure, "write_structure", fail)
     with caplog.at_level(logging.WARNING):
         trainer, callback = run(tmp_path, CONFIG, save_strategy="no")
     assert trainer.state.global_step == 20 and callback.switch_step is None and "no memory" in caplog.text

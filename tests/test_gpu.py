@@ -27,12 +27,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, LowRankLinear, factorize, profiling
+from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, LowRankLinear, factorize
 from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.layers.low_rank import low_rank_layers
 from hf_cuttlefish.maths.factors import factor_weight
 from hf_cuttlefish.maths.stable_ranks import stable_rank
 from hf_cuttlefish.measure.shapes import Group
+from hf_cuttlefish.measure.timing import time_group
 from hf_cuttlefish.measure.tracker import StableRankTracker
 
 DEVICE = "cuda"
@@ -294,7 +295,7 @@ def test_measured_selection_knows_how_the_model_runs() -> None:
 def test_timings_on_the_device_are_finite_and_tell_host_from_device() -> None:
     group = Group(("a",), 256, ((256, True),), 512, torch.device(DEVICE, 0), torch.float32, torch.float32)
     for compiled in (False, True):
-        timing = profiling.time_group(group, (64,), compiled)
+        timing = time_group(group, (64,), compiled)
         assert 0 < timing.device_ms < 100
         assert (timing.host_ms > 0) is not compiled
 

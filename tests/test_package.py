@@ -145,7 +145,7 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
 import hf_cuttlefish
-from hf_cuttlefish import plotting
+from hf_cuttlefish.report import plotting
 history = [{"step": 0, "layer": "a.0.b", "stable_rank": 2.0}]
 for draw in (lambda: plotting.plot_stable_ranks(history), lambda: plotting.plot_ranks(hf_cuttlefish.RankPlan.from_dict(PLAN))):
     try:

@@ -17,12 +17,16 @@ from transformers.optimization import Adafactor
 from transformers.pytorch_utils import Conv1D
 
 from hf_cuttlefish import LowRankLinear, RankPlan, factorize, merge
-from hf_cuttlefish import layers as layers_file
-from hf_cuttlefish import optimizer as optimizer_file
-from hf_cuttlefish import patching as patching_file
 from hf_cuttlefish.decide.plan import RankDecision
 from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.layers import low_rank as low_rank_file
 from hf_cuttlefish.maths.factors import Factors, LayerMoments
+from hf_cuttlefish.patch import modules as modules_file
+from hf_cuttlefish.patch import structure as structure_file
+from hf_cuttlefish.patch.edits import Edit
+from hf_cuttlefish.patch.modules import carry_out, make_change
+from hf_cuttlefish.patch.optimizer import CheckParameters, SwapParameters
+from hf_cuttlefish.processes import Processes
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 OUTPUT = "bert.encoder.layer.1.output.dense"
@@ -132,8 +136,8 @@ class TestWeight:
     def test_it_is_multiplied_out_only_for_its_values(self, monkeypatch):
         """T5 asks for wo.weight.dtype three times in each forward: that must not cost a product of the dense size."""
         low, count = LowRankLinear.from_linear(make_linear(), 4), []
-        multiply = layers_file._multiply
-        monkeypatch.setattr(layers_file, "_multiply", lambda *a: count.append(1) or multiply(*a))
+        multiply = low_rank_file._multiply
+        monkeypatch.setattr(low_rank_file, "_multiply", lambda *a: count.append(1) or multiply(*a))
         weight = low.weight
         assert isinstance(weight, torch.Tensor) and weight.dtype == torch.float32 and weight.device.type == "cpu"
         assert weight.shape == (20, 12) == weight.size() and weight.ndim == 2 and weight.numel() == 240
@@ -393,8 +397,8 @@ def test_merge_multiplies_half_precision_in_fp32(monkeypatch):
     """Also under autocast."""
     low, types = LowRankLinear.from_linear(make_linear(n=64, m=64), 32).to(torch.bfloat16), []
     exact = low.up.weight.float() @ low.down.weight.float()
-    multiply = layers_file._multiply
-    monkeypatch.setattr(layers_file, "_multiply", lambda *a: types.extend(t.dtype for t in a) or multiply(*a))
+    multiply = low_rank_file._multiply
+    monkeypatch.setattr(low_rank_file, "_multiply", lambda *a: types.extend(t.dtype for t in a) or multiply(*a))
     with torch.autocast("cpu", torch.bfloat16):
         dense = low.to_dense()
     assert torch.equal(dense.weight, exact.to(torch.bfloat16)) and types == [torch.float32] * 2
@@ -659,18 +663,18 @@ def fail_half_way(swap: Callable[..., Any]) -> Callable[..., Any]:
 
 
 FAILURES: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
-    "first decomposition": (patching_file, "decompose", lambda f: fail_at(1, f)),
-    "third decomposition": (patching_file, "decompose", lambda f: fail_at(3, f)),
-    "second cut": (patching_file, "cut", lambda f: fail_at(2, f)),
+    "first decomposition": (modules_file, "decompose", lambda f: fail_at(1, f)),
+    "third decomposition": (modules_file, "decompose", lambda f: fail_at(3, f)),
+    "second cut": (modules_file, "cut", lambda f: fail_at(2, f)),
     "building the second pair": (LowRankLinear, "standing_for", lambda f: fail_at(2, f)),
-    "preparing the optimizer": (optimizer_file, "prepare", lambda f: fail_at(1, f)),
-    "swapping the modules": (patching_file, "_swap", fail_half_way),
-    "after swapping them": (patching_file, "_swap", lambda f: fail_at(1, f, after=True)),
-    "hooks of the second layer": (patching_file, "_keep_hooks", lambda f: fail_at(2, f)),
-    "after the optimizer's change": (optimizer_file.OptimizerEdit, "apply", lambda f: fail_at(1, f, after=True)),
-    "checking the optimizer": (optimizer_file, "check_in_step", lambda f: fail_at(1, f)),
-    "before the config": (patching_file, "write_structure", lambda f: fail_at(1, f)),
-    "after the config": (patching_file, "write_structure", lambda f: fail_at(1, f, after=True)),
+    "preparing the optimizer": (modules_file, "SwapParameters", lambda f: fail_at(1, f)),
+    "swapping the modules": (modules_file, "swap", fail_half_way),
+    "after swapping them": (modules_file, "swap", lambda f: fail_at(1, f, after=True)),
+    "hooks of the second layer": (modules_file, "keep_hooks", lambda f: fail_at(2, f)),
+    "after the optimizer's change": (SwapParameters, "apply", lambda f: fail_at(1, f, after=True)),
+    "checking the optimizer": (CheckParameters, "apply", lambda f: fail_at(1, f)),
+    "before the config": (structure_file, "write_structure", lambda f: fail_at(1, f)),
+    "after the config": (structure_file, "write_structure", lambda f: fail_at(1, f, after=True)),
 }
 
 
@@ -740,18 +744,19 @@ def test_all_or_nothing_in_the_middle_of_the_optimizer(ready, monkeypatch):
     check_all_or_nothing(ready, monkeypatch, lambda: None)
 
 
-def test_what_the_caller_does_not_confirm_is_put_back(ready):
+def test_what_a_later_edit_refuses_is_put_back(ready):
     model, optimizer, statistics = ready
     before = snapshot(model, optimizer)
 
-    def refuse() -> None:
-        assert (
-            isinstance(model.get_submodule(QUERY), LowRankLinear) and QUERY in model.config.quantization_config["ranks"]
-        )
-        raise Injected
+    class Refuse(Edit):
+        def apply(self) -> None:
+            assert isinstance(model.get_submodule(QUERY), LowRankLinear)
+            assert QUERY in model.config.quantization_config["ranks"]
+            raise Injected
 
+    change = make_change(model, PLAN, optimizer, statistics=statistics)
     with pytest.raises(Injected):
-        factorize(model, PLAN, optimizer, statistics=statistics, confirm=refuse)
+        carry_out(change, [*change.edits(), Refuse()], Processes.alone())
     assert_untouched(before, model, optimizer)
 
 
@@ -760,7 +765,7 @@ def test_an_interrupt_puts_everything_back_too(ready, monkeypatch):
         raise KeyboardInterrupt
 
     check_all_or_nothing(
-        ready, monkeypatch, lambda: monkeypatch.setattr(patching_file, "write_structure", interrupt), KeyboardInterrupt
+        ready, monkeypatch, lambda: monkeypatch.setattr(structure_file, "write_structure", interrupt), KeyboardInterrupt
     )
 
 

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from hf_cuttlefish import plotting
 from hf_cuttlefish.decide.plan import RankDecision, RankPlan
+from hf_cuttlefish.report import plotting
 from hf_cuttlefish.report.plotting import plot_accuracy, plot_loss, plot_ranks, plot_spectra, plot_stable_ranks
 
 KINDS = ("attention.self.query", "attention.output.dense", "output.dense")

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from hf_cuttlefish import Cuttlefish, CuttlefishConfig, estimate_ranks, factorize, merge, profiling
+from hf_cuttlefish import Cuttlefish, CuttlefishConfig, estimate_ranks, factorize, merge
 from hf_cuttlefish.decide.ranks import plan_ranks
 from hf_cuttlefish.decide.rules import LayerSpectrum
-from hf_cuttlefish.decide.speed import choose, keep_faster
+from hf_cuttlefish.decide.speed import MIN_SPEEDUP, choose, keep_faster
 from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.layers.low_rank import low_rank_layers
+from hf_cuttlefish.measure import timing as timing_file
 from hf_cuttlefish.measure.shapes import FlowRecorder, Group, StepTime
 from hf_cuttlefish.measure.timing import GroupTiming, Timing
 
@@ -206,11 +207,11 @@ def test_prices_are_the_time_of_one_unit_of_rank() -> None:
     model = bert()
     groups = watched(model, batch()).groups()
     sizes = {name: sum(layer.weight.shape) for name, layer in find_targets(model).items()} | {"unseen": 100}
-    prices = profiling.rank_prices(groups, sizes, False, by_size)
+    prices = timing_file.rank_prices(groups, sizes, False, by_size)
     assert prices["bert.encoder.layer.0.attention.self.query"] == pytest.approx(0.064)
     assert prices["bert.encoder.layer.0.output.dense"] == pytest.approx(0.096)
     assert prices["unseen"] == pytest.approx(0.1)
-    flat = profiling.rank_prices(groups, sizes, False, lambda *_: Timing(1.0))
+    flat = timing_file.rank_prices(groups, sizes, False, lambda *_: Timing(1.0))
     assert all(price > 0 for price in flat.values())
 
 
@@ -229,9 +230,9 @@ def test_a_dearer_layer_gets_less_rank() -> None:
 
 
 def fine_tune(monkeypatch: pytest.MonkeyPatch, timer: Any, **options: Any) -> Cuttlefish:
-    monkeypatch.setattr(profiling, "time_group", timer)
-    monkeypatch.setattr(keep_faster, "__defaults__", (profiling.MIN_SPEEDUP, timer))
-    monkeypatch.setattr(profiling.rank_prices, "__defaults__", (False, timer))
+    monkeypatch.setattr(timing_file, "time_group", timer)
+    monkeypatch.setattr(keep_faster, "__defaults__", (MIN_SPEEDUP, timer))
+    monkeypatch.setattr(timing_file.rank_prices, "__defaults__", (False, timer))
     model, inputs = bert(), batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     config = CuttlefishConfig(switch_step=6, statistics_steps=2, on_error="raise", **options)
@@ -278,20 +279,20 @@ def test_a_wrong_objective_or_speedup_is_named() -> None:
 
 
 def test_real_times_are_finite_measured_once_and_leave_the_random_state_alone() -> None:
-    profiling._CACHE.clear()
+    timing_file._CACHE.clear()
     state = torch.get_rng_state()
     found = group("a", "b", n=32, out=48)
-    timing = profiling.time_in_turn([(found, (8, None))])[0]
+    timing = timing_file.time_in_turn([(found, (8, None))])[0]
     assert math.isfinite(timing.device_ms) and timing.device_ms > 0
     assert timing.host_ms == 0.0
-    assert profiling.time_in_turn([(replace(found, layers=("c", "d")), (8, None))])[0] is timing
-    assert len(profiling._CACHE) == 1
+    assert timing_file.time_in_turn([(replace(found, layers=("c", "d")), (8, None))])[0] is timing
+    assert len(timing_file._CACHE) == 1
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_frozen_layers_and_inputs_without_gradients_can_be_timed() -> None:
     frozen = replace(group("a"), input_grad=False, weight_grad=False)
-    assert profiling.time_group(frozen, (8,)).device_ms > 0
+    assert timing_file.time_group(frozen, (8,)).device_ms > 0
 
 
 # --- inference, and merge where it pays ---
@@ -305,7 +306,7 @@ def small_products_are_slow(found: Group, ranks: Sequence[int | None], compiled:
 
 def served(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, dict[str, torch.Tensor]]:
     """A factorized model, and what it is served with."""
-    monkeypatch.setattr(profiling.time_inference, "__defaults__", (small_products_are_slow,))
+    monkeypatch.setattr(timing_file.time_inference, "__defaults__", (small_products_are_slow,))
     model = bert().eval()
     factorize(model, dict.fromkeys(find_targets(model), 8))
     return model, {"input_ids": torch.randint(1, 50, (1, 5))}
@@ -348,16 +349,16 @@ def test_inference_is_timed_without_gradients_whatever_the_mode(monkeypatch: pyt
         return Timing(1.0)
 
     with torch.inference_mode():
-        rows = profiling.time_inference(model, inputs, timer)
-    assert len(rows) == 12 and len(seen) == 6 * profiling.ROUNDS  # three shapes, dense and as pairs
+        rows = timing_file.time_inference(model, inputs, timer)
+    assert len(rows) == 12 and len(seen) == 6 * timing_file.ROUNDS  # three shapes, dense and as pairs
     assert not any(found.input_grad or found.weight_grad for found in seen)
-    assert profiling.slower_layers(rows) == []  # as fast is no reason to give up the smaller form
+    assert timing_file.slower_layers(rows) == []  # as fast is no reason to give up the smaller form
     assert [module.training for module in model.modules()] == modes
 
 
 def test_host_time_counts_in_inference() -> None:
     launches = row("a", dense=1.0, low=0.5, dense_host=2.0, low_host=3.0)
-    assert profiling.slower_layers([launches]) == ["a"]
+    assert timing_file.slower_layers([launches]) == ["a"]
 
 
 def test_merge_where_slower_in_real_time(monkeypatch: pytest.MonkeyPatch) -> None:

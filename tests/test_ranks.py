@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from hf_cuttlefish import CuttlefishConfig, RankPlan, estimate_ranks, factorize, ranks
+from hf_cuttlefish import CuttlefishConfig, RankPlan, estimate_ranks, factorize
 from hf_cuttlefish.decide.plan import RankDecision, break_even_rank
 from hf_cuttlefish.decide.ranks import plan_ranks
-from hf_cuttlefish.decide.rules import RULES, LayerSpectrum, allowed_rank, random_matrix_scale
+from hf_cuttlefish.decide.rules import DEFAULT_RATIO, RANK_FLOOR, RULES, LayerSpectrum, allowed_rank, random_matrix_scale
 
 
 class Blocks(nn.Module):
@@ -95,7 +95,7 @@ def test_ratio_needs_no_weights():
 
 def test_one_threshold_for_the_whole_model(monkeypatch):
     """Layers whose directions matter ten times less get the ranks that one common threshold gives them."""
-    monkeypatch.setattr(ranks, "RANK_FLOOR", 0.0)
+    monkeypatch.setattr("hf_cuttlefish.decide.rules.RANK_FLOOR", 0.0)
     s = spectra(3)
     config = CuttlefishConfig(target_ratio=0.4, rank_multiple=1)
     plan = plan_ranks(s, config)
@@ -120,7 +120,7 @@ def test_no_layer_falls_below_its_floor():
     plan = plan_ranks(s, CuttlefishConfig(target_ratio=0.4, rank_multiple=1))
     before, after = plan.parameters()
     assert 0.4 * before * 0.97 <= after <= 0.4 * before
-    assert plan["layers.9.a"] == pytest.approx(ranks.RANK_FLOOR * 0.4 * 128, rel=0.3)
+    assert plan["layers.9.a"] == pytest.approx(RANK_FLOOR * 0.4 * 128, rel=0.3)
 
 
 @pytest.mark.parametrize("ratio", [0.9, 0.5, 0.3, 0.2])
@@ -145,7 +145,7 @@ def test_loss_bound_is_kept_and_grows_the_model_as_it_tightens():
 def test_the_default_is_a_fixed_share_that_a_flat_spectrum_makes_grow():
     """Redundant layers get the default share; where every direction matters alike, the prediction asks for more."""
     before, after = plan_ranks(spectra(3, 256, 256, decay=0.9), CuttlefishConfig()).parameters()
-    assert 0.35 * before <= after <= ranks.DEFAULT_RATIO * before
+    assert 0.35 * before <= after <= DEFAULT_RATIO * before
     flat = {f"layers.{i}.a": LayerSpectrum(256, 256, None, torch.ones(256).double() + 0.01 * i, 5.0) for i in range(3)}
     before, after = plan_ranks(flat, CuttlefishConfig()).parameters()
     assert after > 0.9 * before

@@ -20,8 +20,8 @@ from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_cuttlefish import LowRankLinear, factorize, follow_checkpoints, merge
-from hf_cuttlefish import layers as layers_file
 from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.layers import low_rank as low_rank_file
 from hf_cuttlefish.saving.loading import CuttlefishLoader, CuttlefishStructure, names_in, register
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -237,7 +237,7 @@ def test_loading_multiplies_nothing_out(tmp_path, monkeypatch):
     factorize(model, dict.fromkeys(find_targets(model), 4))
     model.save_pretrained(tmp_path)
     calls = []
-    monkeypatch.setattr(layers_file, "_multiply", lambda *a: calls.append(a))
+    monkeypatch.setattr(low_rank_file, "_multiply", lambda *a: calls.append(a))
     assert count(Auto.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)) == 8 and not calls
 
 

@@ -26,7 +26,8 @@ from loops import tiny_bert
 from torch import distributed as dist
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, last_whole_checkpoint, restart
+from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, last_whole_checkpoint
+from hf_cuttlefish.engines import restart
 from hf_cuttlefish.engines.deepspeed_partitions import FlatPartitions, ParameterPartitions
 
 SETTINGS = CuttlefishConfig(

@@ -27,7 +27,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, flattened, last_whole_checkpoint, restart
+from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, last_whole_checkpoint
+from hf_cuttlefish.engines import fsdp1, restart
 from hf_cuttlefish.layers.low_rank import low_rank_layers
 
 SETTINGS = CuttlefishConfig(
@@ -83,18 +84,18 @@ def run(
     """Train to the switch, and on from there with a new Trainer and the same arguments."""
     callback, moments = CuttlefishCallback(settings), {}
     first = trainer(folder, callback, sharding=sharding, **changes)
-    real = flattened._low_rank_weights
+    real = fsdp1._low_rank_weights
 
     def look(dense: Any, exact: Any) -> Any:  # at the full-rank checkpoint, before it is exchanged
         at = folder / f"checkpoint-{trainers.SWITCH}"
         moments.update(torch.load(at / "optimizer.bin")["state"][f"{LAYER}.weight"])
         return real(dense, exact)
 
-    flattened._low_rank_weights = look
+    fsdp1._low_rank_weights = look
     try:
         first.train()
     finally:
-        flattened._low_rank_weights = real
+        fsdp1._low_rank_weights = real
     dist.barrier()
     checkpoint = Path(str(callback.restart_from))
     result: dict[str, Any] = {
@@ -145,8 +146,8 @@ def failing(folder: Path, where: str) -> dict[str, Any]:
     """An error while the factors are worked out, on process 1 alone, in the middle of writing, or of the exchange."""
     places = {
         "exchange": (restart, "_exchange"),
-        "factors": (flattened, "factorize"),
-        "writing": (flattened, "save_model"),
+        "factors": (fsdp1, "make_change"),
+        "writing": (fsdp1, "save_model"),
     }
     holder, name = places[where]
     real = getattr(holder, name)

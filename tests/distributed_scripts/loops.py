@@ -21,7 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, LowRankLinear
-from hf_cuttlefish.engines.ddp import RebuildDDP as RebuiltDDP
+from hf_cuttlefish.engines import ddp as ddp_engine
+from hf_cuttlefish.engines.ddp import RebuildDDP
+from hf_cuttlefish.patch.edits import Edit
 
 STEPS, SWITCH, GLOBAL_BATCH, LENGTH, CLASSES = 10, 5, 12, 8, 3
 
@@ -409,14 +411,16 @@ def steps(ddp: nn.Module, optimizer: torch.optim.Optimizer, cuttlefish: Cuttlefi
 
 def failing(where: str, culprit: int, on_error: str) -> str:
     """One process raises during the switch: all stop at the same point, or all go on full rank, equal and in step."""
-    from hf_cuttlefish import optimizer, patching, switch
+    from hf_cuttlefish import switch
+    from hf_cuttlefish.patch import modules, structure
+    from hf_cuttlefish.patch.optimizer import CheckParameters
 
     places = {
         "choose": (switch, "plan_ranks"),
-        "prepare": (optimizer, "prepare"),
-        "commit": (optimizer, "check_in_step"),
-        "config": (patching, "write_structure"),
-        "DDP": (switch, "RebuiltDDP"),
+        "prepare": (modules, "SwapParameters"),
+        "commit": (CheckParameters, "apply"),
+        "config": (structure, "write_structure"),
+        "DDP": (RebuildDDP, "apply"),
     }
     module, name = places[where]
     model = tiny_bert()
@@ -459,17 +463,14 @@ def failing(where: str, culprit: int, on_error: str) -> str:
 
 def desync_is_noticed() -> str:
     """A switch that leaves DDP alone, which is what is to be feared, ends with an error one step later."""
-    from hf_cuttlefish import switch
 
-    class NotRebuilt:
+    class NotRebuilt(Edit):
         def __init__(self, ddp: Any) -> None: ...
-        def undo(self) -> None: ...
-        def finish(self) -> None: ...
 
     model = tiny_bert()
     ddp, optimizer = ddp_of(model, find_unused_parameters=True)
     cuttlefish = Cuttlefish(ddp, optimizer, config(), total_steps=STEPS)
-    switch.RebuiltDDP = NotRebuilt
+    ddp_engine.RebuildDDP = NotRebuilt
     try:
         verdict = expect(
             RuntimeError,
@@ -477,7 +478,7 @@ def desync_is_noticed() -> str:
             call=lambda: steps(ddp, optimizer, cuttlefish),
         )
     finally:
-        switch.RebuiltDDP = RebuiltDDP
+        ddp_engine.RebuildDDP = RebuildDDP
     return verdict if cuttlefish.global_step == SWITCH + 1 else f"noticed at step {cuttlefish.global_step}"
 
 

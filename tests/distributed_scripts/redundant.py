@@ -193,14 +193,16 @@ def resumed() -> str:
 
 def failing(where: str, culprit: int) -> str:
     """One process raises in the middle: everything is put back, and training goes on as without a switch, to the bit."""
-    from hf_cuttlefish import optimizer, redundancy, switch
+    from hf_cuttlefish.engines import zero_redundancy
+    from hf_cuttlefish.engines.ddp import RebuildDDP
+    from hf_cuttlefish.patch.optimizer import CheckParameters
 
     module, name = {
-        "prepare": (optimizer, "state_of_factors"),
-        "divide": (redundancy, "_described"),
-        "check": (optimizer, "check_in_step"),
-        "exchange": (redundancy, "_bytes"),
-        "DDP": (switch, "RebuiltDDP"),
+        "prepare": (zero_redundancy, "state_of_factors"),
+        "divide": (zero_redundancy, "_described"),
+        "check": (CheckParameters, "apply"),
+        "exchange": (zero_redundancy, "_bytes"),
+        "DDP": (RebuildDDP, "apply"),
     }[where]
 
     def broken(*_: Any, **__: Any) -> Any:

@@ -215,18 +215,18 @@ def other_dimension() -> str:
 
 def failing(where: str, culprit: int) -> str:
     """An error on one process in the middle of the switch leaves all of them dense, as before, and able to go on."""
-    import hf_cuttlefish.optimizer as optimizers
-    import hf_cuttlefish.sharding as sharding
-
-    import hf_cuttlefish.switch as switch
+    from hf_cuttlefish import switch
+    from hf_cuttlefish.engines import fsdp2
+    from hf_cuttlefish.patch import modules
+    from hf_cuttlefish.patch.optimizer import SwapParameters
 
     model = shard(tiny_bert().train())
     optimizer = optimizer_of(model)
     cuttlefish = Cuttlefish(model, optimizer, config(on_error="continue"), total_steps=STEPS)
     steps(model, optimizer, cuttlefish, 0, SWITCH - 1)
     owner, name = {
-        "spectra": (switch, "spectrum_of"), "optimizer": (optimizers, "prepare"), "groups": (sharding.ShardedModel, "exchange"),
-        "commit": (optimizers.OptimizerEdit, "apply"), "factors": (switch, "spectrum_of"),
+        "spectra": (switch, "spectrum_of"), "optimizer": (modules, "SwapParameters"), "groups": (fsdp2.PlaceShards, "apply"),
+        "commit": (SwapParameters, "apply"), "factors": (switch, "spectrum_of"),
     }[where]  # fmt: skip
     original = getattr(owner, name)
 
@@ -244,7 +244,7 @@ def failing(where: str, culprit: int) -> str:
         [id(e) for e in g.fsdp_params]
         for m in model.modules()
         if hasattr(m, "_get_fsdp_state")
-        for g in sharding._groups(m)
+        for g in fsdp2._groups(m)
     ]
     reshard(model)
     before = [id(p) for p in model.parameters()]
@@ -266,7 +266,7 @@ def failing(where: str, culprit: int) -> str:
         [id(e) for e in g.fsdp_params]
         for m in model.modules()
         if hasattr(m, "_get_fsdp_state")
-        for g in sharding._groups(m)
+        for g in fsdp2._groups(m)
     ]
     if cuttlefish.switch_step is not None or "injected" not in str(cuttlefish.reason):
         return f"it switched, or did not say why not: {cuttlefish.reason}"

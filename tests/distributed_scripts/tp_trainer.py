@@ -28,8 +28,8 @@ from hf_cuttlefish import (
     CuttlefishConfig,
     follow_checkpoints,
     last_whole_checkpoint,
-    tensor_parallel,
 )
+from hf_cuttlefish.engines import tensor_parallel
 from hf_cuttlefish.layers.low_rank import low_rank_layers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
