@@ -48,25 +48,22 @@ def gpu_time(action: Callable[[], Any], steps: int) -> dict[str, float]:
     return {"gpu_ms": total / 1000 / steps, "kernels": kernels / steps, "gpu_parts": parts}
 
 
+KINDS = {
+    "gemm": ("gemm", "cutlass", "nvjet", "xmma", "splitK"),
+    "attention": ("flash", "fmha", "cudnn"),
+    "optimizer": ("multi_tensor", "adam"),
+    "memset": ("Memset",),
+    "copy": ("Memcpy",),
+    "cast or copy": ("copy",),
+    "triton": ("triton",),
+    "norm": ("layer_norm", "LayerNorm"),
+    "dropout": ("dropout",),
+    "reduce": ("reduce",),
+    "softmax": ("softmax",),
+    "elementwise": ("elementwise",),
+}
+"""Kind of kernel -> words in the names of its kernels. The first kind that fits counts."""
+
+
 def _kind(name: str) -> str:
-    for word, kind in (
-        *(("gemm", "gemm"), ("cutlass", "gemm"), ("nvjet", "gemm"), ("xmma", "gemm"), ("splitK", "gemm")),
-        *(("flash", "attention"), ("fmha", "attention"), ("cudnn", "attention"), ("multi_tensor", "optimizer")),
-        *(
-            ("adam", "optimizer"),
-            ("Memset", "memset"),
-            ("Memcpy", "copy"),
-            ("copy", "cast or copy"),
-            ("triton", "triton"),
-        ),
-        *(
-            ("layer_norm", "norm"),
-            ("LayerNorm", "norm"),
-            ("dropout", "dropout"),
-            ("reduce", "reduce"),
-            ("softmax", "softmax"),
-        ),
-    ):
-        if word in name:
-            return kind
-    return "elementwise" if "elementwise" in name else "other"
+    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
