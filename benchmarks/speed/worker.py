@@ -88,7 +88,10 @@ class Worker:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run a suite and return the record, which is also written after each wave."""
     started = time.perf_counter()
-    left = lambda: args.time_limit - (time.perf_counter() - started)  # noqa: E731
+
+    def left() -> float:
+        return args.time_limit - (time.perf_counter() - started)
+
     record: dict[str, Any] = {"version": RECORD_VERSION, "suite": args.suite, "steps": [], "errors": {}, "not_run": []}
     for number, wave in enumerate(waves(args.suite)):
         if args.waves and str(number + 1) not in args.waves.split(","):

@@ -26,12 +26,15 @@ SECONDS = 20
 SPARE = 256 * 2**20
 """Bytes that a case may allocate; the files themselves hold 60 kB."""
 
+Outcome = tuple[str, int, str, str]
+"""(kind, seed of the case, outcome, detail)."""
 
-def worker(good: Path, cases: list[tuple[str, int]], connection: Any) -> None:
+
+def work(good: Path, cases: list[tuple[str, int]], connection: Any) -> None:
     """Runs its cases one after the other, and says before each which one comes."""
-    with tempfile.TemporaryDirectory(dir=good.parent) as work:
-        folder = Path(work) / "files"
-        watch = Watch(Path(work))
+    with tempfile.TemporaryDirectory(dir=good.parent) as own:
+        folder = Path(own) / "files"
+        watch = Watch(Path(own))
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, 1)
         os.dup2(devnull, 2)
@@ -49,10 +52,58 @@ def worker(good: Path, cases: list[tuple[str, int]], connection: Any) -> None:
     connection.close()
 
 
-def fuzz(
-    mutations: int, seed: int, kinds: list[str], workers: int, batch: int = 100
-) -> Iterator[tuple[str, int, str, str]]:
-    """Yields (kind, seed of the case, outcome, detail); a negative seed changes nothing, and the files have to load."""
+class Worker:
+    """A process with its share of the cases.
+
+    Attributes:
+        todo: cases that have no outcome yet. now: the one that is being read. since: when it was last heard of.
+        ended: whether it has said all that it will say.
+    """
+
+    def __init__(self, context: Any, good: Path, cases: list[tuple[str, int]]) -> None:
+        self.pipe, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(target=work, args=(good, cases, theirs))
+        self.process.start()
+        theirs.close()
+        self.todo, self.since, self.ended = list(cases), time.monotonic(), False
+        self.now: tuple[str, int] | None = None
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """What it has found since it was last asked."""
+        try:
+            while self.pipe.poll():
+                kind, case, outcome, detail = self.pipe.recv()
+                self.since = time.monotonic()
+                self.now = (kind, case) if outcome is None else None
+                if outcome is not None:
+                    self.todo.remove((kind, case))
+                    yield kind, case, outcome, detail
+        except EOFError:
+            self.ended = True
+
+    @property
+    def late(self) -> bool:
+        """Whether it hangs; between two cases it copies files, and may take longer."""
+        return time.monotonic() - self.since > SECONDS + 20 * (self.now is None)
+
+    def close(self) -> Iterator[Outcome]:
+        """End it. The case in which it died or hung is a finding, and the ones after it are left to do."""
+        late = self.late
+        if late:
+            self.process.kill()
+        self.process.join()
+        self.pipe.close()
+        if self.now is not None:
+            code = self.process.exitcode
+            died = f"died: {signal.strsignal(-code) if code and code < 0 else code}"
+            self.todo.remove(self.now)
+            yield (*self.now, "finding", f"no end within {SECONDS} seconds" if late else died)
+        elif self.todo:
+            raise RuntimeError(f"a worker ended between two cases, {len(self.todo)} of them left")
+
+
+def fuzz(mutations: int, seed: int, kinds: list[str], workers: int, batch: int = 100) -> Iterator[Outcome]:
+    """The outcomes of all cases; a negative seed changes nothing, and the files have to load."""
     shares = {kind: DOORS[kind][0] for kind in kinds}
     counts = {kind: max(1, round(mutations * share / sum(shares.values()))) for kind, share in shares.items()}
     cases = [(kind, -i) for kind in kinds for i in range(1, 5)]  # nothing changed
@@ -62,50 +113,16 @@ def fuzz(
     with tempfile.TemporaryDirectory() as root:
         good = Path(root) / "good"
         prepare(good)
-        running: list[dict[str, Any]] = []
+        running: list[Worker] = []
         while batches or running:
             while batches and len(running) < workers:
-                ours, theirs = context.Pipe(duplex=False)
-                todo = batches.pop(0)
-                process = context.Process(target=worker, args=(good, todo, theirs))
-                process.start()
-                theirs.close()
-                running.append(
-                    {"process": process, "pipe": ours, "todo": list(todo), "since": time.monotonic(), "now": None}
-                )
-            multiprocessing.connection.wait([r["pipe"] for r in running], timeout=1)
-            for r in list(running):
-                ended = False
-                try:
-                    while r["pipe"].poll():
-                        kind, case, outcome, detail = r["pipe"].recv()
-                        r["since"] = time.monotonic()
-                        if outcome is None:
-                            r["now"] = (kind, case)
-                        else:
-                            r["now"] = None
-                            r["todo"].remove((kind, case))
-                            yield kind, case, outcome, detail
-                except EOFError:
-                    ended = True
-                late = time.monotonic() - r["since"] > SECONDS + 20 * (r["now"] is None)
-                if not ended and not late:
+                running.append(Worker(context, good, batches.pop(0)))
+            multiprocessing.connection.wait([worker.pipe for worker in running], timeout=1)
+            for worker in list(running):
+                yield from worker.outcomes()
+                if not worker.ended and not worker.late:
                     continue
-                if late:
-                    r["process"].kill()
-                r["process"].join()
-                if r["now"] is not None:
-                    code = r["process"].exitcode
-                    what = (
-                        f"no end within {SECONDS} seconds"
-                        if late
-                        else f"died: {signal.strsignal(-code) if code and code < 0 else code}"
-                    )
-                    r["todo"].remove(r["now"])
-                    yield (*r["now"], "finding", what)
-                elif r["todo"]:
-                    raise RuntimeError(f"a worker ended between two cases, {len(r['todo'])} of them left")
-                if r["todo"]:
-                    batches.append(r["todo"])
-                r["pipe"].close()
-                running.remove(r)
+                yield from worker.close()
+                if worker.todo:
+                    batches.append(worker.todo)
+                running.remove(worker)

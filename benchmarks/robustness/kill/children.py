@@ -96,12 +96,13 @@ def _observe(writer: int | None, fault: Fault | None, folder: Path) -> list[Trai
         trainers.append(self)
         return train(self, *args, **kwargs)
 
-    for holder, method in ((Trainer, observed_save), (Cuttlefish, observed_step), (Trainer, observed_train)):
-        name = {"observed_save": "_save_checkpoint", "observed_step": "step", "observed_train": "train"}[
-            method.__name__
-        ]
+    for holder, name, method in (
+        (Trainer, "train", observed_train),
+        (Trainer, "_save_checkpoint", observed_save),
+        (Cuttlefish, "step", observed_step),
+        (Cuttlefish, "_try_switch", observed_switch),
+    ):
         setattr(holder, name, method)
-    Cuttlefish._try_switch = observed_switch  # type: ignore[method-assign]
     return trainers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -175,7 +176,7 @@ class StepJob:
         else:
             self.model.train()
             call, inputs = self.callables[mode], self._batch(batch)
-            action = lambda: self._train_step(call, inputs, mode)  # noqa: E731
+            action = functools.partial(self._train_step, call, inputs, mode)
         return timed(action, steps, self.device)
 
     def round(self, mode: str, batch: int, seconds: float) -> dict[str, Any]:

@@ -56,7 +56,10 @@ class SwitchJob(OtherJob):
         report = ours.report
         at = next(i for i, row in enumerate(rows) if row["switched"])
         plain, gathering, low = rows[1 : at - few], rows[at - few + 1 : at + 1], rows[at + 2 :]
-        middle = lambda part, key: statistics.median(row[key] for row in part)  # noqa: E731
+
+        def middle(part: list[dict[str, float]], key: str) -> float:
+            return statistics.median(row[key] for row in part)
+
         return {
             "parameters_after": count_parameters(model),
             "parameters_before": report.parameters_before,
