@@ -125,7 +125,7 @@ def _clock_parts(sync: Callable[[], float]) -> dict[str, float]:
 
     for holder, name, called in (
         (cuttlefish, "choose", "choose"),
-        (cuttlefish, "carry_out", "carry_out"),
+        (switch, "carry_out", "carry_out"),
         (MomentCollector, "add", "add"),
         (switch, "plan_ranks", "plan_ranks"),
         (switch, "cut", "cut"),
