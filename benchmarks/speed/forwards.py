@@ -1,4 +1,4 @@
-"""Other ways to run low-rank layers, for benchmarks/speed.py: what each would gain before the package takes it up."""
+"""Other ways to run low-rank layers, for the speed benchmark: what each would gain before the package takes it up."""
 
 from __future__ import annotations
 

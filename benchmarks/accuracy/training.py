@@ -6,14 +6,12 @@ import contextlib
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from data import TASKS, Split, Task, build, load
-from methods import Method, create
 from torch import nn
 
 import hf_cuttlefish
@@ -21,31 +19,17 @@ from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.layers.low_rank import low_rank_layers
 from hf_cuttlefish.layers.sizes import block_containers, count_parameters
 
+from .data import TASKS, Split, Task, build, load
+from .method import Method
+from .methods import create
+from .run import Run
+
 RECORD_VERSION = 1
 TRAIN_ROWS_MEASURED = 1024
 """Rows of the training split on which the loss around the switch is measured."""
+
 UNTIMED_STEPS = 3
 """First steps of each phase that are left out of the time per step."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is to be run. `options` are fields of the method; `test` says whether the test split may be looked at."""
-
-    dataset: str
-    method: str
-    budget: float | None = None
-    seed: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
-    group: str = ""
-    test: bool = True
-
-    @property
-    def name(self) -> str:
-        """Name of the run's file, without its ending."""
-        parts = [self.dataset, self.method, "" if self.budget is None else f"{self.budget:.3f}"]
-        parts += [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.options.items()]
-        return "-".join([part for part in parts if part] + [f"seed{self.seed}"])
 
 
 class Training:
@@ -164,13 +148,62 @@ def execute(run: Run, folder: Path | None, device: torch.device, rows: int | Non
     training = Training(task, method, model, len(train), device)
     training.method.start(training)
 
+    seen = _train(training, splits, run.seed)
+    sizes["after"] = _sizes(training.model, names) if run.method != "lora" else sizes["before"]
+    wall = time.perf_counter() - started
+    return {
+        "version": RECORD_VERSION,
+        **asdict(run),
+        "task": asdict(task),
+        "steps": training.total_steps,
+        "epoch_steps": training.epoch_steps,
+        "rows": {name: len(split) for name, split in splits.items()},
+        "validation": training.evaluate(splits["validation"]),
+        "test_split": training.evaluate(splits["test"]) if run.test else None,
+        "train": training.evaluate(train, TRAIN_ROWS_MEASURED),
+        "switch_step": seen.switch_step,
+        "switch_share": None if seen.switch_step is None else seen.switch_step / training.total_steps,
+        "around_switch": seen.around,
+        "parameters": sizes,
+        "kept": sizes["after"]["targets"] / sizes["before"]["targets"],
+        "trainable": sum(p.numel() for p in training.model.parameters() if p.requires_grad),
+        "method_notes": method.notes,
+        "train_loss": {
+            "first": float(seen.curve[: training.epoch_steps].mean()),
+            "last": float(seen.curve[-training.epoch_steps :].mean()),
+            "finite": bool(torch.isfinite(seen.curve).all()),
+        },
+        "wall_seconds": wall,
+        "seconds_per_step": {phase: clock.mean for phase, clock in seen.clocks.items()},
+        **_machine(device),
+    }
+
+
+@dataclass
+class Seen:
+    """What a run shows from its first step to its last.
+
+    Attributes:
+        clocks: seconds per step, "before" and "after" the switch. curve: the loss of each step.
+        around: what was measured just before and just after the switch.
+    """
+
+    clocks: dict[str, StepClock]
+    around: dict[str, Any]
+    switch_step: int | None
+    curve: torch.Tensor
+
+
+def _train(training: Training, splits: dict[str, Split], seed: int) -> Seen:
+    """All steps, and a look at the model around its switch."""
+    method, device = training.method, training.device
     clocks = {"before": StepClock(device), "after": StepClock(device)}
     around: dict[str, Any] = {"before": None, "after": None}
     switch_step: int | None = None
-    if low_rank_layers(training.model):
+    if low_rank_layers(training.model):  # low rank from the start
         switch_step, around["after"] = 0, _measure(training, splits)
     losses: list[torch.Tensor] = []
-    for batch in _all_batches(train, task, run.seed):
+    for batch in all_batches(splits["train"], training.task, seed):
         losses.append(training.train_step(batch))
         clock = clocks["before" if switch_step is None else "after"]
         clock.step()
@@ -184,33 +217,12 @@ def execute(run: Run, folder: Path | None, device: torch.device, rows: int | Non
         clock.pause()
     if switch_step is None:
         around["before"] = None
-    curve = torch.stack(losses).float().cpu()
-    sizes["after"] = _sizes(training.model, names) if run.method != "lora" else sizes["before"]
-    wall = time.perf_counter() - started
+    return Seen(clocks, around, switch_step, torch.stack(losses).float().cpu())
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """Where the run was."""
     return {
-        "version": RECORD_VERSION,
-        **asdict(run),
-        "task": asdict(task),
-        "steps": training.total_steps,
-        "epoch_steps": training.epoch_steps,
-        "rows": {name: len(split) for name, split in splits.items()},
-        "validation": training.evaluate(splits["validation"]),
-        "test_split": training.evaluate(splits["test"]) if run.test else None,
-        "train": training.evaluate(train, TRAIN_ROWS_MEASURED),
-        "switch_step": switch_step,
-        "switch_share": None if switch_step is None else switch_step / training.total_steps,
-        "around_switch": around,
-        "parameters": sizes,
-        "kept": sizes["after"]["targets"] / sizes["before"]["targets"],
-        "trainable": sum(p.numel() for p in training.model.parameters() if p.requires_grad),
-        "method_notes": method.notes,
-        "train_loss": {
-            "first": float(curve[: training.epoch_steps].mean()),
-            "last": float(curve[-training.epoch_steps :].mean()),
-            "finite": bool(torch.isfinite(curve).all()),
-        },
-        "wall_seconds": wall,
-        "seconds_per_step": {phase: clock.mean for phase, clock in clocks.items()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "peak_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
@@ -235,7 +247,8 @@ def load_once(task: Task, folder: Path | None, device: torch.device) -> tuple[di
     return _loaded[data_key]
 
 
-def _all_batches(train: Split, task: Task, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def all_batches(train: Split, task: Task, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of a run, epoch by epoch."""
     for epoch in range(task.epochs):
         yield from train.epoch(task.batch, 1000 * seed + epoch)
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from training import Run
+from .run import Run
 
 TEXT = ("trec", "movie_snippets", "reuters_r8")
 BUDGETS = (1 / 2, 1 / 3, 1 / 5.6, 1 / 10)
 """Shares of the target layers' parameters that are kept; 1 / 5.6 is the paper's headline."""
+
 SWITCH_SHARES = (0.02, 0.05, 0.10, 0.20, 0.33, 0.60)
 LOSS_INCREASES = (0.003, 0.01, 0.03, 0.1)
 ABLATION_AT = 0.2
-
 SUITES: dict[str, dict[str, Any]] = {
     "choose": {
         "datasets": TEXT,

@@ -231,7 +231,7 @@ def build(task: Task, classes: int, folder: Path | None) -> nn.Module:
 def _in_folder(folder: Path | None, name: str) -> Path:
     if folder is None or not (folder / name).exists():
         place = f"{folder} holds no {name}" if folder else "this task reads prepared data"
-        raise FileNotFoundError(f"{place}: run `python benchmarks/prepare.py FOLDER` and pass --data FOLDER")
+        raise FileNotFoundError(f"{place}: run `python -m benchmarks.accuracy.prepare FOLDER` and pass --data FOLDER")
     return folder / name
 
 

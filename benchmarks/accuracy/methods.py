@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,8 +20,7 @@ from hf_cuttlefish.layers.low_rank import LowRankLinear, low_rank_layers
 from hf_cuttlefish.maths.factors import GRADIENT_DAMPING, INPUT_DAMPING, Decomposition, LayerMoments, cut, decompose
 from hf_cuttlefish.measure.moments import MomentCollector
 
-if TYPE_CHECKING:
-    from training import Training
+from .method import Method, Progress
 
 MULTIPLE = 1
 """The other methods do not align their ranks, so that each comes as close to its budget as it can; ours does (to 8)."""
@@ -33,44 +32,12 @@ ATTENTION = r".*(query|key|value|attention\.output\.dense|q_proj|k_proj|v_proj|o
 
 
 @dataclass
-class Method:
-    """Full rank from the first step to the last; the other methods change the model on the way.
-
-    Attributes:
-        budget: share of the target layers' weight parameters to keep, or None.
-        notes: numbers about the switch, for the record.
-    """
-
-    budget: float | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
-    rate = 1.0
-
-    def build(self, model: nn.Module) -> nn.Module:
-        """Change the model before there is an optimizer."""
-        return model
-
-    def start(self, training: Training) -> None:
-        """Called once, before the first step."""
-
-    def before_step(self, training: Training) -> None:
-        """Called with the gradients of a step, before they are clipped."""
-
-    def due(self, training: Training) -> bool:
-        """Whether the model may switch at the step that has just been taken."""
-        return False
-
-    def after_step(self, training: Training) -> bool:
-        """Called after each optimizer step; True if the model switched."""
-        return False
-
-
-@dataclass
 class Product(Method):
     """`Cuttlefish` as a user runs it, with a config."""
 
-    config: Callable[[Training], CuttlefishConfig] = lambda training: CuttlefishConfig()
+    config: Callable[[Progress], CuttlefishConfig] = lambda training: CuttlefishConfig()
 
-    def start(self, training: Training) -> None:
+    def start(self, training: Progress) -> None:
         """Attach to the model and its optimizer."""
         config = self.config(training)
         self.cuttlefish = Cuttlefish(
@@ -81,7 +48,7 @@ class Product(Method):
             scheduler=training.scheduler,
         )
 
-    def due(self, training: Training) -> bool:
+    def due(self, training: Progress) -> bool:
         """True at the step of the switch, and where stable ranks alone decide, at every step that may be it."""
         controller = self.cuttlefish
         state = controller.state_dict()
@@ -93,7 +60,7 @@ class Product(Method):
         checked = step % controller.schedule.check_steps == 0 or step >= controller.schedule.latest_step
         return controller.schedule.statistics_steps == 0 and step >= controller.schedule.earliest_step and checked
 
-    def after_step(self, training: Training) -> bool:
+    def after_step(self, training: Progress) -> bool:
         """Let the controller step, and note what it decided."""
         controller = self.cuttlefish
         statistics = controller.statistics_state() if self.due(training) else None
@@ -142,7 +109,7 @@ class OneShot(Method):
             self._switch(model, None, {})
         return model
 
-    def start(self, training: Training) -> None:
+    def start(self, training: Progress) -> None:
         """Fix the step of the switch and the steps that gather statistics (as many as the product's default)."""
         self.switch_step = 0 if self.at == 0 else max(1, round(self.at * training.total_steps))
         wanted = min(24, max(4, round(0.04 * training.total_steps))) if self.metric != "weight" else 0
@@ -150,7 +117,7 @@ class OneShot(Method):
         self.collector: MomentCollector | None = None
         self._gather(training)
 
-    def before_step(self, training: Training) -> None:
+    def before_step(self, training: Progress) -> None:
         """Add the gradients of decay / 2 * ||U V||_F^2."""
         if self.decay == 0 or training.step < self.switch_step:
             return
@@ -159,11 +126,11 @@ class OneShot(Method):
             layer.up.weight.grad.add_(by_up, alpha=self.decay)
             layer.down.weight.grad.add_(by_down, alpha=self.decay)
 
-    def due(self, training: Training) -> bool:
+    def due(self, training: Progress) -> bool:
         """True at the step of the switch."""
         return training.step == self.switch_step
 
-    def after_step(self, training: Training) -> bool:
+    def after_step(self, training: Progress) -> bool:
         """Gather, and switch when the step has come."""
         if self.collector is not None:
             self.collector.step()
@@ -180,7 +147,7 @@ class OneShot(Method):
         self._switch(training.model, training.optimizer, moments)
         return True
 
-    def _gather(self, training: Training) -> None:
+    def _gather(self, training: Progress) -> None:
         if self.window and training.step == self.switch_step - self.window:
             self.collector = MomentCollector(training.model, find_targets(training.model))
             self.collector.start()
@@ -317,7 +284,7 @@ def note_plan(notes: dict[str, Any], plan: RankPlan) -> None:
     notes["ranks"] = {name: d.rank for name, d in plan.decisions.items()}
 
 
-def _pufferfish(budget: float) -> Callable[[Training], CuttlefishConfig]:
+def _pufferfish(budget: float) -> Callable[[Progress], CuttlefishConfig]:
     return lambda t: CuttlefishConfig(
         rank_rule="ratio",
         rank_ratio=ratio_for(t.model, budget),
@@ -329,7 +296,7 @@ def _pufferfish(budget: float) -> Callable[[Training], CuttlefishConfig]:
     )
 
 
-def _reference(training: Training) -> CuttlefishConfig:
+def _reference(training: Progress) -> CuttlefishConfig:
     return CuttlefishConfig(
         rank_rule="ratio",
         rank_ratio=0.45,
@@ -341,11 +308,11 @@ def _reference(training: Training) -> CuttlefishConfig:
     )
 
 
-def _cuttlefish(budget: float | None, options: Mapping[str, Any]) -> Callable[[Training], CuttlefishConfig]:
+def _cuttlefish(budget: float | None, options: Mapping[str, Any]) -> Callable[[Progress], CuttlefishConfig]:
     options = dict(options)
     share = options.pop("switch", None)
 
-    def config(training: Training) -> CuttlefishConfig:
+    def config(training: Progress) -> CuttlefishConfig:
         at = {} if share is None else {"switch_step": max(1, round(share * training.total_steps))}
         return CuttlefishConfig(target_ratio=budget, **at, **options)
 

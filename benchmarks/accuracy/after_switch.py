@@ -1,6 +1,6 @@
 """What to change after the switch: learning rate and Frobenius decay, each from the same snapshot, on the validation split.
 
-    python benchmarks/after_switch.py trec --data runs/benchmark-data --out runs/benchmark/after_switch.jsonl \\
+    python -m benchmarks.accuracy.after_switch trec --data runs/benchmark-data --out runs/benchmark/after_switch.jsonl \\
         --seeds 0 1 --settings scale=1 scale=1.5 scale=2 decay=1
 
 The full-rank phase and the switch are run once a seed; every setting goes on from there, over the same batches and with
@@ -13,29 +13,28 @@ import argparse
 import copy
 import json
 import platform
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
-from accuracy import quieten, share
-from data import TASKS, build
-from methods import create, product_gradients
 from torch import nn
-from training import TRAIN_ROWS_MEASURED, Training, _all_batches, load_once
 
 import hf_cuttlefish
 from hf_cuttlefish.layers.low_rank import low_rank_layers
+
+from .arguments import share
+from .data import TASKS, build
+from .methods import create, product_gradients
+from .training import TRAIN_ROWS_MEASURED, Training, all_batches, load_once
+from .workers import quieten
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=sorted(TASKS))
-    parser.add_argument("--data", type=Path, help="folder that benchmarks/prepare.py wrote")
+    parser.add_argument("--data", type=Path, help="folder that benchmarks.accuracy.prepare wrote")
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines, added to")
     parser.add_argument("--budget", type=share, default=1 / 5.6)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
@@ -81,7 +80,7 @@ def run(dataset: str, budget: float, seed: int, settings: list[dict[str, Any]], 
     training = Training(task, create("cuttlefish", budget, task.epochs, {}), model, len(splits["train"]), device)
     training.method.start(training)
     started = time.perf_counter()
-    batches = list(_all_batches(splits["train"], task, seed))
+    batches = list(all_batches(splits["train"], task, seed))
     for batch in batches:
         training.train_step(batch)
         if training.method.after_step(training):
