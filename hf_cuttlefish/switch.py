@@ -17,7 +17,7 @@ from .decide.rules import LayerSpectrum
 from .decide.speed import keep_faster
 from .engines.around import check_not_wrapped
 from .engines.base import Engine, Layers
-from .engines.ddp import check_no_ddp
+from .engines.find import check_is_free
 from .layers.dense import dense_weight
 from .maths.factors import Decomposition, Factors, LayerMoments, cut, decompose
 from .measure.moments import MomentCollector
@@ -68,8 +68,7 @@ def factorize(
             model whose config says that it is quantized; a model inside DDP or another engine.
     """
     if isinstance(model, nn.Module):
-        check_not_wrapped(model)
-        check_no_ddp(model)
+        check_is_free(model, optimizer)
     change = make_change(
         model, plan, optimizer, statistics=statistics, factors=factors, optimizer_state=optimizer_state
     )

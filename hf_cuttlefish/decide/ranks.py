@@ -25,6 +25,9 @@ def estimate_ranks(
 ) -> RankPlan:
     """The rank of each target layer, as the switch would choose it now. Changes nothing.
 
+        plan = estimate_ranks(model, CuttlefishConfig(target_ratio=0.3))
+        print(plan.summary())
+
     Args:
         model: a model with weights (or on the meta device with rank_rule="ratio", which needs none).
         config: rule, targets and limits; the default config if None.

@@ -15,11 +15,11 @@ from ..layers.parts import whole
 from ..maths.factors import Factors
 from ..patch.edits import Edit
 from ..patch.modules import Change, make_change
-from ..patch.optimizer import check_holds, is_redundant
+from ..patch.optimizer import check_holds
 from ..patch.structure import Exchanges
 from ..processes import Processes
 from .around import Around, check_not_wrapped, forget_compiled
-from .zero_redundancy import ShardAnew, check_redundant
+from .zero_redundancy import ShardAnew, check_redundant, is_redundant
 
 if TYPE_CHECKING:
     from .restart import LowRankCheckpoint

@@ -45,7 +45,7 @@ class SwapParameters(Edit):
         gather: gives the whole of a tensor of which the processes hold parts.
 
     Raises:
-        TypeError: as `inner_optimizer`, and for ZeroRedundancyOptimizer, whose edit is in engines/zero_redundancy.py.
+        TypeError: as `inner_optimizer`.
         ValueError: as `check_holds`, or an unknown mode.
     """
 
@@ -57,11 +57,6 @@ class SwapParameters(Edit):
         gather: Callable[[torch.Tensor], torch.Tensor] = whole,
     ) -> None:
         self.optimizer = inner_optimizer(optimizer)
-        if is_redundant(self.optimizer):
-            raise TypeError(
-                "ZeroRedundancyOptimizer has sharded its state among the processes: make it after factorize, or use Cuttlefish, "
-                "which shards it anew"
-            )
         check_holds(self.optimizer, {p.name: p.weight for p in pairs})
         held, name = self.optimizer.state, type(self.optimizer).__name__
         self._groups = groups_with_factors(self.optimizer.param_groups, pairs)
@@ -128,12 +123,6 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
             f"{kind.__module__}.{kind.__name__} is no torch.optim.Optimizer whose parameters can be replaced"
         )
     return seen
-
-
-def is_redundant(optimizer: Any) -> bool:
-    """Whether it is torch's ZeroRedundancyOptimizer (or Accelerate's wrapper of it), of whose state each process holds a part."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(inner).__mro__)
 
 
 def check_holds(optimizer: Any, weights: Mapping[str, nn.Parameter]) -> None:
