@@ -218,12 +218,11 @@ class Cuttlefish:
     def logs(self) -> dict[str, float]:
         """What a tracker shows of the run, as in `accelerator.log({"loss": ..., **cuttlefish.logs()}, step=...)`.
 
-        Before the switch the mean stable rank, if there was a check since the last call; afterwards the model's parameters and the
-        step of the switch. The Trainer callback adds the same to each log. All ranks, layer by layer, are in `history`.
+        The mean stable rank, if there was a check since the last call, the model's parameters, and the step of the switch once
+        there was one. The Trainer callback adds the same to each log. All ranks, layer by layer, are in `history`.
         """
-        if self.switch_step is None:
-            return self.watch.logs()
-        return {"parameters": count_parameters(self.model), "switch_step": self.switch_step}
+        switch = {} if self.switch_step is None else {"switch_step": self.switch_step}
+        return {**self.watch.logs(), "parameters": count_parameters(self.model), **switch}
 
     # --- state, for checkpoints ---
 
@@ -239,25 +238,33 @@ class Cuttlefish:
             self.plan,
             self.report,
             self.watch.history,
+            self.config.to_dict(),
         ).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], statistics: Mapping[str, torch.Tensor] | None = None) -> None:
         """Go on where `state_dict` was taken. The model must hold that checkpoint's weights already.
+
+        Before the switch a run may go on with another config than it began with.
 
         Args:
             statistics: what `statistics_state` gave then (asked for on the main process only); without it the gathering
                 starts anew, and the switch comes later.
 
         Raises:
-            ValueError: a state written by a newer version, one that does not fit the model, or one that is broken.
+            ValueError: a state written by a newer version, one that does not fit the model, one that is broken, or a config that
+                differs where the switch has been decided.
         """
-        saved = RunState.from_dict(state, self.model)
+        saved = RunState.from_dict(state, self.model).under(self.config, self.watch.layers)
         self.watch.drop_moments()
         self.global_step, self.finished = saved.global_step, saved.finished
         self.plan, self.report, self.switch_step = saved.plan, saved.report, saved.switch_step
         self.schedule.switch_at, self.schedule.reason = saved.switch_at, saved.reason
         self.watch.history = saved.history
         self.watch.forget()
+        if saved.switch_at is None and not self.finished:
+            self.schedule.start_at(self.global_step)
+        if not self.watch.history.steps and not self.finished:
+            self.watch.measure(self.global_step)
         if saved.gathering and not self.finished and saved.switch_at is not None:
             self._go_on_gathering(statistics)
         self._say(logging.INFO, "%s", lines.resumed(self))
