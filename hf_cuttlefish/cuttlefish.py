@@ -103,6 +103,7 @@ class Cuttlefish:
         self.schedule.check_fits()
         self._say(logging.INFO, "%s", lines.start(self.model, layers, self.config, self.schedule))
         self.watch.measure(0)
+        self.watch.start(self.schedule.stretch)
         self._look_ahead()
 
     # --- what the loop calls ---
@@ -129,8 +130,12 @@ class Cuttlefish:
             check_can_scale(self.engine.optimizer, self.scheduler)  # a scheduler may have been made since
         # Measure what this step has shown, then decide from numbers alone.
         self.watch.step(self.global_step, self.schedule.latest_step)
+        if (terms := self.watch.terms_of_first_step()) is not None:
+            self.schedule.need(self.watch.width(), terms)
         if self.schedule.is_check(self.global_step):
             self.watch.measure(self.global_step)
+        if self.global_step % self.schedule.stretch == 0 or self.global_step == self.schedule.switch_at:
+            self.watch.note_heading(self.global_step)
         self.schedule.decide(self.global_step, self.watch.history.steps, self.watch.history.ranks)
         self._look_ahead()
         return self.schedule.is_due(self.global_step) and (self.restarts or self._try_switch())
@@ -239,6 +244,8 @@ class Cuttlefish:
             self.report,
             self.watch.history,
             self.config.to_dict(),
+            self.schedule.statistics_needed,
+            not self.finished and self.watch.heading is not None,
         ).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], statistics: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -256,6 +263,10 @@ class Cuttlefish:
         """
         saved = RunState.from_dict(state, self.model).under(self.config, self.watch.layers)
         self.watch.drop_moments()
+        self.watch.terms_of_first_step()
+        self.schedule.statistics_needed = saved.statistics_needed
+        if statistics is not None:
+            self.watch.load_state_dict(statistics)
         self.global_step, self.finished = saved.global_step, saved.finished
         self.plan, self.report, self.switch_step = saved.plan, saved.report, saved.switch_step
         self.schedule.switch_at, self.schedule.reason = saved.switch_at, saved.reason
@@ -272,12 +283,7 @@ class Cuttlefish:
     def _go_on_gathering(self, statistics: Mapping[str, torch.Tensor] | None) -> None:
         steps = self.processes.from_main(lambda: None if statistics is None else steps_in(statistics))
         if steps is None:
-            self._say(
-                logging.WARNING,
-                "Cuttlefish: the checkpoint lies among the steps that gather statistics, and its statistics are not at "
-                "hand: gathering starts anew, and the switch comes at step %d.",
-                self.schedule.postpone(self.global_step),
-            )
+            self._say(logging.WARNING, "%s", lines.statistics_lost(self.schedule.postpone(self.global_step)))
         self._look_ahead()
         if steps is not None and self.watch.moments is not None:
             if statistics is not None and self.processes.is_main:
@@ -285,14 +291,14 @@ class Cuttlefish:
             self.watch.moments.steps = steps
 
     def statistics_state(self) -> dict[str, torch.Tensor] | None:
-        """The statistics gathered so far, as tensors for safetensors; None while none are being gathered.
+        """What was measured so far, as tensors for safetensors; None where there is nothing more to come.
 
         Call on all processes: they are summed, and the main one gets them all (the others None).
         """
-        if not self.watch.is_gathering or self.watch.moments is None:
+        if self.finished:
             return None
         self.watch.sum_moments()
-        return self.watch.moments.state_dict() if self.processes.is_main else None
+        return self.watch.state_dict() or None if self.processes.is_main else None
 
     def note_save(self) -> None:
         """Call when a checkpoint has been written: the next check starts cold, as it will in a run resumed from there."""
@@ -334,22 +340,12 @@ class Cuttlefish:
             raise  # there is no going on, whatever on_error says
         except Exception as error:
             if self.switch_step is not None:  # all has changed, and training goes on low rank
-                self._say(
-                    logging.WARNING,
-                    "Cuttlefish: switched at step %d, but what comes after it failed: %s",
-                    self.switch_step,
-                    error,
-                )
+                self._say(logging.WARNING, "%s", lines.switched_but(self.switch_step, error))
                 return True
             self._finish(f"the switch failed: {error}")
             if self.config.on_error == "raise":
                 raise
-            self._say(
-                logging.WARNING,
-                "Cuttlefish: the switch at step %d failed and training goes on full rank, the model as before: %s",
-                self.global_step,
-                error,
-            )
+            self._say(logging.WARNING, "%s", lines.failed(self.global_step, error))
             return False
         finally:
             self.watch.moments = None
@@ -361,7 +357,8 @@ class Cuttlefish:
         self.watch.sum_moments()
         gathered = time.perf_counter()
         # Which layers, and at which ranks.
-        plan, factors = choose(self.engine, self.watch, self.config)
+        alignment = self.watch.alignment(self.global_step)
+        plan, factors = choose(self.engine, self.watch, self.config, alignment)
         if not plan:
             return self._stay_dense(plan)
         planned = time.perf_counter()
@@ -373,7 +370,7 @@ class Cuttlefish:
             self._record(plan, report)
         else:
             record = _Record(self, plan)
-            report = switch_in_place(self.engine, plan, factors, self.config, self.scheduler, record)
+            report = switch_in_place(self.engine, plan, factors, self.config, self.scheduler, record, alignment)
         # Say what was done.
         seconds = {"statistics": gathered - started, "ranks": planned - gathered}
         report.seconds = {**seconds, "total": time.perf_counter() - started}
@@ -383,15 +380,8 @@ class Cuttlefish:
         return True
 
     def _stay_dense(self, plan: RankPlan) -> bool:
-        smaller = "no layer would get smaller at the ranks that it needs"
-        self._finish(plan.notes[-1] if self.config.objective == "speed" and plan.notes else smaller)
-        self._say(
-            logging.WARNING,
-            "Cuttlefish: no switch at step %d: %s.\n%s",
-            self.global_step,
-            self.reason,
-            plan.summary(),
-        )
+        self._finish(lines.why_dense(plan, self.config))
+        self._say(logging.WARNING, "%s", lines.no_switch(self.global_step, self.reason or "", plan))
         return False
 
     def _record(self, plan: RankPlan, report: FactorizationReport) -> None:

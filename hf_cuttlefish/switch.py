@@ -14,12 +14,14 @@ from .decide.left import left_frozen, left_unseen
 from .decide.plan import RankPlan, break_even_rank
 from .decide.ranks import needs_no_weights, plan_ranks, rank_by_hand, spectrum_of
 from .decide.rules import LayerSpectrum
+from .decide.size import measured_size
 from .decide.speed import keep_faster
 from .engines.around import check_not_wrapped
 from .engines.base import Engine, Layers
 from .engines.find import check_is_free
 from .layers.dense import dense_weight
 from .maths.factors import Decomposition, Factors, LayerMoments, cut, decompose
+from .measure.kept import KeptBatches
 from .measure.moments import MomentCollector
 from .measure.shapes import FlowRecorder
 from .measure.timing import rank_prices
@@ -102,8 +104,13 @@ def merge(model: nn.Module, where: str = "all", example_inputs: Any = None) -> n
     return merge_layers(model, where, example_inputs, check_not_wrapped)
 
 
-def choose(engine: Engine, watch: Watch, config: CuttlefishConfig) -> tuple[RankPlan, Mapping[str, Factors]]:
+def choose(
+    engine: Engine, watch: Watch, config: CuttlefishConfig, alignment: float | None = None
+) -> tuple[RankPlan, Mapping[str, Factors]]:
     """The plan, as the main process decides it, and the factors of its layers, on all processes.
+
+    Args:
+        alignment: of the weights' travel (`Heading`), or None.
 
     Raises:
         ValueError: weights that are not finite, naming the layer.
@@ -112,7 +119,8 @@ def choose(engine: Engine, watch: Watch, config: CuttlefishConfig) -> tuple[Rank
     keep = "none" if not engine.holds_whole_weights else "found" if engine.processes.size == 1 else "all"
 
     def decide(layers: Layers) -> tuple[RankPlan, list[str]]:
-        plan, found = plan_and_factors(layers, config, watch.moments, watch.initial(), watch.flow, keep)
+        seen = (watch.moments, watch.initial(), watch.flow)
+        plan, found = plan_and_factors(layers, config, *seen, keep, watch.kept, alignment)
         mine.update(found)
         return plan, [name for name, f in found.items() if f.bias_shift is not None]
 
@@ -131,6 +139,8 @@ def plan_and_factors(
     initial: Mapping[str, float],
     flow: FlowRecorder | None,
     keep: str = "found",
+    kept: KeptBatches | None = None,
+    alignment: float | None = None,
 ) -> tuple[RankPlan, dict[str, Factors]]:
     """The plan, and factors of its layers.
 
@@ -141,6 +151,7 @@ def plan_and_factors(
         layers: name -> dense layer. collector: the statistics gathered, if any.
         initial: stable ranks of the weights that the run started from, by name, where known.
         flow: what was seen of the run's shapes, if layers are to be chosen by measured speed.
+        kept: batches to try sizes on, if any. alignment: of the weights' travel, or None.
         keep: factors to return: "found", those that the rule has worked out; "all", of every layer of the plan; "none".
 
     Raises:
@@ -156,10 +167,20 @@ def plan_and_factors(
         sizes = {name: s.in_features + s.out_features for name, s in spectra.items()}
         prices = rank_prices(flow.groups(), sizes, bool(flow.compiled))
         spectra = {name: replace(s, price=prices[name]) for name, s in spectra.items()}
+    notes: list[str] = []
+    chosen = [name for name in spectra if name not in left]
+    if kept and parts and config.target_ratio is None and all(spectra[n].loss_spectrum is not None for n in chosen):
+        ratio, note = measured_size(layers, spectra, parts, config, kept, alignment, loss, left)
+        if ratio is not None:
+            config, notes = replace(config, target_ratio=ratio, max_loss_increase=None), [note]
     plan = plan_ranks(spectra, config, loss, left)
+    plan.notes += notes
     if flow is not None:
         plan = keep_faster(plan, flow, config.min_speedup)
     factors = {name: cut(parts.pop(name), plan[name]) for name in plan if name in parts}
+    if kept and factors and (before := kept.effect(layers, {}).loss):
+        after = kept.effect(layers, factors).loss
+        plan.notes.append(f"loss on the last {len(kept)} batches, without dropout: {before:.4g} -> {after or 0:.4g}")
     if keep == "all":
         for name in plan:
             if name not in factors:
@@ -233,16 +254,19 @@ def switch_in_place(
     config: CuttlefishConfig,
     scheduler: Any,
     record: Record,
+    alignment: float | None = None,
 ) -> FactorizationReport:
     """Work the switch out, and make it on all processes or on none.
 
     Args:
         factors: as `choose` gives them. scheduler: that drives the optimizer, if any. record: hears of it.
+        alignment: of the weights' travel, by which the learning rate is chosen where the config says none.
     """
     before, after = plan.parameters()
     with engine.processes.together():
         change, edits = engine.change(plan, factors, config.optimizer_state)
-        edits.append(learning_rate_edit(engine.optimizer, scheduler, config.learning_rate_scale, after / before))
+        scale = config.learning_rate_scale
+        edits.append(learning_rate_edit(engine.optimizer, scheduler, scale, after / before, alignment))
         record.report = change.report
     return carry_out(change, [*edits, record], engine.processes)
 

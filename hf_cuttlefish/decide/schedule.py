@@ -9,6 +9,12 @@ from ..config import CuttlefishConfig
 from ..maths.convergence import has_converged
 
 CHECKS_PER_RUN = 30
+EXAMPLES_PER_FEATURE = 2
+"""Statistics see so many examples (loss terms) for each row of the widest moment, as long as that is no more than
+`LONGEST_WINDOW` of the run (docs/results.md)."""
+LONGEST_WINDOW = 0.15
+SHORTEST_STRETCH = 12
+"""Steps of a stretch of the weights' travel: longer than the memory of momentum (10 steps at 0.9)."""
 
 
 class Schedule:
@@ -22,7 +28,7 @@ class Schedule:
         total_steps: optimizer steps of the whole run.
 
     Attributes:
-        switch_at: the step at which the switch is due, or None while it is not known. reason: why then.
+        statistics_needed: steps (see `need`). switch_at: the step at which the switch is due, or None while it is not known. reason: why then.
 
     Raises:
         TypeError: total_steps is no whole number. ValueError: it is below 1, or the config's switch_step is past it.
@@ -34,6 +40,7 @@ class Schedule:
         if total_steps < 1:
             raise ValueError(f"total_steps is {total_steps}: give the optimizer steps of the whole run, at least 1")
         self.config, self.total_steps = config, total_steps
+        self.statistics_needed = 0
         self.switch_at: int | None = None
         self.reason: str | None = None
 
@@ -56,8 +63,18 @@ class Schedule:
             return 0
         wanted = self.config.statistics_steps
         if wanted is None:
-            wanted = min(24, max(4, round(0.04 * self.total_steps)))
+            longest = round(LONGEST_WINDOW * self.total_steps)
+            wanted = max(min(24, max(4, round(0.04 * self.total_steps))), min(self.statistics_needed, longest))
         return min(wanted, self.config.switch_step or self.latest_step)
+
+    def need(self, width: int, terms: float) -> None:
+        """How long the statistics take: width: rows of the widest moment. terms: loss terms in a step."""
+        self.statistics_needed = math.ceil(EXAMPLES_PER_FEATURE * width / terms) if terms > 0 else 0
+
+    @property
+    def stretch(self) -> int:
+        """Steps of a stretch over which the weights' travel is measured."""
+        return max(SHORTEST_STRETCH, self.total_steps // CHECKS_PER_RUN)
 
     @property
     def earliest_step(self) -> int:

@@ -45,7 +45,7 @@ class Engine:
 
     fixed: ClassVar[str] = ""
     """What of the engine cannot be edited once it is built, so that the switch is by restart; nothing where it can."""
-    holds_whole_weights: ClassVar[bool] = True
+    holds_whole_weights: bool = True
     """Whether each process holds every weight whole."""
     replicas: int = 1
 

@@ -26,8 +26,9 @@ INPUT_DAMPING = 1e-3
 """Share of the mean variance added to C: directions that the sample did not show must not be free to drop."""
 
 
-GRADIENT_DAMPING = 0.03
-"""Share of the mean diagonal added to G; 0.03 to 0.3 did equally well on a ViT (docs/how-it-works.md)."""
+GRADIENT_DAMPING = 0.1
+"""Share of the mean diagonal added to G; 0.03 to 0.3 do equally well with enough examples, and with few ones more is better
+(docs/results.md)."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,16 @@ def cut(d: Decomposition, rank: int) -> Factors:
 
     Raises ValueError unless 1 <= rank <= the number of columns kept in `d`.
     """
+    f = rough_cut(d, rank, torch.float64)
+    up, down = balance(f.up, f.down)
+    return Factors(down, up, f.bias_shift)
+
+
+def rough_cut(d: Decomposition, rank: int, dtype: torch.dtype = torch.float32) -> Factors:
+    """As `cut`, but not balanced: cheap, and the product is the same. Raises as it does."""
     if not 1 <= rank <= d.up.shape[1]:
         raise ValueError(f"rank is {rank}: it must lie between 1 and {d.up.shape[1]}")
-    up, down = balance(d.up[:, :rank].double(), d.down[:rank].double())
+    up, down = d.up[:, :rank].to(dtype), d.down[:rank].to(dtype)
     shift = None
     if d.mean is not None and d.mapped_mean is not None:
         shift = d.mapped_mean.to(up) - up @ (down @ d.mean.to(up))

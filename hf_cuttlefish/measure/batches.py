@@ -58,6 +58,11 @@ class Batches:
             model.register_forward_hook(after, with_kwargs=True),
         ]
 
+    @property
+    def pending(self) -> torch.Tensor | float:
+        """Loss terms of the forwards whose gradients have not been seen to arrive."""
+        return self._pending or 0.0
+
     def called(self, rows: int) -> None:
         """A layer is called. Where the model's own forward is not (a loss of one's own calls its parts), a batch begins here."""
         if not self._is_told and self._pending is None and not _in_backward():

@@ -11,7 +11,10 @@ from torch import nn
 from ..config import CuttlefishConfig
 from ..layers.dense import dense_weight
 from ..processes import Processes
+from .batches import Batches
+from .heading import Heading
 from .history import StableRankHistory
+from .kept import KeptBatches
 from .moments import MomentCollector
 from .shapes import FlowRecorder
 from .tracker import StableRankTracker
@@ -26,6 +29,7 @@ class Source(Protocol):
     processes: Processes
     peers: Processes
     replicas: int
+    holds_whole_weights: bool
 
     def taps(self, layers: Layers) -> Layers: ...
     def whole_flow(self, name: str, tensor: torch.Tensor, side: str) -> torch.Tensor: ...
@@ -48,6 +52,9 @@ class Watch:
         self.history = StableRankHistory()
         self.moments: MomentCollector | None = None
         self.flow: FlowRecorder | None = None
+        self.heading: Heading | None = None
+        self.kept = KeptBatches(model)
+        self._first: tuple[Batches, list[Any]] | None = None
         self._tracker = StableRankTracker()
         self._logged_check = -1
 
@@ -62,6 +69,39 @@ class Watch:
         if layers is self.layers:
             return self._tracker.measure({name: dense_weight(layer) for name, layer in layers.items()})
         return {n: self._tracker.measure({n: dense_weight(layer)})[n] for n, layer in layers.items()}
+
+    # --- how the run goes ---
+
+    def start(self, stretch: int) -> None:
+        """Before the first step: follow the weights' travel, in stretches of so many steps, and count the first step's terms."""
+        batches = Batches()
+        self._first = batches, batches.hooks(self.model, lambda module: not getattr(module, "_is_replica", False))
+        if self.engine.holds_whole_weights:
+            self.heading = Heading(stretch)
+            self.note_heading(0)
+
+    def note_heading(self, step: int) -> None:
+        """Sample the weights of this step; not where they are sharded."""
+        if self.heading is not None:
+            self.heading.note(step, {name: dense_weight(layer) for name, layer in self.layers.items()})
+
+    def alignment(self, step: int) -> float | None:
+        """Share of directed travel of the weights, as the main process has it; None where it is not known."""
+        return self.engine.processes.from_main(lambda: None if self.heading is None else self.heading.alignment(step))
+
+    def terms_of_first_step(self) -> float | None:
+        """Loss terms that all processes together saw in the step that has just ended; None unless it is the first."""
+        if self._first is None:
+            return None
+        batches, handles = self._first
+        self._first = None
+        for handle in handles:
+            handle.remove()
+        return float(batches.pending) * self.engine.peers.size
+
+    def width(self) -> int:
+        """Rows of the widest moment: the largest min(m, n) of the layers."""
+        return max((min(dense_weight(layer).shape) for layer in self.layers.values()), default=0)
 
     def forget(self) -> None:
         """The next check starts cold, as it will in a run resumed from here."""
@@ -101,6 +141,8 @@ class Watch:
             self.moments = MomentCollector(self.model, self.layers, self.config.statistics_tokens, taps, flow, frozen)
             self.moments.batches.replicas = self.engine.replicas
             self.moments.start()
+            if self.engine.holds_whole_weights:
+                self.kept.start()
 
     def note_scale(self, scaler: Any, loss_factor: float) -> None:
         """Before a step: what its loss will be multiplied by."""
@@ -118,6 +160,7 @@ class Watch:
         if self.moments is not None:
             self.moments.stop()
             self.moments = None
+        self.kept.stop()
 
     # --- both ---
 
@@ -138,8 +181,22 @@ class Watch:
         elif not self.flow.done:
             self.flow.step()
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All that was measured and is still to be used, as tensors for safetensors; moments only while they are gathered."""
+        flat = {} if self.heading is None else self.heading.state_dict()
+        if self.moments is not None and self.moments.running:
+            flat |= {**self.moments.state_dict(), **self.kept.state_dict()}
+        return flat
+
+    def load_state_dict(self, flat: Mapping[str, torch.Tensor]) -> None:
+        """Reads what `state_dict` gave, but for the moments."""
+        if self.heading is not None:
+            self.heading.load_state_dict(flat)
+        self.kept.load_state_dict(flat)
+
     def stop(self) -> None:
         """Remove all hooks; what was seen stays."""
-        for part in (self.moments, self.flow):
+        for part in (self.moments, self.flow, self.kept):
             if part is not None:
                 part.stop()
+        self.terms_of_first_step()

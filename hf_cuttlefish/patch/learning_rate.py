@@ -20,13 +20,23 @@ IN_SCHEDULERS = ("base_lrs", "max_lrs", "min_lrs", "default_min_lr", "eta_min", 
 
 
 SMALL, SCALE_OF_SMALL = 0.25, 1.5
-"""Where less than a quarter of the target layers' parameters is kept, 1.5 times the rate ends more accurate or the same, and at
-a third it makes no difference (docs/results.md; the paper's code doubles it for BERT)."""
+"""Where less than a quarter of the target layers' parameters is kept, at least 1.5 times the rate (docs/results.md)."""
+GAIN, LARGEST_SCALE = 6.0, 3.0
+"""The scale is 1 + GAIN times the alignment of the weights' travel (`Heading`), at most LARGEST_SCALE. 4 to 8 for 6 ends the
+same; a constant of 2 ruins runs whose rate is as high as they bear, and 3 makes them diverge (docs/results.md)."""
+SCALE_UNKNOWN = 1.35
+"""Where the alignment is not known, as in runs too short to see it."""
 
 
-def suggested_scale(kept: float) -> float:
-    """What a `learning_rate_scale` of None stands for. kept: share of the target layers' parameters after the switch."""
-    return SCALE_OF_SMALL if kept < SMALL else 1.0
+def suggested_scale(kept: float, alignment: float | None = None) -> float:
+    """What a `learning_rate_scale` of None stands for.
+
+    Args:
+        kept: share of the target layers' parameters after the switch.
+        alignment: share of directed travel before the switch (`Heading.alignment`); None where it is not known.
+    """
+    scale = SCALE_UNKNOWN if alignment is None else min(LARGEST_SCALE, 1 + GAIN * max(0.0, alignment))
+    return max(scale, SCALE_OF_SMALL) if kept < SMALL else scale
 
 
 def check_can_scale(optimizer: Any, scheduler: Any) -> None:
@@ -98,16 +108,18 @@ class ScaleLearningRate(Edit):
             _write(holder, name, value)
 
 
-def learning_rate_edit(optimizer: Any, scheduler: Any, scale: float | None, kept: float) -> Edit:
-    """What the switch does to the learning rate: as `learning_rate_scale` says, or as the plan's size suggests.
+def learning_rate_edit(
+    optimizer: Any, scheduler: Any, scale: float | None, kept: float, alignment: float | None = None
+) -> Edit:
+    """What the switch does to the learning rate: as `learning_rate_scale` says, or as the run and the plan suggest.
 
     Args:
-        scale: learning_rate_scale. kept: share of the target layers' parameters after the switch.
+        scale: learning_rate_scale. kept, alignment: see `suggested_scale`.
 
     Raises:
         TypeError, ValueError: as `check_can_scale`, for a scale that was asked for; without one the rate is left alone then.
     """
-    wanted = suggested_scale(kept) if scale is None else scale
+    wanted = suggested_scale(kept, alignment) if scale is None else scale
     edit = Edit()
     if wanted == 1:
         return edit

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import nn
 
 from ..config import CuttlefishConfig
-from ..decide.left import left_frozen
+from ..decide.left import FROZEN, UNSEEN, left_frozen
 from ..decide.plan import RankPlan
 from ..decide.rules import DEFAULT_RATIO
 from ..decide.schedule import Schedule
@@ -103,6 +103,42 @@ def not_converged(config: CuttlefishConfig, step: int) -> str:
         f"(latest_switch={config.latest_switch:.2f} of the run); switched all the same. If the accuracy falls behind, train longer, "
         "or give the full-rank phase more time with a later latest_switch."
     )
+
+
+def statistics_lost(step: int) -> str:
+    """A run resumed among the steps that gather statistics. step: the later one of the switch."""
+    return (
+        "Cuttlefish: the checkpoint lies among the steps that gather statistics, and its statistics are not at hand: gathering "
+        f"starts anew, and the switch comes at step {step}."
+    )
+
+
+def switched_but(step: int, error: Exception) -> str:
+    """All has changed, and training goes on low rank."""
+    return f"Cuttlefish: switched at step {step}, but what comes after it failed: {error}"
+
+
+def failed(step: int, error: Exception) -> str:
+    """Nothing has changed."""
+    return (
+        f"Cuttlefish: the switch at step {step} failed and training goes on full rank, the model as before: {error}. To try again, "
+        "resume from a checkpoint before this step with another config (exclude_modules, switch_step)."
+    )
+
+
+def why_dense(plan: RankPlan, config: CuttlefishConfig) -> str:
+    """Why a plan factorizes nothing."""
+    reasons = dict.fromkeys(d.reason for d in plan.decisions.values())
+    if config.objective == "speed" and plan.notes:
+        return plan.notes[-1]
+    if len(reasons) == 1 and next(iter(reasons)) in (FROZEN, UNSEEN):
+        return f"of all {len(plan.decisions)} layers it is true: {next(iter(reasons))}"
+    return "no layer would get smaller at the ranks that it needs"
+
+
+def no_switch(step: int, reason: str, plan: RankPlan) -> str:
+    """The plan factorizes nothing."""
+    return f"Cuttlefish: no switch at step {step}: {reason}.\n{plan.summary()}"
 
 
 def _when(schedule: Schedule) -> str:

@@ -80,7 +80,7 @@ def what_is_missing(folder: str | os.PathLike[str], processes: int = 1) -> str |
     for name in names:
         if not _is_whole(folder / name):
             return f"{name} is missing or cut off"
-    if _gathering(state) and not _is_whole(folder / STATISTICS_FILE, step=str(step)):
+    if _measured(state) and not _is_whole(folder / STATISTICS_FILE, step=str(step)):
         return f"{STATISTICS_FILE} is missing, cut off or of another step"
     return None
 
@@ -96,13 +96,13 @@ def _is_whole(path: Path, step: str | None = None) -> bool:
         return False
 
 
-def _gathering(state: dict[str, Any]) -> bool:
-    """Whether a Cuttlefish callback was gathering statistics in this state."""
+def _measured(state: dict[str, Any]) -> bool:
+    """Whether a Cuttlefish callback had measurements to keep in this state."""
     callbacks = state.get("stateful_callbacks")
     entries = list(callbacks.values()) if isinstance(callbacks, dict) else []
     for entry in [e for one in entries for e in (one if isinstance(one, list) else [one])]:
         attributes = entry.get("attributes") if isinstance(entry, dict) else None
         saved = attributes.get("_saved") if isinstance(attributes, dict) else None
-        if isinstance(saved, dict) and saved.get("gathering"):
+        if isinstance(saved, dict) and (saved.get("gathering") or saved.get("measured")):
             return True
     return False

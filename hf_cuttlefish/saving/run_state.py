@@ -50,6 +50,7 @@ class RunState:
         global_step: optimizer steps taken. switch_at: step at which the switch is due, or None. switch_step: of the switch, or
             None. reason: why. finished: nothing more will come. gathering: statistics are being gathered.
         plan, report: of the switch, or None. history: of the stable ranks. config: of the run, or None where it was not noted.
+        statistics_needed: see `Schedule.need`. measured: whether there are measurements beside the state.
     """
 
     global_step: int
@@ -62,6 +63,8 @@ class RunState:
     report: FactorizationReport | None
     history: StableRankHistory
     config: dict[str, Any] | None = None
+    statistics_needed: int = 0
+    measured: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with a `version`."""
@@ -72,6 +75,8 @@ class RunState:
             "report": None if self.report is None else {k: v for k, v in self.report.to_dict().items() if k != "plan"},
             "history": self.history.to_dict(),
             "config": self.config,
+            "statistics_needed": self.statistics_needed,
+            "measured": self.measured,
         }
 
     @classmethod
@@ -104,6 +109,8 @@ class RunState:
             report,
             history,
             data.get("config") if isinstance(data.get("config"), dict) else None,
+            _whole_number(data.get("statistics_needed", 0)),
+            bool(data.get("measured", False)),
         )
 
     def under(self, config: CuttlefishConfig, layers: Collection[str]) -> RunState:
@@ -136,6 +143,12 @@ class RunState:
             elif state.gathering:  # layers that were not gathered before
                 state.switch_at, state.gathering = None, False
         return state
+
+
+def _whole_number(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"the saved state's statistics_needed must be a whole number of steps, got {value!r:.80}")
+    return value
 
 
 def _check_fields(data: Any) -> None:

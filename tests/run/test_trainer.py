@@ -1,5 +1,6 @@
 """The callback in a real Trainer: one run, one switch, logs, and resumes that end on the same bits."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -247,15 +248,31 @@ def test_an_optimizer_of_the_users_own_resumes(tmp_path):
     assert_same_run(trainer, start(str(tmp_path / "checkpoint-10")))
 
 
-def test_frozen_layers_are_factorized_and_stay_frozen(tmp_path):
+def test_frozen_layers_that_are_named_are_factorized_and_stay_frozen(tmp_path):
     model = tiny_bert()
     for p in model.bert.encoder.layer[0].parameters():
         p.requires_grad_(False)
-    trainer, _ = run(tmp_path, model=model, save_strategy="no")
+    config = dataclasses.replace(CONFIG, target_modules=["query", "key", "value", "dense"])
+    trainer, callback = run(tmp_path, config, model=model, save_strategy="no")
+    assert callback.plan.predicted_loss_increase is not None  # its moments were gathered, too
     frozen = trainer.model.bert.encoder.layer[0].attention.self.query
     held = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
     assert isinstance(frozen, LowRankLinear) and not frozen.up.weight.requires_grad and id(frozen.up.weight) not in held
     assert held == {id(p) for p in trainer.model.parameters() if p.requires_grad}
+
+
+def test_frozen_layers_stay_dense_by_default_and_the_plan_says_why(tmp_path, caplog):
+    model = tiny_bert()
+    model.bert.encoder.layer[0].requires_grad_(False)
+    before = {k: v.clone() for k, v in model.bert.encoder.layer[0].state_dict().items()}
+    with caplog.at_level(logging.INFO):
+        trainer, callback = run(tmp_path, model=model, save_strategy="no")
+    assert len(callback.plan) == 6 and all(name.startswith("bert.encoder.layer.1.") for name in callback.plan)
+    assert "frozen" in callback.plan.decisions["bert.encoder.layer.0.output.dense"].reason
+    assert any("6 layers stay dense" in note and "frozen" in note for note in callback.plan.notes)
+    assert "6 of them are frozen and stay dense" in caplog.text
+    after = trainer.model.bert.encoder.layer[0].state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
 
 
 def test_vit_resumes_in_spite_of_its_legacy_names(tmp_path):
