@@ -84,8 +84,9 @@ def test_plan_and_losses_are_those_of_one_process(kept, alone, engine):
         assert len(run["losses"]) == contract.STEPS and run["losses"] == pytest.approx(expected["losses"], abs=2e-6)
 
 
-@pytest.mark.parametrize("step", [contract.BEFORE, contract.AFTER])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("engine", "step"), [(engine, step) for engine in ENGINES for step in contract.saved_at(engine)]
+)
 def test_a_run_resumes_before_and_after_the_switch(kept, engine, step):
     """Before it, among the steps that gather statistics. Losses are the same numbers."""
     for results in kept(engine):
@@ -120,7 +121,7 @@ def test_checkpoints_of_an_earlier_version_resume(kept, engine):
     expected = json.loads((OLD / "expected.json").read_text())[engine]
     for results in kept(engine):
         old = [run for name, run in results.items() if name.startswith("old ")]
-        assert len(old) == 2  # from before and after the switch
+        assert len(old) == len(contract.saved_at(engine))
         for run in old:
             assert run["plan"] == expected["plan"] and run["switched"] == contract.SWITCH and run["low rank"]
             assert run["losses"] == pytest.approx(expected["losses"], abs=2e-6)
