@@ -65,8 +65,8 @@ def write(engine: str, folder: Path) -> None:
     if contract.PROCESSES[engine] > 1:
         contract.begin(engine)
     result = contract.run(engine, folder / "run", **contract.saving(engine))
-    steps = [contract.SWITCH if engine in contract.BY_RESTART else step for step in contract.saved_at(engine)]
-    steps[0] = contract.saved_at(engine)[0]
+    last = contract.SWITCH if engine in contract.BY_RESTART else contract.AFTER
+    steps = [contract.saved_at(engine)[0], last]
     if contract.rank() == 0:
         result = {key: result[key] for key in ("losses", "plan", "switched")} | {"steps": steps}
         (folder / "result.json").write_text(json.dumps(result))
