@@ -254,7 +254,9 @@ class WholeLayers(Mapping[str, nn.Module]):
         layer = self._layers[name]
         self._processes.from_main(lambda: name)  # asks the others
         held = cast(torch.Tensor, layer.weight)
-        whole_weight = nn.Parameter(self._gather(held), requires_grad=held.requires_grad)  # frozen layers are left alone
+        whole_weight = nn.Parameter(
+            self._gather(held), requires_grad=held.requires_grad
+        )  # frozen layers are left alone
         view = copy.copy(layer)
         view._parameters = {**layer._parameters, "weight": whole_weight}
         return view
