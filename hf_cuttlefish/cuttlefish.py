@@ -334,22 +334,12 @@ class Cuttlefish:
             raise  # there is no going on, whatever on_error says
         except Exception as error:
             if self.switch_step is not None:  # all has changed, and training goes on low rank
-                self._say(
-                    logging.WARNING,
-                    "Cuttlefish: switched at step %d, but what comes after it failed: %s",
-                    self.switch_step,
-                    error,
-                )
+                self._say(logging.WARNING, "%s", lines.failed_afterwards(self.switch_step, error))
                 return True
             self._finish(f"the switch failed: {error}")
             if self.config.on_error == "raise":
                 raise
-            self._say(
-                logging.WARNING,
-                "Cuttlefish: the switch at step %d failed and training goes on full rank, the model as before: %s",
-                self.global_step,
-                error,
-            )
+            self._say(logging.WARNING, "%s", lines.failed(self.global_step, error))
             return False
         finally:
             self.watch.moments = None
@@ -385,13 +375,7 @@ class Cuttlefish:
     def _stay_dense(self, plan: RankPlan) -> bool:
         smaller = "no layer would get smaller at the ranks that it needs"
         self._finish(plan.notes[-1] if self.config.objective == "speed" and plan.notes else smaller)
-        self._say(
-            logging.WARNING,
-            "Cuttlefish: no switch at step %d: %s.\n%s",
-            self.global_step,
-            self.reason,
-            plan.summary(),
-        )
+        self._say(logging.WARNING, "%s\n%s", lines.no_switch(self), plan.summary())
         return False
 
     def _record(self, plan: RankPlan, report: FactorizationReport) -> None:

@@ -105,6 +105,21 @@ def not_converged(config: CuttlefishConfig, step: int) -> str:
     )
 
 
+def no_switch(run: Run) -> str:
+    """The switch was due, and no layer is to be factorized."""
+    return f"Cuttlefish: no switch at step {run.global_step}: {run.reason}."
+
+
+def failed(step: int, error: Exception) -> str:
+    """The switch failed, and nothing has changed."""
+    return f"Cuttlefish: the switch at step {step} failed and training goes on full rank, the model as before: {error}"
+
+
+def failed_afterwards(step: int, error: Exception) -> str:
+    """All has changed, and then something failed."""
+    return f"Cuttlefish: switched at step {step}, but what comes after it failed: {error}"
+
+
 def _when(schedule: Schedule) -> str:
     config = schedule.config
     if config.switch_step is not None:
