@@ -272,12 +272,7 @@ class Cuttlefish:
     def _go_on_gathering(self, statistics: Mapping[str, torch.Tensor] | None) -> None:
         steps = self.processes.from_main(lambda: None if statistics is None else steps_in(statistics))
         if steps is None:
-            self._say(
-                logging.WARNING,
-                "Cuttlefish: the checkpoint lies among the steps that gather statistics, and its statistics are not at "
-                "hand: gathering starts anew, and the switch comes at step %d.",
-                self.schedule.postpone(self.global_step),
-            )
+            self._say(logging.WARNING, "%s", lines.statistics_lost(self.schedule.postpone(self.global_step)))
         self._look_ahead()
         if steps is not None and self.watch.moments is not None:
             if statistics is not None and self.processes.is_main:

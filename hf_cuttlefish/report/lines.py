@@ -105,6 +105,14 @@ def not_converged(config: CuttlefishConfig, step: int) -> str:
     )
 
 
+def statistics_lost(step: int) -> str:
+    """A run goes on among the steps that gather statistics, without them. step: of the switch now."""
+    return (
+        "Cuttlefish: the checkpoint lies among the steps that gather statistics, and its statistics are not at hand: gathering "
+        f"starts anew, and the switch comes at step {step}."
+    )
+
+
 def no_switch(run: Run) -> str:
     """The switch was due, and no layer is to be factorized."""
     return f"Cuttlefish: no switch at step {run.global_step}: {run.reason}."
