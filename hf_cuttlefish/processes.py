@@ -81,7 +81,7 @@ class Processes:
                 rank = next(i for i, message in enumerate(said) if message)
                 raise OtherProcessError(f"process {rank} failed: {said[rank]}")
         if error is not None:
-            raise _told(error)
+            raise _told(error) if self.size > 1 else error  # alone nobody else has heard of it
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -52,6 +52,7 @@ VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "WORLD
 
 
 def inspect(options: argparse.Namespace) -> None:
+    """The layers of a model, their stable ranks, and the plan that they would get."""
     if options.plot or options.plot_spectra:
         check_matplotlib()
     config = _config(options, target_ratio=options.ratio)
@@ -86,6 +87,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def factorize(options: argparse.Namespace) -> None:
+    """A dense folder becomes a factorized one."""
     rule = options.rule or "loss"
     config = _config(options, rank_rule=rule, target_ratio=options.ratio)
     plan: Any = None if options.plan is None else read_plan(options.plan)
@@ -111,6 +113,7 @@ def factorize(options: argparse.Namespace) -> None:
 
 
 def merge(options: argparse.Namespace) -> None:
+    """A factorized folder becomes a dense one."""
     config = load_config(options.model)
     note = getattr(config, "quantization_config", None)
     if not isinstance(note, dict) or note.get("quant_method") != QUANT_METHOD:
@@ -127,6 +130,7 @@ def merge(options: argparse.Namespace) -> None:
 
 
 def plot(options: argparse.Namespace) -> None:
+    """A figure from what a run has saved."""
     state, source = read_run(Path(options.run_dir))
     run = next(iter(cuttlefish_states(state)), None)
     if run is None and options.what != "loss":
@@ -150,6 +154,7 @@ def plot(options: argparse.Namespace) -> None:
 
 
 def env(options: argparse.Namespace) -> None:
+    """Versions and settings, for a report of a bug."""
     facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
         try:

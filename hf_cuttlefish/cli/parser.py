@@ -26,6 +26,7 @@ _share.__name__, _count.__name__ = "share (above 0, at most 1)", "whole number o
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
     parser = argparse.ArgumentParser(
         prog="hf-cuttlefish",
         description="Cuttlefish (low-rank training without tuning) for models that lie in a folder or on the hub.",

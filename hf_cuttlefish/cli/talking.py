@@ -16,10 +16,12 @@ def bar(unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
 
 
 def warn(message: str) -> None:
+    """Say something on stderr, and go on."""
     print(f"hf-cuttlefish: warning: {message}", file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:
+    """An error as one line."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split())

@@ -96,6 +96,7 @@ def is_unit(module: nn.Module) -> bool:
 
 
 def live_modules() -> list[nn.Module]:
+    """All modules of this process."""
     is_module: dict[type, bool] = {}  # there are hundreds of thousands of objects, of few classes
     found = []
     for o in gc.get_objects():
@@ -156,6 +157,7 @@ def forget_compiled() -> None:
 
 
 def refuse_wrapper(model: nn.Module) -> None:
+    """Raises ValueError, naming the engine and what to do, for a wrapper inside which nothing may be changed."""
     if isinstance(model, nn.DataParallel) and not (is_distributed() and Processes().size > 1):
         return
     why = _REFUSED.get(type(model).__name__)
@@ -164,5 +166,6 @@ def refuse_wrapper(model: nn.Module) -> None:
 
 
 def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has wrapped this very module."""
     # fully_shard makes a class of its own from the one that it is given.
     return "_orig_mod" in model._modules and any(c.__name__ == "OptimizedModule" for c in type(model).__mro__)

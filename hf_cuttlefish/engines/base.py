@@ -253,9 +253,12 @@ class WholeLayers(Mapping[str, nn.Module]):
     def __getitem__(self, name: str) -> nn.Module:
         layer = self._layers[name]
         self._processes.from_main(lambda: name)  # asks the others
-        weight = self._gather(cast(torch.Tensor, layer.weight))
+        held = cast(torch.Tensor, layer.weight)
+        whole_weight = nn.Parameter(
+            self._gather(held), requires_grad=held.requires_grad
+        )  # frozen layers are left alone
         view = copy.copy(layer)
-        view._parameters = {**layer._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+        view._parameters = {**layer._parameters, "weight": whole_weight}
         return view
 
     def __iter__(self) -> Iterator[str]:

@@ -174,7 +174,7 @@ class MomentCollector:
         totals = torch.tensor([float(v) for v in mine], dtype=torch.float64, device=device)
         processes.sum_(totals)
         share = 1 if processes.is_main else 0
-        total, norms, squares, losses, count, with_loss = (totals * share).tolist()
+        total, norms, squares, losses, count, _ = (totals * share).tolist()
         seen.total, seen.norms, seen.squares, seen.count = total, norms, squares, int(count)
         if float(totals[-1]):
             seen.losses = torch.tensor(losses, dtype=torch.float32, device=device)

@@ -187,6 +187,7 @@ def depth_bar(figure: Figure, panels: Any, rows: Sequence[tuple[int, ...]]) -> N
 
 
 def save_figure(figure: Figure, path: str | Path | None) -> Figure:
+    """Save a figure where a path is given, and hand it back."""
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)

@@ -101,6 +101,7 @@ def _converted(
 
 
 def names_factor(module: nn.Module, key: str) -> bool:
+    """Whether a key names a tensor of a layer that is, or could be, factorized."""
     for ending in (".down.weight", ".up.weight", ".up.bias"):
         if key.endswith(ending):
             return is_layer(module, key.removesuffix(ending))
@@ -111,11 +112,13 @@ def names_factor(module: nn.Module, key: str) -> bool:
 
 
 def is_layer(module: nn.Module, name: str) -> bool:
+    """Whether there is such a layer under this name."""
     found = get_layer(module, name)
     return isinstance(found, LowRankLinear) or type(found) in DENSE_TYPES.values()
 
 
 def get_layer(module: nn.Module, name: str) -> nn.Module | None:
+    """The module of this name, or None."""
     for part in name.split("."):
         found = module._modules.get(part)
         if found is None:

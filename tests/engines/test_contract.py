@@ -84,8 +84,9 @@ def test_plan_and_losses_are_those_of_one_process(kept, alone, engine):
         assert len(run["losses"]) == contract.STEPS and run["losses"] == pytest.approx(expected["losses"], abs=2e-6)
 
 
-@pytest.mark.parametrize("step", [contract.BEFORE, contract.AFTER])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("engine", "step"), [(engine, step) for engine in ENGINES for step in contract.saved_at(engine)]
+)
 def test_a_run_resumes_before_and_after_the_switch(kept, engine, step):
     """Before it, among the steps that gather statistics. Losses are the same numbers."""
     for results in kept(engine):
@@ -100,7 +101,9 @@ def test_a_process_that_raises_at_an_edit_leaves_all_as_before_on_all(kept, engi
     for results in kept(engine):
         assert results["none"]["switched"] == contract.SWITCH and results["none"]["low rank"]
         failed = {name: run for name, run in results.items() if name.startswith("fails at")}
-        assert len(failed) >= 4 and any("SwapModules" in name for name in failed)
+        assert len(failed) >= (2 if engine in contract.BY_RESTART else 4) and any(
+            "SwapModules" in name for name in failed
+        )
         for name, run in failed.items():
             assert run["switched"] is None and "injected" in run["reason"] and not run["low rank"], name
             assert run["losses"] == results["dense"]["losses"] and len(run["losses"]) == contract.AFTER, name
@@ -111,7 +114,8 @@ def test_what_cannot_be_is_refused_before_the_first_step(kept, engine):
     for results in kept(engine):
         assert "switch_step is 99, but the run has 10 steps" in results["refusals"]["too late"]
         if contract.PROCESSES[engine] > 1:
-            assert "disagree on config: rank_multiple=2 on process 0" in results["refusals"]["other config"]
+            said = results["refusals"]["other config"]
+            assert "disagree on config" in said and "rank_multiple=2 on process 0" in said
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -120,7 +124,7 @@ def test_checkpoints_of_an_earlier_version_resume(kept, engine):
     expected = json.loads((OLD / "expected.json").read_text())[engine]
     for results in kept(engine):
         old = [run for name, run in results.items() if name.startswith("old ")]
-        assert len(old) == 2  # from before and after the switch
+        assert len(old) == len(contract.saved_at(engine))
         for run in old:
             assert run["plan"] == expected["plan"] and run["switched"] == contract.SWITCH and run["low rank"]
             assert run["losses"] == pytest.approx(expected["losses"], abs=2e-6)

@@ -153,6 +153,22 @@ def test_an_error_that_all_have_heard_of_is_not_told_again():
     assert isinstance(one, OtherProcessError) and isinstance(other, Injected) and sorted(rounds) == [0, 1]
 
 
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_what_fails_in_edits_of_one_process_alone_is_told_to_the_others(culprit):
+    """As of the copy of the model that a switch by restart factorizes."""
+
+    def work(me: Any) -> Any:
+        try:
+            with me.together():
+                commit([Step([], [], "a", "after" if me.rank == culprit else "")], Processes.alone())
+        except Exception as error:
+            return type(error)
+        return None
+
+    found = on_threads(work)
+    assert found[culprit] is Injected and found[1 - culprit] is OtherProcessError
+
+
 def test_what_fails_to_let_the_old_go_is_only_said(caplog):
     things, log, raised = committed(Processes.alone(), {"a": "finish", "b": "finish"})
     assert raised is None and things == ["old", "a", "b", "c"] and log[3:] == ["finish a", "finish b", "finish c"]

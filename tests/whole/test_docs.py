@@ -21,10 +21,18 @@ def messages() -> Iterator[tuple[str, str]]:
                 text = _text(node.exc.args[0])
             elif isinstance(node, ast.Call) and ast.unparse(node.func) in LOGGED:
                 text = _text(node.args[1 if ast.unparse(node.func) == "self._say" else 0])
+            elif isinstance(node, ast.Return) and "Cuttlefish: " in (text := _returned(node.value)):
+                pass  # a line that is worked out in one place and logged in another
             else:
                 continue
             if sum(letter.isalpha() for letter in text) >= 8:  # others hand on a message that was raised elsewhere
                 yield f"{path.relative_to(ROOT)}:{node.lineno}", text
+
+
+def _returned(node: ast.expr | None) -> str:
+    """The text among the values that are returned."""
+    parts = node.elts if isinstance(node, ast.Tuple) else [] if node is None else [node]
+    return "".join(_text(part) for part in parts if isinstance(part, ast.Constant | ast.JoinedStr | ast.BinOp))
 
 
 def _text(node: ast.expr) -> str:

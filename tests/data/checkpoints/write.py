@@ -64,8 +64,9 @@ def kept(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
 def write(engine: str, folder: Path) -> None:
     if contract.PROCESSES[engine] > 1:
         contract.begin(engine)
-    result = contract.run(engine, folder / "run", save_strategy="steps", save_steps=1)
-    steps = [contract.BEFORE, contract.SWITCH if engine in contract.BY_RESTART else contract.AFTER]
+    result = contract.run(engine, folder / "run", **contract.saving(engine))
+    last = contract.SWITCH if engine in contract.BY_RESTART else contract.AFTER
+    steps = [contract.saved_at(engine)[0], last]
     if contract.rank() == 0:
         result = {key: result[key] for key in ("losses", "plan", "switched")} | {"steps": steps}
         (folder / "result.json").write_text(json.dumps(result))

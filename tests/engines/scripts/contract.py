@@ -42,6 +42,15 @@ PROCESSES = {
 BY_RESTART = ("FSDP1", "tensor parallel", "DeepSpeed")
 
 
+def saved_at(engine: str) -> tuple[int, ...]:
+    """From which checkpoints a run goes on. Trainer saves none of tensor parallel models but that of the switch."""
+    return (SWITCH,) if engine == "tensor parallel" else (BEFORE, AFTER)
+
+
+def saving(engine: str) -> dict[str, Any]:
+    return {} if engine == "tensor parallel" else {"save_strategy": "steps", "save_steps": 1}
+
+
 def settings(engine: str, **changes: Any) -> CuttlefishConfig:
     # A causal model's first token makes its queries' gradients zero but for roundings (tensor_parallel_trainer.py).
     given = {**GIVEN, "exclude_modules": ["q_proj"]} if engine == "tensor parallel" else GIVEN
@@ -277,8 +286,8 @@ def refusals(engine: str, folder: Path) -> dict[str, str]:
 
 def promises(engine: str, folder: Path, old: Path | None = None) -> dict[str, Any]:
     whole = folder / "whole"
-    result: dict[str, Any] = {"whole": run(engine, whole, save_strategy="steps", save_steps=1)}
-    for step in (BEFORE, AFTER):
+    result: dict[str, Any] = {"whole": run(engine, whole, **saving(engine))}
+    for step in saved_at(engine):
         result[f"resumed at {step}"] = run(engine, folder / "again", None, str(whole / f"checkpoint-{step}"), 9)
     result["dense"] = run(engine, folder / "dense", settings(engine, switch_step=AFTER), max_steps=AFTER)
     names: list[str] = []
