@@ -93,7 +93,6 @@ class Cuttlefish:
         self._checkpoint: LowRankCheckpoint | None = None
         self._verify_at: int | None = None
         self._looked_again = False
-        # Ask at the start what can be asked at the start.
         self.engine, layers = start(model, optimizer, self.config, total_steps, scheduler, can_restart)
         self.watch = Watch(self.engine.model, layers, self.engine, self.config)
         if not layers:
@@ -233,20 +232,11 @@ class Cuttlefish:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to resume, but for the statistics being gathered (`statistics_state`). JSON-ready."""
-        return RunState(
-            self.global_step,
-            self.schedule.switch_at,
-            self.switch_step,
-            self.reason,
-            self.finished,
-            self.watch.is_gathering,
-            self.plan,
-            self.report,
-            self.watch.history,
-            self.config.to_dict(),
-            self.schedule.statistics_needed,
-            not self.finished and self.watch.heading is not None,
-        ).to_dict()
+        schedule, watch = self.schedule, self.watch
+        where = (self.global_step, schedule.switch_at, self.switch_step, self.reason, self.finished)
+        found = (watch.is_gathering, self.plan, self.report, watch.history)
+        measured = not self.finished and watch.heading is not None
+        return RunState(*where, *found, self.config.to_dict(), schedule.statistics_needed, measured).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], statistics: Mapping[str, torch.Tensor] | None = None) -> None:
         """Go on where `state_dict` was taken. The model must hold that checkpoint's weights already.
