@@ -5,7 +5,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 
 # Extra arguments, as in `make test PYTEST_ARGS="-k ranks"` or `make demo DEMO_ARGS="--num_train_epochs 1"`.
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadfile
 DEMO_ARGS ?=
 
 # Everything here runs on what ordinary packages carry: no hub is asked.
@@ -39,7 +39,8 @@ $(INSTALLED): pyproject.toml setup.cfg constraints.txt examples/requirements-dat
 demo: $(INSTALLED)  ## fine-tune MiniLM on TREC twice, dense and with Cuttlefish, and compare (runs/text_classification)
 	$(RUN) examples/text_classification.py --method both $(DEMO_ARGS)
 
-# One thread in each test process: tiny models lose far more to waiting threads than they win.
+# One thread in each test process: tiny models lose far more to waiting threads than they win. A file is one process's, so that
+# what its tests share (a launch of several processes, a whole run) is made once.
 test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)  ## run the tests
 	$(RUN) -m pytest $(PYTEST_ARGS)

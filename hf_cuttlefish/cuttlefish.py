@@ -365,7 +365,7 @@ class Cuttlefish:
     def _try_switch(self, folder: Path | None = None) -> bool:
         try:
             self.watch.stop()
-            switched = self._switch(folder)
+            return self._switch(folder)
         except ProcessLostError:
             raise  # there is no going on, whatever on_error says
         except Exception as error:
@@ -389,15 +389,6 @@ class Cuttlefish:
             return False
         finally:
             self.watch.moments = None
-        if self.reason == "latest_switch" and switched:
-            self._say(
-                logging.WARNING,
-                "Cuttlefish: the stable ranks were not seen to converge by step %d, the latest switch point (latest_switch=%.2f of "
-                "the run); switched all the same.",
-                self.global_step,
-                self.config.latest_switch,
-            )
-        return switched
 
     def _switch(self, folder: Path | None) -> bool:
         """The main process decides; all of them carry the same plan out, with the same factors, or none does."""
@@ -423,6 +414,14 @@ class Cuttlefish:
         seconds = {"statistics": gathered - started, "ranks": planned - gathered}
         report.seconds = {**seconds, "total": time.perf_counter() - started}
         self._say(logging.INFO, "%s (%s)\n%s", report.headline(), self.reason, "\n".join(str(report).splitlines()[1:]))
+        if self.reason == "latest_switch":
+            self._say(
+                logging.WARNING,
+                "Cuttlefish: the stable ranks were not seen to converge by step %d, the latest switch point (latest_switch=%.2f of "
+                "the run); switched all the same.",
+                self.global_step,
+                self.config.latest_switch,
+            )
         return True
 
     def _stay_dense(self, plan: RankPlan) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers as hf
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 HIDDEN, MIDDLE, VOCABULARY, LENGTH, BATCH, LABELS = 32, 64, 99, 7, 2, 3
 RANK = 4
@@ -363,3 +364,10 @@ FAMILIES = [
 ]  # fmt: skip
 
 BY_NAME = {family.name: family for family in FAMILIES}
+
+
+def make_linear(kind: str = "Linear", n: int = 12, m: int = 20, bias: bool = True) -> nn.Module:
+    layer: nn.Module = Conv1D(m, n) if kind == "Conv1D" else nn.Linear(n, m, bias=bias)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer

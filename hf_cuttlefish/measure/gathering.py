@@ -66,7 +66,7 @@ def gather_statistics(
     finally:
         collector.stop()
         model.train(training)
-    if not collector.batches:
+    if not collector.steps:
         raise ValueError("there are no batches to gather statistics from")
     return collector.moments()
 

@@ -32,7 +32,7 @@ class StableRankTracker:
     Kept of each weight are rows v = u W, where the orthonormal rows u span nearly its leading left singular vectors. A check
     is one step of block iteration, u = orth(v W^T) and v = u W, and the leading eigenvalue of v v^T: two thin products
     and a norm, so each weight is read three times and never copied. Between two checks the leading singular space hardly
-    moves, and one step is exact enough (relative error below 1e-3; tests/test_spectrum.py). The first check has no such
+    moves, and one step is exact enough (relative error below 1e-3; tests/maths/test_stable_ranks.py). The first check has no such
     rows and builds a block Krylov space (Golub and Kahan), which a flat spectrum needs.
     """
 

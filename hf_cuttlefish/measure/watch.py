@@ -99,14 +99,14 @@ class Watch:
         if self.moments is None:
             taps, flow = self.engine.taps(self.layers), self.engine.whole_flow
             self.moments = MomentCollector(self.model, self.layers, self.config.statistics_tokens, taps, flow)
-            self.moments.replicas = self.engine.replicas
+            self.moments.batches.replicas = self.engine.replicas
             self.moments.start()
 
     def note_scale(self, scaler: Any, loss_factor: float) -> None:
         """Before a step: what its loss will be multiplied by."""
         if self.moments is not None:
-            self.moments.loss_scale = self.engine.loss_scale(scaler)
-            self.moments.loss_factor = loss_factor
+            self.moments.batches.loss_scale = self.engine.loss_scale(scaler)
+            self.moments.batches.loss_factor = loss_factor
 
     def sum_moments(self) -> None:
         """Sum the statistics over all processes that saw other batches; the main one gets them all."""

@@ -1,0 +1,264 @@
+"""Where: patterns, what is never taken, and the errors of patterns that miss."""
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from hf_cuttlefish import CuttlefishConfig, LowRankLinear, factorize
+from hf_cuttlefish.decide.targets import find_targets, matches, skipped_parameters
+from tiny_models import BY_NAME, LLAMA, LM
+
+
+class Block(nn.Module):
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(size, 2 * size), nn.Linear(2 * size, size), nn.LayerNorm(size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x + self.second(self.first(x).relu()))
+
+
+class Plain(nn.Module):
+    """Not a PreTrainedModel: stem, two blocks, head."""
+
+    def __init__(self, blocks: nn.Module | None = None) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 8)
+        self.blocks = blocks if blocks is not None else nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(8, 3)
+
+
+def names(model: nn.Module, **config: object) -> list[str]:
+    return list(find_targets(model, CuttlefishConfig(**config)))
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return BY_NAME["bert"].build()
+
+
+def layers(*endings: str, count: int = 2) -> list[str]:
+    return [f"bert.encoder.layer.{i}.{ending}" for i in range(count) for ending in endings]
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ({"target_modules": ["query", "value"]}, layers("attention.self.query", "attention.self.value")),
+        ({"target_modules": ["output.dense"]}, layers("attention.output.dense", "output.dense")),
+        ({"target_modules": ["layer.1.output.dense"]}, ["bert.encoder.layer.1.output.dense"]),
+        ({"target_modules": ["bert.encoder.layer.0.intermediate.dense"]}, ["bert.encoder.layer.0.intermediate.dense"]),
+        (
+            {"target_modules": r".*\.layer\.0\..*(query|key)"},
+            layers("attention.self.query", "attention.self.key", count=1),
+        ),
+        ({"exclude_modules": ["dense", "key"]}, layers("attention.self.query", "attention.self.value")),
+        (
+            {"exclude_modules": r".*\.layer\.1\..*|.*dense"},
+            layers(*(f"attention.self.{p}" for p in ("query", "key", "value")), count=1),
+        ),
+        ({"target_modules": ["query", "key"], "exclude_modules": ["key"]}, layers("attention.self.query")),
+        ({"target_modules": ["pooler.dense"]}, ["bert.pooler.dense"]),
+        ({"target_modules": ["query"], "exclude_modules": ["classifier", "LayerNorm"]}, layers("attention.self.query")),
+    ],
+)
+def test_patterns(bert, choice, expected):
+    assert names(bert, **choice) == expected
+
+
+@pytest.mark.parametrize(
+    ("choice", "parts"),
+    [
+        ({"target_modules": ["qurey"]}, ["target_modules 'qurey' matches no module", "close names", "query"]),
+        ({"target_modules": ["uery"]}, ["matches no module", "query"]),  # an ending of the name, not of a word
+        ({"target_modules": ["query", "intermediate.dens"]}, ["'intermediate.dens'", "intermediate.dense"]),
+        ({"target_modules": r"encoder\.layer\.0\.attention\.self\.query"}, ["matches no module", "query"]),
+        ({"exclude_modules": ["keys"]}, ["exclude_modules 'keys' matches no module", "key"]),
+        ({"exclude_modules": r".*"}, ["exclude_modules='.*' leaves no target layer"]),
+        ({"rank_pattern": {"quary": 4}}, ["rank_pattern 'quary' matches none of the target layers", "query"]),
+        ({"target_modules": ["key"], "rank_pattern": {"query": 4}}, ["rank_pattern 'query' matches none"]),
+        ({"target_modules": ["LayerNorm"]}, ["cannot be factorized", "LayerNorm (LayerNorm)"]),
+        ({"target_modules": ["word_embeddings"]}, ["cannot be factorized", "(Embedding)"]),
+        ({"target_modules": ["classifier"]}, ["cannot be factorized", "classifier (Linear)", "heads"]),
+        ({"target_modules": r".*\.encoder"}, ["cannot be factorized", "bert.encoder (BertEncoder)"]),
+    ],
+)
+def test_a_pattern_that_misses_is_an_error_that_helps(bert, choice, parts):
+    with pytest.raises(ValueError) as error:
+        names(bert, **choice)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "pattern"),
+    [
+        ("gpt2", "lm_head"),
+        ("bert-masked-lm", "decoder"),
+        ("llama", "lm_head"),
+        ("opt", "embed_tokens"),
+        ("t5", "shared"),
+    ],
+)
+def test_heads_and_embeddings_are_never_taken(family, pattern):
+    """Output embeddings, tied (GPT-2, BERT, T5, OPT) or not (Llama)."""
+    with pytest.raises(ValueError, match="cannot be factorized"):
+        names(BY_NAME[family].build(), target_modules=[pattern])
+
+
+@pytest.mark.parametrize("getter", ["get_output_embeddings", "get_input_embeddings"])
+def test_a_module_that_says_it_is_an_embedding_is_never_taken(getter):
+    """Also a linear one, untied and in a model without a base model inside."""
+    model = Plain()
+    assert names(model, target_modules=["head", "stem"]) == ["stem", "head"]
+    setattr(model, getter, lambda: model.head)
+    assert names(model, target_modules=["first", "stem"]) == ["stem", "blocks.0.first", "blocks.1.first"]
+    with pytest.raises(ValueError, match="cannot be factorized, such as head"):
+        names(model, target_modules=["head"])
+
+
+def test_weights_that_are_declared_tied_are_never_taken_even_while_they_are_apart(bert):
+    """As after loading to several devices, before tie_weights."""
+    model = copy.deepcopy(bert)
+    keys = [f"bert.encoder.layer.{i}.attention.self.query.weight" for i in range(2)]
+    model.all_tied_weights_keys = {keys[0]: keys[1]}
+    assert names(model) == [name for name in names(bert) if name + ".weight" not in keys]
+
+
+def test_an_ending_that_also_a_head_has_spares_the_head():
+    """RoBERTa's head has a layer called `dense`, too."""
+    model = BY_NAME["roberta"].build()
+    assert type(model.classifier.dense) is nn.Linear
+    found = names(model, target_modules=["dense"])
+    assert len(found) == 6 and all(name.startswith("roberta.encoder.layer.") for name in found)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("query", "encoder.layer.0.attention.self.query", True),
+        ("self.query", "encoder.layer.0.attention.self.query", True),
+        ("uery", "encoder.layer.0.attention.self.query", False),
+        ("query", "query", True),
+        (r"layer\.\d\..*(query|key)", "encoder.layer.1.attention.self.key", True),
+        (r"layer\.0", "encoder.layer.0.attention", False),
+        ("query", "encoder.query.down", False),
+    ],
+)
+def test_rank_pattern_follows_the_rule_of_peft(pattern, name, expected):
+    assert matches(pattern, name) is expected
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [nn.ModuleList([Block(), Block()]), nn.Sequential(Block(), Block()), nn.Sequential(Block(), nn.Dropout(), Block())],
+    ids=["ModuleList", "Sequential", "Sequential with others"],
+)
+def test_blocks_of_any_model_are_found_by_structure(blocks):
+    model = Plain(blocks)
+    assert {name.split(".")[0] for name in names(model)} == {"blocks"}
+    assert [name.rpartition(".")[2] for name in names(model)] == ["first", "second"] * 2
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)),
+        Plain(nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 5)])),
+        Plain(nn.Sequential(Block(), nn.ReLU())),
+        nn.Linear(4, 4),
+    ],
+    ids=["bare layers", "list of heads", "one block", "one layer"],
+)
+def test_no_repeated_block_is_said(model):
+    with pytest.raises(ValueError, match=r"finds no nn\.Linear or Conv1D inside a repeated block.*target_modules="):
+        find_targets(model)
+
+
+def test_a_module_registered_twice_is_taken_once_under_its_first_name():
+    model = Plain()
+    model.blocks[1].first = model.blocks[0].first
+    assert names(model) == ["blocks.0.first", "blocks.0.second", "blocks.1.second"]
+
+
+def test_tied_weights_are_never_taken():
+    model = Plain()
+    model.blocks[1].first.weight = model.blocks[0].first.weight
+    assert names(model) == ["blocks.0.second", "blocks.1.second"]
+    with pytest.raises(ValueError, match="cannot be factorized"):
+        names(model, target_modules=["first"])
+
+
+@pytest.mark.parametrize("compute", [prune.identity, nn.utils.weight_norm, parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated.*")
+def test_weights_computed_from_others_are_never_taken(compute):
+    """Pruning and weight_norm: the weight is no parameter, and would be computed over the factors again."""
+    model = Plain()
+    compute(model.blocks[0].first, "weight")
+    assert names(model) == ["blocks.0.second", "blocks.1.first", "blocks.1.second"]
+
+
+def test_subclasses_stay_dense_and_are_named():
+    model = hf.FalconForCausalLM(
+        hf.FalconConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    )
+    with pytest.raises(ValueError, match="FalconLinear, which may compute something else"):
+        find_targets(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_quantized_weights_are_an_error_that_names_the_layer(dtype):
+    model = Plain()
+    model.blocks[1].first.weight = nn.Parameter(model.blocks[1].first.weight.to(dtype), requires_grad=False)
+    with pytest.raises(TypeError, match=r"blocks.1.first holds torch.\w+ weights.*quantized.*exclude"):
+        find_targets(model)
+    assert names(model, exclude_modules=["1.first"]) == ["blocks.0.first", "blocks.0.second", "blocks.1.second"]
+
+
+def test_factorized_layers_are_no_targets_and_all_of_them_is_said():
+    model = Plain()
+    factorize(model, {"blocks.0.first": 2})
+    assert names(model) == ["blocks.0.second", "blocks.1.first", "blocks.1.second"]
+    with pytest.raises(ValueError, match=r"cannot be factorized.*already factorized"):
+        names(model, target_modules=["down"])
+    factorize(model, dict.fromkeys(names(model), 2))
+    assert sum(isinstance(m, LowRankLinear) for m in model.modules()) == 4
+    with pytest.raises(ValueError, match="4 layers are already factorized"):
+        find_targets(model)
+
+
+def test_a_layer_with_one_output_is_left_out_but_can_be_named():
+    """The gate of Qwen2-MoE's shared expert: no rank would make it smaller."""
+    model = BY_NAME["qwen2-moe"].build()
+    gates = [f"model.layers.{i}.mlp.shared_expert_gate" for i in range(2)]
+    assert not set(gates) & set(names(model))
+    assert names(model, target_modules=["shared_expert_gate"]) == gates
+
+
+def test_experts_are_told_by_name_and_size():
+    config = hf.MixtralConfig(**LLAMA, num_local_experts=3, num_experts_per_tok=2)
+    skipped = skipped_parameters(hf.MixtralForCausalLM(config))
+    assert skipped == {
+        f"model.layers.{i}.mlp.experts.{name}": size
+        for i in range(2)
+        for name, size in (("gate_up_proj", 3 * 2 * 64 * 32), ("down_proj", 3 * 32 * 64))
+    }
+    assert not skipped_parameters(BY_NAME["bert"].build())
+
+
+@pytest.mark.parametrize("model", [None, "bert-base-cased", hf.BertConfig(**LM)], ids=["None", "a name", "a config"])
+def test_no_model_is_a_type_error(model):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got"):
+        find_targets(model)
+
+
+def test_nothing_is_changed(bert):
+    before = {name: id(module) for name, module in bert.named_modules()}
+    state = {name: value.clone() for name, value in bert.state_dict().items()}
+    find_targets(bert)
+    assert before == {name: id(module) for name, module in bert.named_modules()}
+    assert all(torch.equal(state[name], value) for name, value in bert.state_dict().items())

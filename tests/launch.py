@@ -1,0 +1,57 @@
+"""Start real processes on this machine: by torchrun (gloo, no GPU), or by hand where it would be in the way."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = Path(__file__).parent / "engines" / "scripts"
+LIMIT = 480
+"""Seconds that a launch may take on a busy machine; usual are 15 to 60."""
+
+_NOT_HANDED_ON = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU")
+_PATHS = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+PLAIN = {k: v for k, v in os.environ.items() if k not in _NOT_HANDED_ON} | {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": os.pathsep.join(_PATHS),
+}
+"""The environment of a process that may use what it finds."""
+ON_CPU = {**PLAIN, "ACCELERATE_USE_CPU": "true"}
+
+
+def launch(processes: int, script: str, *arguments: object, environment: Mapping[str, str] = ON_CPU) -> str:
+    """Run a script of engines/scripts under torchrun until all processes have ended well; returns what they have printed."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    run += [str(SCRIPTS / script), *map(str, arguments)]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def by_hand(
+    script: str, *arguments: object, local_ranks: Sequence[int], port: int, environment: Mapping[str, str] = ON_CPU
+) -> list[tuple[int, str]]:
+    """Start one process for each local rank, without torchrun, which would end the survivors of one that dies.
+
+    Returns how each has ended, and its errors.
+    """
+    shared = {"WORLD_SIZE": str(len(local_ranks)), "LOCAL_WORLD_SIZE": str(len(local_ranks))}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPTS / script), *map(str, arguments)],
+            env={**environment, **shared, "RANK": str(rank), "LOCAL_RANK": str(local)},
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )
+        for rank, local in enumerate(local_ranks)
+    ]  # fmt: skip
+    try:
+        errors = [p.communicate(timeout=LIMIT)[1] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [(p.returncode, error) for p, error in zip(processes, errors, strict=True)]
