@@ -70,9 +70,9 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Between here and the loading of a checkpoint's weights there is no event: let the weights choose the structure."""
-        if model is not None:
-            follow_checkpoints(model, kwargs.get("optimizer"))
-            if will_fix_structure(args):
+        for part in trainer.modules_of(model):
+            follow_checkpoints(part, kwargs.get("optimizer"))
+            if will_fix_structure(args) and part is model:
                 trainer.shape_like_checkpoint(model, args, type(self).__name__)
 
     def on_train_begin(
@@ -83,8 +83,11 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         Raises:
             TypeError, ValueError: as `Cuttlefish`; a state that does not fit the model.
         """
-        if model is None:
-            raise ValueError("the Trainer gives its callbacks no model")
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"the Trainer gives its callbacks no model that is a torch.nn.Module (got {type(model).__name__}): use Cuttlefish in "
+                "a loop of your own, with the module inside it"
+            )
         trainer.check_arguments(args, self.config)
         self.restart_from, self._full_rank, self._is_due = None, None, False
         trainer.move_to_front(self)

@@ -3,7 +3,8 @@
 With W = U V (U = up, V = down) and G the gradient by W, the gradients by the factors are G V^T and U^T G. So first moments
 and momentum buffers carry over exactly, m_U = m V^T and m_V = U^T m; second moments approximately, v_U = v (V o V)^T and
 v_V = (U o U)^T v, the cross terms dropped. A state that is a copy of the weight (a slow or an undecayed one) starts as a copy of
-the factor.
+the factor. An average of gradients that were normalized before they were averaged has no scale, so that it is projected by
+factors of unit length: m_U = m V^T / |V|.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ KINDS: dict[str, str] = {
     **dict.fromkeys(ROUNDING_STATE, "rounding"),
     **dict.fromkeys(SCALAR_STATE, "scalar"),
 }
-"""State name -> what it is, for the names that torch.optim and transformers use. "parameter" is a copy of the parameter."""
+"""State name -> what it is, for the names that torch.optim and transformers use.
+
+Two more kinds have no names of their own: "parameter", a copy of it, and "normalized", an average of gradients that were divided
+by the root of their mean square.
+"""
 
 
 def unknown_state(state: Iterable[str], kinds: Mapping[str, str] = KINDS) -> list[str]:
@@ -76,11 +81,13 @@ def project(
             for_down[key], for_up[key] = down.clone(), up.clone()
         elif kind == "rounding":
             for_down[key], for_up[key] = torch.zeros_like(down), torch.zeros_like(up)
-        elif kind in ("linear", "square"):
+        elif kind in ("linear", "square", "normalized"):
             dense = as_matrix(value, (len(up), down.shape[1]), transposed).float()
-            left, right = (up, down) if kind == "linear" else (up.square(), down.square())
+            left, right = (up.square(), down.square()) if kind == "square" else (up, down)
+            if kind == "normalized":
+                left, right = left / left.norm(dim=0), right / right.norm(dim=1, keepdim=True)
             for_down[key], for_up[key] = left.mT @ dense, dense @ right.mT
-        if kind in ("parameter", "rounding", "linear", "square") and isinstance(value, torch.Tensor):
+        if kind in ("parameter", "rounding", "linear", "square", "normalized") and isinstance(value, torch.Tensor):
             for new in (for_down, for_up):
                 new[key] = (new[key].flatten() if value.ndim == 1 else new[key]).to(value.dtype)
     for names in FACTORED_PAIRS:

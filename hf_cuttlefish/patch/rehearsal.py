@@ -40,8 +40,10 @@ RATE = 1e-5
 """Learning rate of a miniature: its parameters stay nearly where they are, so that copies of them are known as such."""
 LIKE = 0.2
 """Relative difference up to which two states are the same: 8 bits err by a hundredth, unrelated ones by more than one."""
-IN_PROPORTION = 3.0
-"""How many times larger or smaller than expected the first update of the product may be."""
+NEAR = 0.6
+"""The same where squares come in, of which the projection drops the cross terms."""
+TOO_LARGE, TOO_SMALL = 3.0, 0.05
+"""How many times as large as expected the first update of the product may be. A slow beginning does no harm."""
 _MOST = 10_000_000  # numbers that an optimizer may hold outside its state and still be copied
 
 
@@ -51,9 +53,9 @@ class Verdict:
 
     Attributes:
         how: "carried", "fresh", "refused", or "unknown" where nothing could be tried, for the reason in `why`.
-        kinds: for each optimizer (the given one and those inside it) state name -> "linear", "square", "parameter", "scalar".
-        start: how new state begins: "empty", "constructor" (as the optimizer's own constructor makes it), or "constants"
-            (numbers that never change, as the weight had them).
+        kinds: for each optimizer (the given one and those inside it) state name -> its kind, as `maths.projection.KINDS`.
+        start: how new state begins: "empty", "constructor" (as the optimizer's own constructor makes it), or "alike": what
+            the weight has, numbers as they are, copies of the weight as copies of the new parameter, all else zero.
         why: for people.
     """
 
@@ -126,9 +128,10 @@ def kept_elsewhere(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Pa
             return True
         return any(knows(part, depth + 1) for part in _parts_of(value))
 
+    known = [one.state for one in optimizers_in(optimizer)] + [one.param_groups for one in optimizers_in(optimizer)]
     for one in optimizers_in(optimizer):
         for name, value in vars(one).items():
-            if name not in ("state", "param_groups") and "hook" not in name and knows(value, 0):
+            if "hook" not in name and not any(value is other for other in known) and knows(value, 0):
                 return f"{type(one).__name__}.{name}"
     return None
 
@@ -166,9 +169,8 @@ def new_state(
         return [{} for _ in states_in(optimizer)]
     made = []
     for one, state in zip(_owners(optimizer), states_in(optimizer), strict=True):
-        if start == "constants":
-            old = state.get(weight) or {}
-            made.append({k: copy.deepcopy(v) for k, v in old.items() if not isinstance(v, torch.Tensor)})
+        if start == "alike":
+            made.append({k: _alike(v, weight, parameter) for k, v in (state.get(weight) or {}).items()})
         else:
             made.append(_by_constructor(one, weight, parameter))
     return made
@@ -207,9 +209,8 @@ class _Rehearsal:
 
     def verdict(self, mode: str) -> Verdict:
         name = type(self.optimizer).__name__
-        start = self._start()
         # The same gradients for the matrix, and for factors that have been there all along.
-        dense = self._dense(start)
+        start, dense = self._trained()
         factors = self._swapped(self._dense(start), Verdict("fresh", start=start))
         try:
             first = self._change(factors, 0)
@@ -217,10 +218,9 @@ class _Rehearsal:
             return Verdict("refused", why=f"{name} cannot begin new parameters ({_words(error)})")
         if not torch.isfinite(first).all():
             return Verdict("refused", why=f"{name} gives new parameters values that are not finite")
-        for step in range(STEPS):
-            self._change(dense, step)
-            if step:
-                self._change(factors, step)
+        for step in range(1, STEPS):
+            if problem := self._stumbles(factors, step):
+                return Verdict("refused", why=f"{name} cannot step new parameters ({problem})")
         (weight,) = _parameters(dense)
         if (where := kept_elsewhere(dense, {"": weight})) is not None:
             return Verdict("refused", why=f"{name} keeps what it knows of the weights in {where}, which cannot follow the switch")
@@ -245,13 +245,12 @@ class _Rehearsal:
             return fresh
         return Verdict("refused", why=f"{name} starts the state of new parameters wrongly: {too_much}")
 
-    def _start(self) -> str:
-        """How new state begins: the first way that the optimizer can step on."""
+    def _trained(self) -> tuple[str, torch.optim.Optimizer]:
+        """How new state begins, the first way that the optimizer can step on, and the miniature that has."""
         errors: list[str] = []
-        for start in ("empty", "constructor", "constants"):
+        for start in ("empty", "constructor", "alike"):
             try:
-                self._change(self._dense(start), 0)
-                return start
+                return start, self._dense(start, STEPS)
             except _Unable:
                 raise
             except Exception as error:
@@ -286,6 +285,14 @@ class _Rehearsal:
         _step(twin, gradients)
         return _product(held) - before
 
+    def _stumbles(self, twin: torch.optim.Optimizer, step: int) -> str | None:
+        """What a step raises, in words."""
+        try:
+            self._change(twin, step)
+        except Exception as error:
+            return _words(error)
+        return None
+
     def _problem(self, verdict: Verdict, expected: torch.Tensor) -> str | None:
         """What goes wrong when a trained miniature switches and steps on; None for nothing."""
         try:
@@ -295,7 +302,7 @@ class _Rehearsal:
         if not torch.isfinite(change).all():
             return "the first update is not finite"
         size, usual = float(change.norm()), float(expected.norm())
-        if usual and not 1 / IN_PROPORTION < size / usual < IN_PROPORTION:
+        if usual and not TOO_SMALL < size / usual < TOO_LARGE:
             return f"the first update would be {size / usual:.2g} times as large as it should"
         return None
 
@@ -334,11 +341,14 @@ class _Rehearsal:
         like = 2 * LIKE if packed else LIKE  # 4 bits err by a fifth, and so does the other side
         if _differ(old @ down.mT, for_up) < like and _differ(up.mT @ old, for_down) < like:
             return "linear" if key not in SQUARE_STATE else None
+        norms = down.norm(dim=1), up.norm(dim=0)
+        if _differ(old @ down.mT / norms[0], for_up) < NEAR and _differ(up.mT @ old / norms[1][:, None], for_down) < NEAR:
+            return "normalized"
         guesses = ((old @ down.square().mT, for_up), (up.square().mT @ old, for_down))
         if (old >= 0).all() and key not in LINEAR_STATE:
             loose = key in SQUARE_STATE  # a maximum or a centred average differs more
             fits = all(
-                0.3 < float(guess.sum() / true.sum().clamp_min(1e-38)) < 3 and (loose or _differ(guess, true) < 0.6)
+                0.3 < float(guess.sum() / true.sum().clamp_min(1e-38)) < 3 and (loose or _differ(guess, true) < NEAR)
                 for guess, true in guesses
             )
             return "square" if fits else None
@@ -448,6 +458,14 @@ def _by_constructor(one: torch.optim.Optimizer, weight: nn.Parameter, parameter:
     return dict(made.state.get(parameter) or {})
 
 
+def _alike(value: Any, weight: nn.Parameter, parameter: nn.Parameter) -> Any:
+    """A new parameter's state where a weight has `value`."""
+    if not isinstance(value, torch.Tensor) or value.shape != weight.shape:
+        return copy.deepcopy(value)
+    copied = _differ(plain(value), plain(weight)) < LIKE
+    return parameter.detach().clone() if copied else torch.zeros_like(parameter, dtype=value.dtype)
+
+
 def _owners(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
     """The optimizers whose state `states_in` gives."""
     return list({id(one.state): one for one in reversed(optimizers_in(optimizer))}.values())[::-1]
@@ -468,7 +486,7 @@ def _step(twin: torch.optim.Optimizer, gradients: Mapping[nn.Parameter, torch.Te
     kind: Any = type(twin)
     try:
         kind.step(twin)
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+    except Exception as error:
         if "closure" not in str(error).lower() and not isinstance(error, AssertionError):
             raise
         closure()
