@@ -70,9 +70,10 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Between here and the loading of a checkpoint's weights there is no event: let the weights choose the structure."""
-        for part in trainer.modules_of(model):
-            follow_checkpoints(part, kwargs.get("optimizer"))
-            if will_fix_structure(args) and part is model:
+        args, model = trainer.trained(args, model, kwargs)
+        if isinstance(model, nn.Module):
+            follow_checkpoints(model, kwargs.get("optimizer"))
+            if will_fix_structure(args):
                 trainer.shape_like_checkpoint(model, args, type(self).__name__)
 
     def on_train_begin(
@@ -83,6 +84,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         Raises:
             TypeError, ValueError: as `Cuttlefish`; a state that does not fit the model.
         """
+        args, model = trainer.trained(args, model, kwargs)
         if not isinstance(model, nn.Module):
             raise ValueError(
                 f"the Trainer gives its callbacks no model that is a torch.nn.Module (got {type(model).__name__}): use Cuttlefish in "
@@ -123,6 +125,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         self._trainer = args, state
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        args, _ = trainer.trained(args, kwargs.get("model"), kwargs)
         if self.cuttlefish is not None and self.cuttlefish.step():
             control.should_log = True
             if self.cuttlefish.restarts:
@@ -142,6 +145,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After each checkpoint: statistics and model card beside it, and the switch in it if one is due by restart."""
+        args, _ = trainer.trained(args, kwargs.get("model"), kwargs)
         run, folder = self.cuttlefish, trainer.checkpoint_folder(args, state)
         if run is None:
             return

@@ -40,11 +40,15 @@ def callback_state(state: TrainerState, name: str) -> dict[str, Any] | None:
     return attributes.get("_saved")
 
 
-def modules_of(model: Any) -> list[nn.Module]:
-    """The module, or those inside an object that is none (SetFit's model has a body and a head); nothing for None."""
-    if isinstance(model, nn.Module):
-        return [model]
-    return [value for value in getattr(model, "__dict__", {}).values() if isinstance(value, nn.Module)]
+def trained(args: Any, model: Any, given: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The arguments and the module that transformers trains: SetFit gives its own, which are neither, and those beside them.
+
+    Args:
+        given: the other keyword arguments of the event.
+    """
+    if isinstance(model, nn.Module) or not isinstance(given.get("st_model"), nn.Module):
+        return args, model
+    return given.get("st_args", args), given["st_model"]
 
 
 def loss_factor(args: TrainingArguments, model: nn.Module) -> float:

@@ -90,9 +90,9 @@ class Engine:
         check_holds(self.optimizer, weights)
         if self.fixed:
             return  # the state goes through the checkpoint, by its names
-        check_weight_hooks(layers, self.optimizer, say=self.processes.is_main)
         verdicts = check_can_switch(self.optimizer, weights, mode)
         check_state(self.optimizer, weights, mode)  # what a constructor or a checkpoint has made already
+        check_weight_hooks(layers, self.optimizer, say=self.processes.is_main)
         anew = {verdict.why for verdict in verdicts.values() if verdict.how == "fresh"} if mode == "carry" else set()
         if anew and self.processes.is_main:
             logger.info("Cuttlefish: at the switch optimizer state starts anew: %s.", "; ".join(sorted(anew)))

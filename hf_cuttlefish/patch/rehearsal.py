@@ -14,7 +14,7 @@ import copy
 import inspect
 import random
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -197,6 +197,7 @@ class _Unable(Exception):
 class _Rehearsal:
     def __init__(self, optimizer: torch.optim.Optimizer, weight: nn.Parameter, swap: Callable[..., Any]) -> None:
         self.optimizer, self.template, self.swap = optimizer, weight, swap
+        self.counts: set[str] = set()
         with_generator = torch.Generator().manual_seed(0)
 
         def matrix(*shape: int, scale: float) -> torch.Tensor:
@@ -250,7 +251,11 @@ class _Rehearsal:
         errors: list[str] = []
         for start in ("empty", "constructor", "alike"):
             try:
-                return start, self._dense(start, STEPS)
+                before, dense = groups_in(self._dense(start)), self._dense(start, STEPS)
+                if not self.counts:  # a run that is resumed, or about to switch, has counted further
+                    self.counts = _changed(before, groups_in(dense)) - {"params", "lr"}
+                    dense = self._dense(start, STEPS) if self.counts else dense
+                return start, dense
             except _Unable:
                 raise
             except Exception as error:
@@ -259,7 +264,7 @@ class _Rehearsal:
 
     def _dense(self, start: str, steps: int = 0) -> torch.optim.Optimizer:
         weight = nn.Parameter(self.dense.clone())
-        twin = _miniature(self.optimizer, self.template, weight)
+        twin = _miniature(self.optimizer, self.template, weight, self.counts)
         for state, begun in zip(states_in(twin), new_state(self.optimizer, self.template, weight, start), strict=True):
             if begun:
                 state[weight] = begun
@@ -375,9 +380,12 @@ def is_packed(tensor: Any) -> bool:
 
 
 def _miniature(
-    optimizer: torch.optim.Optimizer, weight: nn.Parameter, stand_in: nn.Parameter
+    optimizer: torch.optim.Optimizer, weight: nn.Parameter, stand_in: nn.Parameter, counts: Collection[str] = ()
 ) -> torch.optim.Optimizer:
     """A copy of an optimizer that holds a stand-in for one weight and nothing else, as if it had just been made.
+
+    Args:
+        counts: names of what it counts in its groups, which starts anew.
 
     Raises _Unable where it holds more than can be copied.
     """
@@ -402,7 +410,7 @@ def _miniature(
     made = cast(torch.optim.Optimizer, memo[id(optimizer)])
     for group in groups_in(made):
         group["params"] = [p for p in group["params"] if p is stand_in]
-        _begin(group, optimizer.defaults)
+        _begin(group, optimizer.defaults, counts)
     return made
 
 
@@ -427,7 +435,7 @@ def _check_small(originals: Sequence[torch.optim.Optimizer], memo: Mapping[int, 
         raise _Unable(f"it holds {numbers:,} numbers outside its state")
 
 
-def _begin(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+def _begin(group: dict[str, Any], defaults: Mapping[str, Any], counts: Collection[str]) -> None:
     """Settings of a run that is to begin: a small rate, gradients that are the made-up ones alone, counts where they start."""
     if isinstance(group.get("lr"), torch.Tensor):
         group["lr"] = torch.full_like(group["lr"], RATE)
@@ -435,16 +443,21 @@ def _begin(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
         group["lr"] = RATE
     if isinstance(group.get("weight_decay"), float | int):
         group["weight_decay"] = 0.0
-    for key in _COUNTS:
-        if key in group and not isinstance(group[key], torch.Tensor):
-            if key in defaults:
-                group[key] = copy.deepcopy(defaults[key])
-            else:
-                del group[key]
+    for key in counts:
+        if key in defaults:
+            group[key] = copy.deepcopy(defaults[key])
+        elif key in group:
+            group[key] = torch.zeros_like(group[key]) if isinstance(group[key], torch.Tensor) else type(group[key])(0)
 
 
-_COUNTS = ("k", "step", "steps", "weight_sum", "lr_max", "d", "d0_step", "d_numerator", "gsq_weighted", "num_updates")
-"""Names of what optimizers count in their groups, where a run that is resumed has come further than a miniature."""
+def _changed(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Names of the numbers in groups that steps have changed, or made."""
+    return {
+        key
+        for old, new in zip(before, after, strict=True)
+        for key, value in new.items()
+        if isinstance(value, int | float | torch.Tensor) and (key not in old or not _same(old[key], value))
+    }
 
 
 def _by_constructor(one: torch.optim.Optimizer, weight: nn.Parameter, parameter: nn.Parameter) -> dict[str, Any]:
