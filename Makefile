@@ -74,9 +74,9 @@ docs: $(INSTALLED_DOCS)  ## build the documentation into runs/site; any warning 
 	$(RUN) -m mkdocs build --strict
 
 nightly: $(INSTALLED)  ## the long forms: kill 200 runs and resume them, spoil 10,000 files, try every model class
-	$(RUN) benchmarks/kill.py --kills 200 --disk 40 --out runs/kill.json
-	$(RUN) benchmarks/fuzz.py --mutations 10000 --out runs/fuzz.json
-	$(RUN) benchmarks/compatibility.py --out runs/compatibility.json
+	$(RUN) -m benchmarks.robustness.kill --kills 200 --disk 40 --out runs/kill.json
+	$(RUN) -m benchmarks.robustness.fuzz --mutations 10000 --out runs/fuzz.json
+	$(RUN) -m benchmarks.compatibility --out runs/compatibility.json
 
 clean:  ## remove the virtual environment and the caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,6 +1,6 @@
 """Which optimizers go through the switch, and how: one list of cases, tested by tests/patch/test_optimizer_kinds.py.
 
-`python benchmarks/optimizers.py` writes docs/optimizers.md from the list; the test holds the list to what happens, and the page to
+`python -m benchmarks.optimizers` writes docs/optimizers.md from the list; the test holds the list to what happens, and the page to
 the list. Packages that are not installed are skipped there, and their rows stay.
 """
 
@@ -35,7 +35,7 @@ Muon and AdamW, Lookahead, SAM) are found in its attributes, and change with it.
 groups and state is refused. Where nothing can be tried (an optimizer that holds the whole model, or one whose step fails on the
 miniature), names of state that torch and transformers use are carried, and others are refused after the first step, when they appear.
 
-Written by `python benchmarks/optimizers.py`; every row is held by `tests/patch/test_optimizer_kinds.py`, the carried ones by numbers:
+Written by `python -m benchmarks.optimizers`; every row is held by `tests/patch/test_optimizer_kinds.py`, the carried ones by numbers:
 projected first moments are exact, and the product moves at the dense rate in the step after the switch.
 """
 
@@ -59,6 +59,7 @@ class Case:
 
 
 def matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Those of a model's parameters that Muon takes."""
     return [p for p in model.parameters() if p.ndim == 2]
 
 
@@ -123,7 +124,12 @@ TRAINER = (
             "rmsprop_bnb_8bit",
         )
     ),
-    Case("galore_adamw", "galore-torch", "fresh", "moments of projected gradients; layers outside optim_target_modules are carried"),
+    Case(
+        "galore_adamw",
+        "galore-torch",
+        "fresh",
+        "moments of projected gradients; layers outside optim_target_modules are carried",
+    ),
     Case("galore_adafactor", "galore-torch", "fresh", "as galore_adamw"),
     Case("galore_adamw_layerwise", "galore-torch", "refused", "steps in hooks of the old weights"),
     Case("apollo_adamw", "apollo-torch", "fresh", "as galore_adamw; with a seed from its constructor"),
@@ -148,29 +154,38 @@ NOT_ON_A_CPU = {
 }
 """The others, and why there is no row for them."""
 
-TORCH = tuple(
-    Case(f"torch.optim.{name}", "", expected, why, of("torch.optim", name, **settings))
-    for name, expected, why, settings in (
-        ("Adam", "carried", "", {"amsgrad": True}),
-        ("AdamW", "carried", "", {}),
-        ("NAdam", "carried", "", {}),
-        ("RAdam", "carried", "", {}),
-        ("SGD", "carried", "", {"lr": 1e-2, "momentum": 0.9}),
-        ("ASGD", "carried", "", {}),
-        ("RMSprop", "carried", "", {"lr": 1e-3, "momentum": 0.5, "centered": True}),
-        ("Adagrad", "carried", "", {}),
-        ("Adafactor", "carried", "row and column averages", {"lr": 1e-3}),
-        ("Adamax", "fresh", "a maximum of moduli", {}),
-        ("Adadelta", "fresh", "squares of its own updates", {}),
-        ("Rprop", "fresh", "signs and step sizes of each weight", {}),
-        ("LBFGS", "refused", "a flat history of all parameters", {}),
-    )
-) + (Case("torch.optim.Muon", "", "carried", "", lambda model: torch.optim.Muon(matrices(model), lr=1e-3)),)
+TORCH = (
+    Case("torch.optim.Muon", "", "carried", "", lambda model: torch.optim.Muon(matrices(model), lr=1e-3)),
+    *(
+        Case(f"torch.optim.{name}", "", expected, why, of("torch.optim", name, **settings))
+        for name, expected, why, settings in (
+            ("Adam", "carried", "", {"amsgrad": True}),
+            ("AdamW", "carried", "", {}),
+            ("NAdam", "carried", "", {}),
+            ("RAdam", "carried", "", {}),
+            ("SGD", "carried", "", {"lr": 1e-2, "momentum": 0.9}),
+            ("ASGD", "carried", "", {}),
+            ("RMSprop", "carried", "", {"lr": 1e-3, "momentum": 0.5, "centered": True}),
+            ("Adagrad", "carried", "", {}),
+            ("Adafactor", "carried", "row and column averages", {"lr": 1e-3}),
+            ("Adamax", "fresh", "a maximum of moduli", {}),
+            ("Adadelta", "fresh", "squares of its own updates", {}),
+            ("Rprop", "fresh", "signs and step sizes of each weight", {}),
+            ("LBFGS", "refused", "a flat history of all parameters", {}),
+        )
+    ),
+)
 
 PACKAGES = (
     Case("lion_pytorch.Lion", "lion-pytorch", "carried", "", of("lion_pytorch", "Lion", lr=1e-3)),
     Case("came_pytorch.CAME", "came-pytorch", "fresh", "averages of residuals", of("came_pytorch", "CAME", lr=1e-3)),
-    Case("prodigyopt.Prodigy", "prodigyopt", "carried", "flat copies; p0 starts as the factor", of("prodigyopt", "Prodigy")),
+    Case(
+        "prodigyopt.Prodigy",
+        "prodigyopt",
+        "carried",
+        "flat copies; p0 starts as the factor",
+        of("prodigyopt", "Prodigy"),
+    ),
     Case("dadaptation.DAdaptAdam", "dadaptation", "carried", "", of("dadaptation", "DAdaptAdam")),
     Case("adan_pytorch.Adan", "adan-pytorch", "carried", "", of("adan_pytorch", "Adan", lr=1e-3)),
     Case("madgrad.MADGRAD", "madgrad", "carried", "x0 starts as the factor", of("madgrad", "MADGRAD", lr=1e-3)),
@@ -178,21 +193,88 @@ PACKAGES = (
     Case("optimi.Lion", "torch-optimi", "carried", "", of("optimi", "Lion", lr=1e-3)),
     Case("optimi.Ranger", "torch-optimi", "carried", "", of("optimi", "Ranger", lr=1e-3)),
     Case("torch_optimizer.RAdam", "torch-optimizer", "carried", "", of("torch_optimizer", "RAdam", lr=1e-3)),
-    Case("torch_optimizer.MADGRAD", "torch-optimizer", "carried", "state from its constructor", of("torch_optimizer", "MADGRAD", lr=1e-3)),
-    Case("torch_optimizer.Lamb", "torch-optimizer", "fresh", "norms of the weight", of("torch_optimizer", "Lamb", lr=1e-3)),
-    Case("torch_optimizer.Shampoo", "torch-optimizer", "fresh", "preconditioners", of("torch_optimizer", "Shampoo", lr=1e-2)),
-    Case("pytorch_optimizer.SOAP", "pytorch-optimizer", "fresh", "preconditioners", of("pytorch_optimizer", "SOAP", lr=1e-3)),
-    Case("pytorch_optimizer.ADOPT", "pytorch-optimizer", "fresh", "clipped before it is averaged", of("pytorch_optimizer", "ADOPT", lr=1e-3)),
-    Case("pytorch_optimizer.Ranger21", "pytorch-optimizer", "refused", "a count in its groups", of("pytorch_optimizer", "Ranger21", lr=1e-3, num_iterations=100)),
-    Case("pytorch_optimizer.VSGD", "pytorch-optimizer", "refused", "a count in its groups", of("pytorch_optimizer", "VSGD", lr=1e-3)),
+    Case(
+        "torch_optimizer.MADGRAD",
+        "torch-optimizer",
+        "carried",
+        "state from its constructor",
+        of("torch_optimizer", "MADGRAD", lr=1e-3),
+    ),
+    Case(
+        "torch_optimizer.Lamb",
+        "torch-optimizer",
+        "fresh",
+        "norms of the weight",
+        of("torch_optimizer", "Lamb", lr=1e-3),
+    ),
+    Case(
+        "torch_optimizer.Shampoo",
+        "torch-optimizer",
+        "fresh",
+        "preconditioners",
+        of("torch_optimizer", "Shampoo", lr=1e-2),
+    ),
+    Case(
+        "pytorch_optimizer.SOAP",
+        "pytorch-optimizer",
+        "fresh",
+        "preconditioners",
+        of("pytorch_optimizer", "SOAP", lr=1e-3),
+    ),
+    Case(
+        "pytorch_optimizer.ADOPT",
+        "pytorch-optimizer",
+        "fresh",
+        "clipped before it is averaged",
+        of("pytorch_optimizer", "ADOPT", lr=1e-3),
+    ),
+    Case(
+        "pytorch_optimizer.Ranger21",
+        "pytorch-optimizer",
+        "refused",
+        "a count in its groups",
+        of("pytorch_optimizer", "Ranger21", lr=1e-3, num_iterations=100),
+    ),
+    Case(
+        "pytorch_optimizer.VSGD",
+        "pytorch-optimizer",
+        "refused",
+        "a count in its groups",
+        of("pytorch_optimizer", "VSGD", lr=1e-3),
+    ),
 )
 
 WRAPPERS = (
     Case("a chain of Muon and AdamW", "", "carried", "each keeps its own", Chain),
-    Case("pytorch_optimizer.SAM(AdamW)", "pytorch-optimizer", "carried", "", of("pytorch_optimizer", "SAM", "class", lr=1e-3), closure=True),
-    Case("pytorch_optimizer.Lookahead(AdamW)", "pytorch-optimizer", "carried", "slow weights start as the factors", of("pytorch_optimizer", "Lookahead", "given")),
-    Case("torch_optimizer.Lookahead(AdamW)", "torch-optimizer", "carried", "slow weights start as the factors", of("torch_optimizer", "Lookahead", "given")),
-    Case("schedulefree.ScheduleFreeWrapper(AdamW)", "schedulefree", "refused", "no torch.optim.Optimizer", of("schedulefree", "ScheduleFreeWrapper", "given", momentum=0.9)),
+    Case(
+        "pytorch_optimizer.SAM(AdamW)",
+        "pytorch-optimizer",
+        "carried",
+        "",
+        of("pytorch_optimizer", "SAM", "class", lr=1e-3),
+        closure=True,
+    ),
+    Case(
+        "pytorch_optimizer.Lookahead(AdamW)",
+        "pytorch-optimizer",
+        "carried",
+        "slow weights start as the factors",
+        of("pytorch_optimizer", "Lookahead", "given"),
+    ),
+    Case(
+        "torch_optimizer.Lookahead(AdamW)",
+        "torch-optimizer",
+        "carried",
+        "slow weights start as the factors",
+        of("torch_optimizer", "Lookahead", "given"),
+    ),
+    Case(
+        "schedulefree.ScheduleFreeWrapper(AdamW)",
+        "schedulefree",
+        "refused",
+        "no torch.optim.Optimizer",
+        of("schedulefree", "ScheduleFreeWrapper", "given", momentum=0.9),
+    ),
 )
 
 TABLES = {

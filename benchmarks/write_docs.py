@@ -1,4 +1,4 @@
-"""Write docs/results.md, its plots and the tables of the README and docs/speed.md from benchmarks/results: `python benchmarks/write_docs.py`.
+"""Write docs/results.md, its plots and the tables of the README and docs/speed.md from benchmarks/results: `python -m benchmarks.write_docs`.
 
 The tables are made from the JSON records alone, so they can't drift from them.
 """
@@ -6,40 +6,24 @@ The tables are made from the JSON records alone, so they can't drift from them.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-from report import (
-    Record,
-    _ablation_table,
-    _after_switch_table,
-    _base,
-    _calibration_ratios,
-    _conditions,
-    _explored_table,
-    _latest_switch_table,
-    _measured,
-    _methods_table,
-    _plot_calibration,
-    _plot_sizes,
-    _plot_switch,
-    _summary_table,
-    _switch_table,
-)
-from speed import tables as speed_tables
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 from hf_cuttlefish.decide.rules import DEFAULT_RATIO
 
+from .accuracy.explored_tables import after_switch_table, explored_table, latest_switch_table
+from .accuracy.plots import plot_calibration, plot_sizes, plot_switch
+from .accuracy.records import Record, base_of, measured
+from .accuracy.tables import ablation_table, calibration_ratios, conditions, methods_table, summary_table, switch_table
+from .speed.tables import tables as speed_tables
+
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 SPEED = {"speed": "speed_cpu.json", "GPU": "speed_h100.json"}
 """What stands in docs/speed.md between which marks, and the records it is made of."""
 IMAGES = ROOT / "docs" / "images"
-
 HEAD = """# Results
 
-Written by `python benchmarks/write_docs.py` from the records in `benchmarks/results/accuracy`. Settings were chosen on
+Written by `python -m benchmarks.write_docs` from the records in `benchmarks/results/accuracy`. Settings were chosen on
 validation splits (records `choose_h100`, `tune_h100`, `explore_h100`, `after_switch_cpu`), and the weighting of examples, the learning
 rate at small sizes and everything that was turned down were settled before their tests were run. Not all of it so strictly: earlier runs that
 compared settings also recorded test accuracies, and these were on screen when the switch at 30% and, more so, the default size of 0.4
@@ -59,7 +43,7 @@ came; all records of `choose_h100` that have both. The [plot](how-it-works.md#ra
 
 LOW_RANK_PHASE = """What a change of the low-rank phase makes of the same run, on the validation split: the learning rate after the switch times
 a number (`learning_rate_scale`), or Frobenius decay, decoupled, in the place of the factors' weight decay of 0.01 (`trec`) or
-0.05 (`digits_scratch`). On the CPU all settings of a seed go on from one snapshot (`python benchmarks/after_switch.py`).
+0.05 (`digits_scratch`). On the CPU all settings of a seed go on from one snapshot (`python -m benchmarks.accuracy.after_switch`).
 
 A learning rate times 1.5 gains accuracy at 1/5.6 on texts and nothing at 1/3, on images or from scratch; on the movie snippets the loss
 rises with it. Together with the rows above, which add a size of 1/10, that makes it the default below a quarter of the
@@ -113,46 +97,46 @@ def fill(path: Path, what: str, text: str) -> None:
 def main() -> None:
     """Write docs/results.md, its plots and the tables of the README and docs/speed.md."""
     table, choose = load("table_h100"), load("choose_h100")
-    dense = {_base(r): r for r in [*table, *choose] if r["method"] == "dense"}
+    dense = {base_of(r): r for r in [*table, *choose] if r["method"] == "dense"}
     parts = [
         HEAD,
-        _conditions(table),
+        conditions(table),
         "## All data sets: test accuracy against full rank, points",
-        _summary_table(table, dense),
+        summary_table(table, dense),
     ]
     for dataset in ("trec", "movie_snippets", "reuters_r8", "fashion_mnist_vit"):
         chosen = [r for r in table if r["dataset"] == dataset]
-        parts += [f"## {dataset}", _methods_table(chosen, dense), f"![accuracy by size](images/accuracy_{dataset}.png)"]
-        _plot_sizes(chosen, IMAGES / f"accuracy_{dataset}.png")
+        parts += [f"## {dataset}", methods_table(chosen, dense), f"![accuracy by size](images/accuracy_{dataset}.png)"]
+        plot_sizes(chosen, IMAGES / f"accuracy_{dataset}.png")
     scratch = load("scratch_cpu")
     parts += ["## From random weights", SCRATCH]
     for what, records in (("Digits", scratch), ("Fashion-MNIST", load("scratch_h100"))):
         compared = [r for r in records if r["group"] == "scratch"]
-        paired = {_base(r): r for r in compared if r["method"] == "dense"}
-        parts += [f"### {what}", _methods_table(compared, paired)]
+        paired = {base_of(r): r for r in compared if r["method"] == "dense"}
+        parts += [f"### {what}", methods_table(compared, paired)]
     later = [r for r in scratch if r["method"] == "cuttlefish" and r["budget"]]
-    parts += [LATER, _latest_switch_table(later)]
+    parts += [LATER, latest_switch_table(later)]
     switches = [r for r in choose if r["group"] == "switch"]
-    _plot_switch(switches, dense, IMAGES / "switch.png")
+    plot_switch(switches, dense, IMAGES / "switch.png")
     parts += [
         "## When to switch (validation, one seed)",
-        _switch_table(switches, dense),
+        switch_table(switches, dense),
         "![accuracy by time of the switch](images/switch.png)",
     ]
     calibrated = [
-        r for r in choose if _measured(r) is not None and r["method_notes"].get("predicted_loss_increase") is not None
+        r for r in choose if measured(r) is not None and r["method_notes"].get("predicted_loss_increase") is not None
     ]
-    _plot_calibration(calibrated, IMAGES / "calibration.png")
-    parts += ["## Predicted and measured loss", CALIBRATION, _calibration_ratios(calibrated)]
-    parts += ["## What was tried last, on the validation split", EXPLORED, _explored_table(load("explore_h100"))]
-    parts += ["## The low-rank phase", LOW_RANK_PHASE, _after_switch_table(load("tune_h100"), load("after_switch_cpu"))]
+    plot_calibration(calibrated, IMAGES / "calibration.png")
+    parts += ["## Predicted and measured loss", CALIBRATION, calibration_ratios(calibrated)]
+    parts += ["## What was tried last, on the validation split", EXPLORED, explored_table(load("explore_h100"))]
+    parts += ["## The low-rank phase", LOW_RANK_PHASE, after_switch_table(load("tune_h100"), load("after_switch_cpu"))]
     ablation = [r for r in choose if r["group"] == "ablation"]
     parts += [
         "## Metric, ranks and optimizer state (validation, one seed, switch at 20%)",
-        _ablation_table(ablation, dense),
+        ablation_table(ablation, dense),
         LIMITS,
     ]
-    fill(ROOT / "README.md", "results", _summary_table(with_default(table), dense))
+    fill(ROOT / "README.md", "results", summary_table(with_default(table), dense))
     for what, name in SPEED.items():
         record = json.loads((ROOT / "benchmarks" / "results" / name).read_text("utf-8"))
         fill(ROOT / "docs" / "speed.md", what, "\n".join(speed_tables(record)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from torch import nn
@@ -13,11 +12,7 @@ from . import trainer
 from .config import CuttlefishConfig
 from .cuttlefish import Cuttlefish
 from .decide.plan import RankPlan
-from .engines.find import will_fix_structure
 from .patch.report import FactorizationReport
-from .saving.following import follow_checkpoints
-
-logger = logging.getLogger(__name__)
 
 
 class CuttlefishCallback(TrainerCallback, ExportableState):
@@ -44,37 +39,36 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         self._saved: dict[str, Any] | None = None
         self._trainer: tuple[TrainingArguments, TrainerState] | None = None
         self._full_rank: dict[str, Any] | None = None
-        self._is_due = False
+        self._is_due = self._follows = False
 
     @property
     def plan(self) -> RankPlan | None:
-        return self.cuttlefish.plan if self.cuttlefish else None
+        return None if self.cuttlefish is None else self.cuttlefish.plan
 
     @property
     def switch_step(self) -> int | None:
-        return self.cuttlefish.switch_step if self.cuttlefish else None
+        return None if self.cuttlefish is None else self.cuttlefish.switch_step
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        return self.cuttlefish.history if self.cuttlefish else []
+        return [] if self.cuttlefish is None else self.cuttlefish.history
 
     @property
     def report(self) -> FactorizationReport | None:
-        return self.cuttlefish.report if self.cuttlefish else None
+        return None if self.cuttlefish is None else self.cuttlefish.report
 
     @property
     def reason(self) -> str | None:
-        return self.cuttlefish.reason if self.cuttlefish else None
+        return None if self.cuttlefish is None else self.cuttlefish.reason
 
     # --- Trainer's events: (args, state, control, **what it has) ---
 
     def on_init_end(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Between here and the loading of a checkpoint's weights there is no event: let the weights choose the structure."""
         args, model = trainer.trained(args, model, kwargs)
+        self._follows = isinstance(model, nn.Module)
         if isinstance(model, nn.Module):
-            follow_checkpoints(model, kwargs.get("optimizer"))
-            if will_fix_structure(args):
-                trainer.shape_like_checkpoint(model, args, type(self).__name__)
+            trainer.follow(model, args, type(self).__name__, kwargs.get("optimizer"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module | None = None, **kwargs: Any
@@ -90,29 +84,15 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
                 f"the Trainer gives its callbacks no model that is a torch.nn.Module (got {type(model).__name__}): use Cuttlefish in "
                 "a loop of your own, with the module inside it"
             )
-        trainer.check_arguments(args, self.config)
         self.restart_from, self._full_rank, self._is_due = None, None, False
         trainer.move_to_front(self)
-        follow_checkpoints(model)
-        name, optimizer = type(self).__name__, kwargs.get("optimizer")
+        name = type(self).__name__
         saved = self._saved or trainer.callback_state(state, name) if state.global_step else None
-        self._saved = None
-        previous, self.cuttlefish = self.cuttlefish, None
+        previous, self.cuttlefish, self._saved = self.cuttlefish, None, None
         if previous is not None:
             previous.close()  # an exception or Ctrl-C may have left its hooks
-        self.cuttlefish = run = Cuttlefish(
-            model,
-            optimizer,
-            self.config,
-            total_steps=state.max_steps,
-            scheduler=kwargs.get("lr_scheduler"),
-            loss_factor=trainer.loss_factor(args, model),
-            can_restart=True,
-        )
-        run.engine.check_saving(args)
+        self.cuttlefish = run = trainer.begin(model, args, state, self.config, **kwargs)
         # Go on where the checkpoint was taken, or join the run where it is.
-        if state.global_step and optimizer is not None:
-            run.engine.after_loading_optimizer(optimizer)
         if saved:
             run.load_state_dict(saved, trainer.load_statistics(args, state) if state.is_world_process_zero else None)
         else:
@@ -172,16 +152,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             self.cuttlefish.end()
 
     def _stop_to_restart(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        folder = trainer.checkpoint_folder(args, state)
         control.should_training_stop = True
-        if state.is_world_process_zero and self.restart_from != str(folder):
-            logger.info(
-                "Cuttlefish: training stops here, after the switch (by restart). %s holds the factorized model and the state "
-                "of the run; the same command with --resume_from_checkpoint %s goes on low rank.",
-                folder,
-                folder,
-            )
-        self.restart_from = str(folder)
+        self.restart_from = trainer.say_restart(args, state, self.restart_from)
 
     # --- ExportableState: what Trainer writes into trainer_state.json ---
 
@@ -191,6 +163,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         Trainer asks before it writes trainer_state.json, the last of a checkpoint's files, and before it deletes older
         checkpoints: the time to write the statistics, so that no whole checkpoint is without them.
         """
+        if not self._follows:
+            self._follows = trainer.follow_late(self)
         run = self.cuttlefish
         if self._trainer is not None and run is not None and run.processes.size == 1:
             trainer.save_statistics(*self._trainer, run.statistics_state())

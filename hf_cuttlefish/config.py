@@ -21,6 +21,9 @@ RANK_RULES = ("loss", "stable_rank", "scaled_stable_rank", "accumulative", "pape
 class CuttlefishConfig:
     """When to switch, which layers to factorize, and how much rank each one keeps.
 
+        config = CuttlefishConfig(target_ratio=0.3, exclude_modules=["key"])
+        trainer = Trainer(model, args, callbacks=[CuttlefishCallback(config)])
+
     All lengths called *steps* are optimizer steps; all *shares* are fractions of the whole run, so that one setting fits a
     300-step fine-tune and a 300-epoch run.
 

@@ -14,11 +14,9 @@ from torch import nn
 from .config import CuttlefishConfig
 from .decide.plan import RankPlan
 from .decide.schedule import Schedule
-from .decide.targets import find_targets
-from .engines.base import Engine
-from .engines.find import find_again, find_engine
+from .engines.find import find_again
 from .engines.restart import LowRankCheckpoint
-from .layers.dense import is_meta
+from .engines.start import start
 from .layers.low_rank import low_rank_layers
 from .layers.sizes import count_parameters
 from .measure.moments import steps_in
@@ -26,6 +24,7 @@ from .measure.watch import Watch
 from .patch.learning_rate import check_can_scale
 from .patch.report import FactorizationReport
 from .processes import Processes, ProcessLostError
+from .report import lines
 from .saving.run_state import RunState
 from .switch import Record, choose, switch_in_place
 
@@ -94,51 +93,17 @@ class Cuttlefish:
         self._checkpoint: LowRankCheckpoint | None = None
         self._verify_at: int | None = None
         self._looked_again = self._saw_state = False
-        self.engine = self._agreed_engine(model, optimizer)
-        if not self.finished:
-            self.watch.measure(0)
-            self._look_ahead()
-
-    def _agreed_engine(self, model: nn.Module, optimizer: Any) -> Engine:
-        """Find the engine and the layers, refuse what would go wrong, and see that all processes are alike."""
-        engine, processes, error = None, Processes(), None
-        try:
-            engine = find_engine(model, optimizer, self._can_restart)
-            processes = engine.processes
-            self.watch = Watch(engine.model, self._targets(engine), engine, self.config)
-            if not self.finished:
-                engine.check(self.watch.layers, self.config, self._can_restart)
-        except Exception as caught:
-            error = caught
-        processes.agree(error)
-        processes.check_alike(self._facts(engine) if engine is not None else {})
-        if engine is not None and not self.finished:
-            engine.check_replicas("at the start")
-        return engine or Engine(model, optimizer)
-
-    def _targets(self, engine: Engine) -> dict[str, nn.Module]:
-        """The layers to watch; none where the model is factorized already."""
-        if low_rank_layers(engine.model):
+        # Ask at the start what can be asked at the start.
+        self.engine, layers = start(model, optimizer, self.config, total_steps, scheduler, can_restart)
+        self.watch = Watch(self.engine.model, layers, self.engine, self.config)
+        if not layers:
             self._finish("the model is already factorized")
-            return {}
+            self._say(logging.INFO, "%s", lines.already_factorized(self.model))
+            return
         self.schedule.check_fits()
-        layers: dict[str, nn.Module] = dict(find_targets(engine.model, self.config))
-        for name, layer in layers.items():
-            if is_meta(layer):
-                raise ValueError(f"{name} is on the meta device: load the weights before training")
-        if self.config.learning_rate_scale not in (None, 1):
-            check_can_scale(engine.optimizer, self.scheduler)
-        return layers
-
-    def _facts(self, engine: Engine) -> dict[str, Any]:
-        """What all processes must have alike."""
-        return {
-            "model": [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in engine.model.named_parameters()],
-            "target layers": list(self.watch.layers),
-            "config": self.config.to_dict(),
-            "total_steps": self.schedule.total_steps,
-            "the engine around the model": type(engine).__name__,
-        }
+        self._say(logging.INFO, "%s", lines.start(self.model, layers, self.config, self.schedule))
+        self.watch.measure(0)
+        self._look_ahead()
 
     # --- what the loop calls ---
 
@@ -204,17 +169,10 @@ class Cuttlefish:
         self.watch.stop()
 
     def end(self) -> None:
-        """Call when training ends: removes the hooks, and warns with the reason if there was no switch."""
+        """Call when training ends: removes the hooks, says what came of it, and warns if the model in hand is not factorized."""
         self.close()
-        if self.switch_step is None and not low_rank_layers(self.model):
-            due = self.schedule.switch_at or self.schedule.latest_step
-            self._say(
-                logging.WARNING,
-                "Cuttlefish: the run ended after %d of %d steps without a switch, and the model is as large as before: %s.",
-                self.global_step,
-                self.schedule.total_steps,
-                self.reason if self.finished else f"the switch was due at step {due} at the latest",
-            )
+        level, line = lines.end(self)
+        self._say(level, "%s", line)
 
     def keep_results(self, previous: Cuttlefish) -> None:
         """Keep what an earlier run on this model found out, if the model still has the structure of its plan."""
@@ -260,14 +218,11 @@ class Cuttlefish:
     def logs(self) -> dict[str, float]:
         """What a tracker shows of the run, as in `accelerator.log({"loss": ..., **cuttlefish.logs()}, step=...)`.
 
-        Mean stable rank of each kind of projection if there was a check since the last call, the model's parameters, and
-        the step of the switch once there was one. The Trainer callback adds the same to each log.
+        The mean stable rank, if there was a check since the last call, the model's parameters, and the step of the switch once
+        there was one. The Trainer callback adds the same to each log. All ranks, layer by layer, are in `history`.
         """
-        values = self.watch.logs()
-        values["parameters"] = count_parameters(self.model)
-        if self.switch_step is not None:
-            values["switch_step"] = self.switch_step
-        return values
+        switch = {} if self.switch_step is None else {"switch_step": self.switch_step}
+        return {**self.watch.logs(), "parameters": count_parameters(self.model), **switch}
 
     # --- state, for checkpoints ---
 
@@ -283,27 +238,36 @@ class Cuttlefish:
             self.plan,
             self.report,
             self.watch.history,
+            self.config.to_dict(),
         ).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], statistics: Mapping[str, torch.Tensor] | None = None) -> None:
         """Go on where `state_dict` was taken. The model must hold that checkpoint's weights already.
+
+        Before the switch a run may go on with another config than it began with.
 
         Args:
             statistics: what `statistics_state` gave then (asked for on the main process only); without it the gathering
                 starts anew, and the switch comes later.
 
         Raises:
-            ValueError: a state written by a newer version, one that does not fit the model, or one that is broken.
+            ValueError: a state written by a newer version, one that does not fit the model, one that is broken, or a config that
+                differs where the switch has been decided.
         """
-        saved = RunState.from_dict(state, self.model)
+        saved = RunState.from_dict(state, self.model).under(self.config, self.watch.layers)
         self.watch.drop_moments()
         self.global_step, self.finished = saved.global_step, saved.finished
         self.plan, self.report, self.switch_step = saved.plan, saved.report, saved.switch_step
         self.schedule.switch_at, self.schedule.reason = saved.switch_at, saved.reason
         self.watch.history = saved.history
         self.watch.forget()
+        if saved.switch_at is None and not self.finished:
+            self.schedule.start_at(self.global_step)
+        if not self.watch.history.steps and not self.finished:
+            self.watch.measure(self.global_step)
         if saved.gathering and not self.finished and saved.switch_at is not None:
             self._go_on_gathering(statistics)
+        self._say(logging.INFO, "%s", lines.resumed(self))
 
     def _go_on_gathering(self, statistics: Mapping[str, torch.Tensor] | None) -> None:
         steps = self.processes.from_main(lambda: None if statistics is None else steps_in(statistics))
@@ -419,13 +383,7 @@ class Cuttlefish:
         report.seconds = {**seconds, "total": time.perf_counter() - started}
         self._say(logging.INFO, "%s (%s)\n%s", report.headline(), self.reason, "\n".join(str(report).splitlines()[1:]))
         if self.reason == "latest_switch":
-            self._say(
-                logging.WARNING,
-                "Cuttlefish: the stable ranks were not seen to converge by step %d, the latest switch point (latest_switch=%.2f of "
-                "the run); switched all the same.",
-                self.global_step,
-                self.config.latest_switch,
-            )
+            self._say(logging.WARNING, "%s", lines.not_converged(self.config, self.global_step))
         return True
 
     def _stay_dense(self, plan: RankPlan) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from .config import CuttlefishConfig
+from .decide.left import left_frozen, left_unseen
 from .decide.plan import RankPlan, break_even_rank
 from .decide.ranks import needs_no_weights, plan_ranks, rank_by_hand, spectrum_of
 from .decide.rules import LayerSpectrum
 from .decide.speed import keep_faster
 from .engines.around import check_not_wrapped
 from .engines.base import Engine, Layers
-from .engines.ddp import check_no_ddp
+from .engines.find import check_is_free
 from .layers.dense import dense_weight
 from .maths.factors import Decomposition, Factors, LayerMoments, cut, decompose
 from .measure.moments import MomentCollector
@@ -67,8 +68,7 @@ def factorize(
             model whose config says that it is quantized; a model inside DDP or another engine.
     """
     if isinstance(model, nn.Module):
-        check_not_wrapped(model)
-        check_no_ddp(model)
+        check_is_free(model, optimizer)
     change = make_change(
         model, plan, optimizer, statistics=statistics, factors=factors, optimizer_state=optimizer_state
     )
@@ -148,12 +148,15 @@ def plan_and_factors(
     """
     statistics = collector.moments() if collector is not None else {}
     loss = collector.mean_loss() if collector is not None else None
-    spectra, parts = _decompose_all(layers, config, statistics, initial, keep)
+    left = left_frozen(layers, config)
+    if collector is not None:
+        left |= left_unseen(layers, config, statistics)
+    spectra, parts = _decompose_all(layers, config, statistics, initial, keep, left)
     if flow is not None and config.rank_rule == "loss":
         sizes = {name: s.in_features + s.out_features for name, s in spectra.items()}
         prices = rank_prices(flow.groups(), sizes, bool(flow.compiled))
         spectra = {name: replace(s, price=prices[name]) for name, s in spectra.items()}
-    plan = plan_ranks(spectra, config, loss)
+    plan = plan_ranks(spectra, config, loss, left)
     if flow is not None:
         plan = keep_faster(plan, flow, config.min_speedup)
     factors = {name: cut(parts.pop(name), plan[name]) for name in plan if name in parts}
@@ -170,14 +173,18 @@ def _decompose_all(
     statistics: dict[str, LayerMoments],
     initial: Mapping[str, float],
     keep: str,
+    left: Collection[str],
 ) -> tuple[dict[str, LayerSpectrum], dict[str, Decomposition]]:
-    """Spectra of all layers, and their decompositions up to break-even unless `keep` is "none"; `statistics` is used up."""
+    """Spectra of all layers, and their decompositions up to break-even unless `keep` is "none"; `statistics` is used up.
+
+    Of layers that are left dense nothing but the shape is asked for.
+    """
     spectra: dict[str, LayerSpectrum] = {}
     parts: dict[str, Decomposition] = {}
     shapes_only = needs_no_weights(config, statistics)
     for name, layer in layers.items():
         n_out, n_in = dense_weight(layer).shape
-        if shapes_only:
+        if shapes_only or name in left:
             spectra[name] = LayerSpectrum(n_in, n_out, initial_stable_rank=initial.get(name))
             continue
         spectra[name], d = spectrum_of(name, layer, config, statistics.pop(name, None), initial.get(name))

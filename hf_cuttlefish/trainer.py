@@ -7,15 +7,16 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .config import CuttlefishConfig
+from .cuttlefish import Cuttlefish
 from .decide.files import replaced
 from .decide.plan import RankPlan
 from .engines.find import will_fix_structure
@@ -25,6 +26,7 @@ from .patch.report import FactorizationReport
 from .patch.structure import restructure
 from .report.model_card import write_model_card
 from .saving.checkpoints import STATISTICS_FILE
+from .saving.following import follow_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,73 @@ def loss_factor(args: TrainingArguments, model: nn.Module) -> float:
     if not args.average_tokens_across_devices:
         return 1.0
     return float(args.world_size * max(1, args.n_gpu) // (getattr(model, "_tp_size", None) or 1))
+
+
+def begin(
+    model: nn.Module, args: TrainingArguments, state: TrainerState, config: CuttlefishConfig, **given: Any
+) -> Cuttlefish:
+    """The run, at the start of training. given: what else Trainer hands to its callbacks.
+
+    Raises:
+        TypeError, ValueError: as `Cuttlefish`; settings of the Trainer that a switch could not go with.
+    """
+    check_arguments(args, config)
+    follow_checkpoints(model)
+    optimizer = given.get("optimizer")
+    run = Cuttlefish(
+        model,
+        optimizer,
+        config,
+        total_steps=state.max_steps,
+        scheduler=given.get("lr_scheduler"),
+        loss_factor=loss_factor(args, model),
+        can_restart=True,
+    )
+    run.engine.check_saving(args)
+    if state.global_step and optimizer is not None:
+        run.engine.after_loading_optimizer(optimizer)
+    return run
+
+
+def follow(model: nn.Module, args: TrainingArguments, name: str, optimizer: Any = None) -> None:
+    """Before weights are loaded: let them choose the structure, or shape the model where it will be fixed by then."""
+    follow_checkpoints(model, optimizer)
+    if will_fix_structure(args):
+        shape_like_checkpoint(model, args, name)
+
+
+def follow_late(callback: TrainerCallback) -> bool:
+    """For a callback given by `Trainer.add_callback`, which hears of no model before weights are loaded; whether it is done.
+
+    Trainer asks for its state when training begins, after the weights and before the optimizer: follow now, and load the
+    weights once more.
+    """
+    frame = sys._getframe(1)
+    for _ in range(8):
+        if frame is None:
+            return False
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
+            folder = frame.f_locals.get("resume_from_checkpoint")
+            follow(cast(nn.Module, owner.model), owner.args, type(callback).__name__, owner.optimizer)
+            if folder and not will_fix_structure(owner.args):
+                owner._load_from_checkpoint(folder)
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def say_restart(args: TrainingArguments, state: TrainerState, said: str | None) -> str:
+    """Tell once that training stops to be resumed; returns the folder to resume from. said: what was told before."""
+    folder = str(checkpoint_folder(args, state))
+    if state.is_world_process_zero and said != folder:
+        logger.info(
+            "Cuttlefish: training stops here, after the switch (by restart). %s holds the factorized model and the state "
+            "of the run; the same command with --resume_from_checkpoint %s goes on low rank.",
+            folder,
+            folder,
+        )
+    return folder
 
 
 def shape_like_checkpoint(model: nn.Module, args: TrainingArguments, name: str) -> None:

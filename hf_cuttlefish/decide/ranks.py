@@ -25,6 +25,9 @@ def estimate_ranks(
 ) -> RankPlan:
     """The rank of each target layer, as the switch would choose it now. Changes nothing.
 
+        plan = estimate_ranks(model, CuttlefishConfig(target_ratio=0.3))
+        print(plan.summary())
+
     Args:
         model: a model with weights (or on the meta device with rank_rule="ratio", which needs none).
         config: rule, targets and limits; the default config if None.
@@ -89,17 +92,27 @@ def spectrum_of(
 
 
 def plan_ranks(
-    spectra: Mapping[str, LayerSpectrum], config: CuttlefishConfig, training_loss: float | None = None
+    spectra: Mapping[str, LayerSpectrum],
+    config: CuttlefishConfig,
+    training_loss: float | None = None,
+    left: Mapping[str, str] | None = None,
 ) -> RankPlan:
-    """A plan from spectra alone, by the config's rule (a pure function)."""
+    """A plan from spectra alone, by the config's rule (a pure function).
+
+    Args:
+        left: layers that stay dense whatever the rule says -> reason; the rule does not count them.
+    """
     notes: list[str] = []
-    by_rule = {name: s for name, s in spectra.items() if rank_by_hand(name, config) is None}
-    wanted = RULES[config.rank_rule](by_rule, config, training_loss, notes)
+    left = left or {}
+    by_rule = {name: s for name, s in spectra.items() if rank_by_hand(name, config) is None and name not in left}
+    wanted = RULES[config.rank_rule](by_rule, config, training_loss, notes) if by_rule else {}
     decisions = {}
     rank: int | None
     for name, s in spectra.items():
         by_hand = rank_by_hand(name, config)
-        if by_hand is not None:
+        if name in left:
+            rank, reason = None, left[name]
+        elif by_hand is not None:
             check_rank(by_hand, s.in_features, s.out_features, name)
             rank, reason = by_hand, "rank_pattern"
         else:
@@ -114,6 +127,9 @@ def plan_ranks(
         )
     known = all(s.loss_spectrum is not None for s in by_rule.values()) and bool(by_rule)
     total = sum(d.predicted_loss_increase or 0.0 for d in decisions.values()) if known else None
+    for why in dict.fromkeys(left.values()):
+        names = [name for name in left if left[name] == why]
+        notes.append(f"{len(names)} layers stay dense ({names[0]}{', ...' if names[1:] else ''}): {why}")
     return RankPlan(decisions, config.rank_rule, notes, total)
 
 

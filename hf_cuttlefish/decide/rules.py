@@ -187,62 +187,78 @@ def loss_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, no
     wanted = {n: _fallback_rank(s, config) for n, s in missing.items()}
     if not known:
         return wanted
-    scores = {
-        n: (s.loss_spectrum.square() * (s.tokens / 2 / (s.price or s.in_features + s.out_features))).tolist()  # type: ignore[union-attr]
-        for n, s in known.items()
-    }
-
-    dense_size = sum(s.in_features * s.out_features for s in known.values())
-
-    def at(threshold: float) -> dict[str, float]:
-        needs = {n: _count_above(scores[n], threshold) for n in known}
-        kept = sum(
-            min(needs[n] * (s.in_features + s.out_features), s.in_features * s.out_features) for n, s in known.items()
-        )
-        even = RANK_FLOOR * kept / dense_size
-        return {
-            n: max(1.0, need, even * break_even_rank(known[n].in_features, known[n].out_features))
-            for n, need in needs.items()
-        }
-
-    def measure(threshold: float) -> tuple[float, float]:
-        """Kept share of the parameters and predicted loss increase at a threshold, after alignment and break-even."""
-        kept = increase = 0.0
-        for n, need in at(threshold).items():
-            s = known[n]
-            rank, _ = allowed_rank(need, s.in_features, s.out_features, config.rank_multiple)
-            size = s.in_features * s.out_features
-            kept += size if rank is None else rank * (s.in_features + s.out_features)
-            increase += 0.0 if rank is None else dropped_loss(s, rank) or 0.0
-        return kept / dense_size, increase
-
-    levels = sorted({v for values in scores.values() for v in values if v > 0})
-    if not levels:
-        return {**wanted, **at(0.0)}
-
-    def largest_within(ratio: float) -> int:
-        """Index of the lowest threshold whose model is no larger than `ratio`: thresholds rise, sizes fall."""
-        index = bisect.bisect_left(levels, True, key=lambda t: measure(t)[0] <= ratio)
-        if index == len(levels) and config.target_ratio is not None:
-            notes.append(f"target_ratio {ratio} cannot be reached: one multiple of rank in each layer is more")
-        return min(index, len(levels) - 1)
-
-    def smallest_within(bound: float) -> int:
-        """Index of the highest threshold whose predicted increase is at most `bound`."""
-        return max(bisect.bisect_left(levels, True, key=lambda t: measure(t)[1] > bound) - 1, 0)
-
+    thresholds = _Thresholds(known, config.rank_multiple)
+    if not thresholds.levels:
+        return {**wanted, **thresholds.ranks(0.0)}
+    # The lowest threshold that the size asked for allows, or the highest that the loss allows.
     if config.target_ratio is not None:
-        index = largest_within(config.target_ratio)
+        index = thresholds.largest_within(config.target_ratio)
+        if index == len(thresholds.levels):
+            notes.append(
+                f"target_ratio {config.target_ratio} cannot be reached: one multiple of rank in each layer is more"
+            )
     elif config.max_loss_increase is not None and loss is not None and math.isfinite(loss) and loss > 0:
-        index = smallest_within(config.max_loss_increase * loss)
+        index = thresholds.smallest_within(config.max_loss_increase * loss)
     else:
         if config.max_loss_increase is not None:
             notes.append(
                 "max_loss_increase is not used: the model returned no loss to compare with; the default size holds"
             )
-        guard = smallest_within(CURVATURE_SHARE * sum(dropped_loss(s, 0) or 0.0 for s in known.values()))
-        index = min(largest_within(DEFAULT_RATIO), guard)
-    return {**wanted, **at(levels[index])}
+        guard = thresholds.smallest_within(CURVATURE_SHARE * sum(dropped_loss(s, 0) or 0.0 for s in known.values()))
+        index = min(thresholds.largest_within(DEFAULT_RATIO), guard)
+    return {**wanted, **thresholds.ranks(thresholds.levels[min(index, len(thresholds.levels) - 1)])}
+
+
+class _Thresholds:
+    """What one threshold on predicted loss per parameter, for the whole model, makes of its layers.
+
+    Args:
+        spectra: of layers with statistics. multiple: of ranks, to which they are aligned.
+
+    Attributes:
+        levels: all thresholds at which something changes, rising: sizes fall along them, and predicted losses rise.
+    """
+
+    def __init__(self, spectra: Spectra, multiple: int) -> None:
+        self._spectra, self._multiple = spectra, multiple
+        self._size = sum(s.in_features * s.out_features for s in spectra.values())
+        self._scores = {
+            n: (s.loss_spectrum.square() * (s.tokens / 2 / (s.price or s.in_features + s.out_features))).tolist()  # type: ignore[union-attr]
+            for n, s in spectra.items()
+        }
+        self.levels = sorted({v for values in self._scores.values() for v in values if v > 0})
+
+    def ranks(self, threshold: float) -> dict[str, float]:
+        """Wanted ranks: the directions above the threshold, but no less than the floor."""
+        needs = {n: _count_above(self._scores[n], threshold) for n in self._spectra}
+        kept = sum(
+            min(needs[n] * (s.in_features + s.out_features), s.in_features * s.out_features)
+            for n, s in self._spectra.items()
+        )
+        even = RANK_FLOOR * kept / self._size
+        return {
+            n: max(1.0, needs[n], even * break_even_rank(s.in_features, s.out_features))
+            for n, s in self._spectra.items()
+        }
+
+    def measure(self, threshold: float) -> tuple[float, float]:
+        """Kept share of the parameters and predicted loss increase at a threshold, after alignment and break-even."""
+        kept = increase = 0.0
+        for n, need in self.ranks(threshold).items():
+            s = self._spectra[n]
+            rank, _ = allowed_rank(need, s.in_features, s.out_features, self._multiple)
+            size = s.in_features * s.out_features
+            kept += size if rank is None else rank * (s.in_features + s.out_features)
+            increase += 0.0 if rank is None else dropped_loss(s, rank) or 0.0
+        return kept / self._size, increase
+
+    def largest_within(self, ratio: float) -> int:
+        """Index of the lowest threshold whose model is no larger than `ratio`; the number of levels where there is none."""
+        return bisect.bisect_left(self.levels, True, key=lambda t: self.measure(t)[0] <= ratio)
+
+    def smallest_within(self, bound: float) -> int:
+        """Index of the highest threshold whose predicted increase is at most `bound`."""
+        return max(bisect.bisect_left(self.levels, True, key=lambda t: self.measure(t)[1] > bound) - 1, 0)
 
 
 RULES: dict[str, Rule] = {

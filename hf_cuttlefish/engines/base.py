@@ -16,12 +16,12 @@ from ..layers.parts import whole
 from ..maths.factors import Factors
 from ..patch.edits import Edit
 from ..patch.modules import Change, make_change
-from ..patch.optimizer import check_can_switch, check_holds, check_state, is_redundant
+from ..patch.optimizer import check_can_switch, check_holds, check_state, inner_optimizer
 from ..patch.structure import Exchanges
 from ..patch.weight_hooks import check_weight_hooks
 from ..processes import Processes
 from .around import Around, check_not_wrapped, forget_compiled
-from .zero_redundancy import ShardAnew, check_redundant
+from .zero_redundancy import ShardAnew, check_redundant, is_redundant
 
 if TYPE_CHECKING:
     from .restart import LowRankCheckpoint
@@ -90,8 +90,8 @@ class Engine:
         check_holds(self.optimizer, weights)
         if self.fixed:
             return  # the state goes through the checkpoint, by its names
-        verdicts = check_can_switch(self.optimizer, weights, mode)
-        check_state(self.optimizer, weights, mode)  # what a constructor or a checkpoint has made already
+        verdicts = check_can_switch(self._stepping, weights, mode)
+        check_state(self._stepping, weights, mode)  # what a constructor or a checkpoint has made already
         check_weight_hooks(layers, self.optimizer, say=self.processes.is_main)
         anew = {verdict.why for verdict in verdicts.values() if verdict.how == "fresh"} if mode == "carry" else set()
         if anew and self.processes.is_main:
@@ -100,7 +100,13 @@ class Engine:
     def check_state(self, layers: Layers, mode: str) -> None:
         """After the first step, when the optimizer's state has appeared: raises ValueError for what could not go on."""
         if not self.fixed:
-            check_state(self.optimizer, _weights(layers), mode)
+            check_state(self._stepping, _weights(layers), mode)
+
+    @property
+    def _stepping(self) -> torch.optim.Optimizer:
+        """The optimizer that steps the parameters on this process."""
+        inner: Any = inner_optimizer(self.optimizer)
+        return cast(torch.optim.Optimizer, inner.optim) if is_redundant(inner) else inner
 
     def check_saving(self, args: Any) -> None:
         """Raises ValueError where Trainer saves in a form that a switch could not go through. args: TrainingArguments."""

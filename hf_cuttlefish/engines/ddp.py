@@ -19,11 +19,12 @@ from ..config import CuttlefishConfig
 from ..layers.low_rank import low_rank_layers
 from ..patch.edits import Edit
 from ..patch.modules import Change
-from ..patch.optimizer import inner_optimizer, is_redundant
+from ..patch.optimizer import inner_optimizer
 from ..patch.structure import Exchanges
 from ..processes import Processes, is_distributed
 from .around import Around, live_modules, refuse_wrapper
 from .base import Engine, Layers, check_same_bits
+from .zero_redundancy import is_redundant
 
 MIB = 1024 * 1024
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,18 @@ import torch
 from torch import nn
 
 from ..config import CuttlefishConfig
+from ..patch.optimizer import follow_modules
 from ..patch.structure import Exchanges, exchange, plan_structure
 from ..processes import Processes
-from .around import Around, unwrap
+from .around import Around, check_not_wrapped, unwrap
 from .base import Engine, Layers
-from .ddp import DDP, DataParallel
+from .ddp import DDP, DataParallel, check_no_ddp
 from .deepspeed import DeepSpeed
 from .files import weights_files
 from .fsdp1 import FSDP1
 from .fsdp2 import FSDP2
 from .tensor_parallel import TensorParallel
+from .zero_redundancy import follow_redundant, is_redundant
 
 ENGINES: tuple[type[Engine], ...] = (FSDP1, DeepSpeed, FSDP2, TensorParallel, DDP, DataParallel)
 """All engines but the plain one, in the order in which they are looked for."""
@@ -71,6 +74,21 @@ def find_again(engine: Engine, layers: Layers, config: CuttlefishConfig, can_res
     return found
 
 
+def check_is_free(model: nn.Module, optimizer: Any = None) -> None:
+    """Raises where somebody trains a model, or holds a part of its optimizer, who would not hear of a change.
+
+    Raises:
+        ValueError: an engine is around the model, or has sharded it. TypeError: processes share the optimizer's state.
+    """
+    check_not_wrapped(model)
+    check_no_ddp(model)
+    if is_redundant(optimizer):
+        raise TypeError(
+            "ZeroRedundancyOptimizer has sharded its state among the processes: make it after factorize, or use Cuttlefish, "
+            "which shards it anew"
+        )
+
+
 def will_fix_structure(args: Any) -> bool:
     """Whether an engine will fix the structure of the model when it takes it. args: TrainingArguments."""
     return (
@@ -102,6 +120,12 @@ def restructure_under_engines(model: nn.Module, ranks: dict[str, int | None]) ->
     for kind in ENGINES:
         kind.exchanged(model, changes)
     return changes
+
+
+def follow_in_optimizer(optimizer: Any, changes: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+    """Exchange the parameters of replaced modules, (old, new), in an optimizer of any kind; their state is dropped."""
+    follow = follow_redundant if is_redundant(optimizer) else follow_modules
+    follow(optimizer, changes)
 
 
 def shard_loaded(model: nn.Module, state: dict[str, torch.Tensor], prefix: str) -> None:

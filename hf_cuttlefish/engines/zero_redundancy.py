@@ -26,7 +26,6 @@ from ..patch.optimizer import (
     follow_modules,
     groups_with_factors,
     inner_optimizer,
-    is_redundant,
     state_of_factors,
     state_summary,
 )
@@ -34,6 +33,12 @@ from ..processes import Processes
 
 _KEPT_ATTRIBUTES = ("defaults", "_optim_constructor", "_join_config")
 """What `__init__` sets besides the hooks and is to stay."""
+
+
+def is_redundant(optimizer: Any) -> bool:
+    """Whether it is torch's ZeroRedundancyOptimizer (or Accelerate's wrapper of it), of whose state each process holds a part."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(inner).__mro__)
 
 
 def refuse_redundant(optimizer: Any) -> None:
@@ -94,7 +99,7 @@ class ShardAnew(Edit):
         local = self.optimizer.optim
         self._groups = groups_with_factors(self.optimizer.param_groups, pairs)
         self._had = sum(bool(local.state.get(p.weight)) for p in pairs)
-        verdicts = check_can_switch(self.optimizer, {p.name: p.weight for p in pairs}, change.optimizer_state)
+        verdicts = check_can_switch(local, {p.name: p.weight for p in pairs}, change.optimizer_state)
         of = State(local, 0, verdicts)
         new = state_of_factors(local.state, pairs, change.optimizer_state, whole, type(local).__name__, of)
         gone = {p.weight for p in pairs}
@@ -173,7 +178,7 @@ class ShardAnew(Edit):
 
 
 def follow_redundant(optimizer: Any, changes: Iterable[tuple[nn.Module, nn.Module]]) -> None:
-    """As `optimizers.follow`, but all state is dropped: the others' parameters may have new owners too. Nothing is sent."""
+    """As `follow_modules`, but all state is dropped: the others' parameters may have new owners too. Nothing is sent."""
     follow_modules(optimizer, changes)
     inner: Any = inner_optimizer(optimizer)
     _shard(inner)

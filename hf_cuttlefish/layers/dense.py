@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
-from .parts import shape_of
+from .parts import is_sharded, shape_of
 
 DenseLayer = nn.Linear | Conv1D
 
@@ -67,9 +67,9 @@ def check_layer(module: nn.Module, name: str = "the layer") -> None:
 def is_quantized(weight: torch.Tensor) -> bool:
     """Whether a weight is held in whole numbers or in floats of 8 bits, which no matrix product takes as they are.
 
-    torchao's tensors say that they are floats; what holds other tensors inside and is no DTensor is taken for packed.
+    torchao's tensors say that they are floats; what holds other tensors inside and is not sharded is taken for packed.
     """
-    packed = is_traceable_wrapper_subclass(weight) and type(weight).__name__ != "DTensor"
+    packed = is_traceable_wrapper_subclass(weight) and not is_sharded(weight)
     return packed or not weight.is_floating_point() or weight.element_size() < 2
 
 

@@ -20,6 +20,9 @@ class LowRankLinear(nn.Module):
     `down` maps in_features -> rank without a bias, `up` maps rank -> out_features and holds the bias. Both are ordinary
     `nn.Linear` children, so that initialization, PEFT, quantizers and exporters understand them.
 
+        layer = LowRankLinear.from_linear(nn.Linear(768, 3072), rank=128)
+        layer(torch.ones(4, 768)).shape  # (4, 3072)
+
     Args:
         in_features, out_features: sizes of the layer that this one stands for.
         rank: inner size, 1 <= rank <= min(in_features, out_features).

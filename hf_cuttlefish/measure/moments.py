@@ -131,11 +131,14 @@ class MomentCollector:
         return flat
 
     def load_state_dict(self, flat: Mapping[str, torch.Tensor]) -> None:
-        """Reads what `state_dict` gave. Raises ValueError if it belongs to other layers, or is not whole."""
+        """Reads what `state_dict` gave; layers that are no longer gathered are left out. Raises ValueError if it is not whole."""
         sums: dict[str, dict[str, torch.Tensor]] = {}
+        known = {name for name, _ in self.model.named_modules()}
         for key, value in flat.items():
             if key.startswith("sums/"):
                 name, _, part = key.removeprefix("sums/").rpartition("/")
+                if name not in self.layers and name in known:
+                    continue  # excluded since
                 if name not in self.layers:
                     raise ValueError(f"the saved statistics hold {name!r}, which is no target layer of this model")
                 sums.setdefault(name, {})[part] = value.to(dense_weight(self.layers[name]).device)

@@ -10,7 +10,6 @@ from torch import nn
 
 from ..config import CuttlefishConfig
 from ..layers.dense import dense_weight
-from ..layers.sizes import group_name
 from ..processes import Processes
 from .history import StableRankHistory
 from .moments import MomentCollector
@@ -73,15 +72,13 @@ class Watch:
         return {name: values[-1] for name, values in self.history.ranks.items() if values}
 
     def logs(self) -> dict[str, float]:
-        """Mean stable rank of each kind of projection, if there was a check since the last call."""
+        """Mean stable rank of the target layers, if there was a check since the last call; by layer it is in the history."""
         checks = self.history.steps
         if not checks or checks[-1] == self._logged_check:
             return {}
         self._logged_check = checks[-1]
-        kinds: dict[str, list[float]] = {}
-        for layer, value in self.latest().items():
-            kinds.setdefault(group_name(layer).rpartition("*.")[2], []).append(value)
-        return {f"stable_rank/{kind}": round(sum(v) / len(v), 4) for kind, v in kinds.items()}
+        ranks = self.latest().values()
+        return {"stable_rank": round(sum(ranks) / max(1, len(ranks)), 4)}
 
     def initial(self) -> dict[str, float]:
         """Stable rank of each layer before the first step; empty where the run was joined later."""
@@ -98,7 +95,10 @@ class Watch:
         """Gather statistics from the next step on; nothing to do if that has begun."""
         if self.moments is None:
             taps, flow = self.engine.taps(self.layers), self.engine.whole_flow
-            self.moments = MomentCollector(self.model, self.layers, self.config.statistics_tokens, taps, flow)
+            # Layers that are not trained have been named by hand, else they would be left as they are.
+            frozen = [n for n, la in self.layers.items() if not la.weight.requires_grad]
+            frozen = frozen if self.config.target_modules != "all-linear" else []
+            self.moments = MomentCollector(self.model, self.layers, self.config.statistics_tokens, taps, flow, frozen)
             self.moments.batches.replicas = self.engine.replicas
             self.moments.start()
 

@@ -15,6 +15,7 @@ from ..maths.projection import KINDS, project, unknown_state
 from .edits import Edit
 from .rehearsal import (
     Verdict,
+    beside_groups,
     groups_in,
     has_shape,
     is_packed,
@@ -22,7 +23,6 @@ from .rehearsal import (
     new_state,
     own_state,
     plain,
-    beside_groups,
     rehearse,
     states_in,
 )
@@ -59,7 +59,7 @@ class SwapParameters(Edit):
         verdicts: as `check_can_switch` gives them; asked for where they are missing.
 
     Raises:
-        TypeError: as `inner_optimizer`, and for ZeroRedundancyOptimizer, whose edit is in engines/zero_redundancy.py.
+        TypeError: as `inner_optimizer`.
         ValueError: as `check_holds` and `check_can_switch`, or an unknown mode.
     """
 
@@ -72,11 +72,6 @@ class SwapParameters(Edit):
         verdicts: Mapping[int, Verdict] | None = None,
     ) -> None:
         self.optimizer = inner_optimizer(optimizer)
-        if is_redundant(self.optimizer):
-            raise TypeError(
-                "ZeroRedundancyOptimizer has sharded its state among the processes: make it after factorize, or use Cuttlefish, "
-                "which shards it anew"
-            )
         weights = {p.name: p.weight for p in pairs}
         check_holds(self.optimizer, weights)
         if verdicts is None:
@@ -161,12 +156,6 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return seen
 
 
-def is_redundant(optimizer: Any) -> bool:
-    """Whether it is torch's ZeroRedundancyOptimizer (or Accelerate's wrapper of it), of whose state each process holds a part."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(inner).__mro__)
-
-
 def check_holds(optimizer: Any, weights: Mapping[str, nn.Parameter]) -> None:
     """Raises ValueError unless the optimizer holds every trainable weight given, naming the first that it does not."""
     held = {id(p) for p in held_by(inner_optimizer(optimizer))}
@@ -191,9 +180,7 @@ def held_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 # --- before the first step ---
 
 
-def check_can_switch(
-    optimizer: Any, weights: Mapping[str, nn.Parameter], mode: str = "carry"
-) -> dict[int, Verdict]:
+def check_can_switch(optimizer: Any, weights: Mapping[str, nn.Parameter], mode: str = "carry") -> dict[int, Verdict]:
     """What becomes of the state of each weight at the switch, by its id, tried on a miniature of the optimizer.
 
         check_can_switch(optimizer, {name: layer.weight for name, layer in layers.items()})
@@ -207,8 +194,6 @@ def check_can_switch(
     if mode not in ("carry", "reset"):
         raise ValueError(f"optimizer_state is {mode!r}: it must be 'carry' or 'reset'")
     inner = inner_optimizer(optimizer)
-    if is_redundant(inner):
-        inner = inner.optim  # each process tries what it holds itself
     held = {id(p) for p in held_by(inner)}
     mine = {name: weight for name, weight in weights.items() if id(weight) in held}
     if (where := kept_elsewhere(inner, mine)) is not None:
@@ -228,7 +213,8 @@ def check_can_switch(
         if verdict.how == "refused":
             raise ValueError(
                 f"the switch cannot be made with this optimizer: {verdict.why}. Use another one (AdamW, Adafactor, Lion, SGD "
-                "and others are carried, see docs/optimizers.md)" + ("" if mode == "carry" else ", or optimizer_state='carry'")
+                "and others are carried, see docs/optimizers.md)"
+                + ("" if mode == "carry" else ", or optimizer_state='carry'")
             )
     return verdicts
 
@@ -239,7 +225,7 @@ def check_state(optimizer: Any, weights: Mapping[str, nn.Parameter], mode: str =
     Cheap where all names of the state are known.
     """
     inner = inner_optimizer(optimizer)
-    if mode == "reset" or is_redundant(inner):
+    if mode == "reset":
         return
     odd = {
         name: weight
@@ -373,13 +359,17 @@ def state_of_factors(
             if not (unknown := not_carried(old, pair.weight, kinds)):
                 state[pair.down], state[pair.up] = project_pair(old, pair, gather, kinds, of)
                 continue
-            reset.add(of.why(pair.weight) or f"the state {', '.join(sorted(map(str, unknown)))} has no known projection")
+            reset.add(
+                of.why(pair.weight) or f"the state {', '.join(sorted(map(str, unknown)))} has no known projection"
+            )
         for parameter in (pair.down, pair.up):
             if begun := of.begun(pair.weight, parameter):
                 state[parameter] = begun
     if reset:
         logger.warning(
-            "Cuttlefish: the state of %s is not carried, and starts anew for the factors: %s.", name, "; ".join(sorted(reset))
+            "Cuttlefish: the state of %s is not carried, and starts anew for the factors: %s.",
+            name,
+            "; ".join(sorted(reset)),
         )
     return state
 

@@ -224,7 +224,9 @@ class _Rehearsal:
                 return Verdict("refused", why=f"{name} cannot step new parameters ({problem})")
         (weight,) = _parameters(dense)
         if (where := kept_elsewhere(dense, {"": weight})) is not None:
-            return Verdict("refused", why=f"{name} keeps what it knows of the weights in {where}, which cannot follow the switch")
+            return Verdict(
+                "refused", why=f"{name} keeps what it knows of the weights in {where}, which cannot follow the switch"
+            )
         kinds, unknown = self._kinds(dense, factors) if mode == "carry" else ([], [])
         if beside_groups(groups_in(dense), [weight]):
             unknown.append("in its groups")
@@ -319,7 +321,9 @@ class _Rehearsal:
         kinds: list[dict[str, str]] = []
         unknown: list[str] = []
         for of_weight, of_factors in zip(states_in(dense), states_in(factors), strict=True):
-            old, for_down, for_up = (s.get(p) or {} for s, p in ((of_weight, weight), (of_factors, down), (of_factors, up)))
+            old, for_down, for_up = (
+                s.get(p) or {} for s, p in ((of_weight, weight), (of_factors, down), (of_factors, up))
+            )
             kinds.append({})
             for key, value in old.items():
                 kind = self._kind(key, (value, for_down.get(key), for_up.get(key)), (weight, down, up))
@@ -340,14 +344,19 @@ class _Rehearsal:
             return None
         packed = any(is_packed(v) for v in values)
         old, for_down, for_up = (as_matrix(plain(v), p.shape) for v, p in zip(values, parameters, strict=True))
-        if old.ndim == 2 and all(_differ(v, plain(p)) < LIKE for v, p in zip((old, for_down, for_up), parameters, strict=True)):
+        if old.ndim == 2 and all(
+            _differ(v, plain(p)) < LIKE for v, p in zip((old, for_down, for_up), parameters, strict=True)
+        ):
             return "parameter"
         down, up = self.down.float(), self.up.float()
         like = 2 * LIKE if packed else LIKE  # 4 bits err by a fifth, and so does the other side
         if _differ(old @ down.mT, for_up) < like and _differ(up.mT @ old, for_down) < like:
             return "linear" if key not in SQUARE_STATE else None
         norms = down.norm(dim=1), up.norm(dim=0)
-        if _differ(old @ down.mT / norms[0], for_up) < NEAR and _differ(up.mT @ old / norms[1][:, None], for_down) < NEAR:
+        if (
+            _differ(old @ down.mT / norms[0], for_up) < NEAR
+            and _differ(up.mT @ old / norms[1][:, None], for_down) < NEAR
+        ):
             return "normalized"
         guesses = ((old @ down.square().mT, for_up), (up.square().mT @ old, for_down))
         if (old >= 0).all() and key not in LINEAR_STATE:
@@ -467,7 +476,9 @@ def _by_constructor(one: torch.optim.Optimizer, weight: nn.Parameter, parameter:
         return {}
     known = inspect.signature(type(one).__init__).parameters
     settings = {k: copy.deepcopy(v) for k, v in one.defaults.items() if k in known}
-    made = type(one)([{**{k: copy.deepcopy(v) for k, v in group.items() if k != "params"}, "params": [parameter]}], **settings)
+    made = type(one)(
+        [{**{k: copy.deepcopy(v) for k, v in group.items() if k != "params"}, "params": [parameter]}], **settings
+    )
     return dict(made.state.get(parameter) or {})
 
 
@@ -538,7 +549,9 @@ def _words(error: Exception) -> str:
 def _aside() -> Iterator[None]:
     """What is done here leaves all random states as they were, compiles nothing, and builds no graph."""
     python, arrays = random.getstate(), numpy.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    devices = (
+        list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    )
     try:
         with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield

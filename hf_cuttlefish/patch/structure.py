@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..layers.dense import DENSE_TYPES, DenseLayer, check_rank, dense_weight
+from ..layers.dense import DENSE_TYPES, DenseLayer, check_rank, dense_weight, is_quantized
 from ..layers.low_rank import LowRankLinear, low_rank_layers
 from .edits import Edit
 from .surgery import keep_hooks, swap
@@ -116,13 +116,30 @@ def configs_of(model: nn.Module) -> Iterator[tuple[str, PreTrainedConfig]]:
 
 
 def check_free(model: nn.Module) -> None:
-    for _, config in configs_of(model):
+    """Raises ValueError for a model that holds packed weights, whose config has no room for a second structure.
+
+    The weights are asked: a model that was dequantized while it was loaded keeps the note in its config, and is welcome.
+    """
+    for prefix, config in configs_of(model):
         note = getattr(config, "quantization_config", None)
-        if note is not None and _method_of(note) != QUANT_METHOD:
+        if note is None or _method_of(note) == QUANT_METHOD:
+            continue
+        packed = next(_packed(model.get_submodule(prefix)), None)
+        if packed is not None:
             raise ValueError(
-                f"the model is quantized ({_method_of(note)!s}), and its config has room for one structure: "
-                "factorize it before it is quantized"
+                f"the model is quantized ({_method_of(note)!s}: {packed}), and its config has room for one structure: "
+                "factorize it before it is quantized, or load it dequantized"
             )
+
+
+def _packed(model: nn.Module) -> Iterator[str]:
+    """Names of weights that are not held as floating-point numbers of 16 bits or more."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 1 and is_quantized(parameter):
+            yield name
+    for name, buffer in model.named_buffers():
+        if "weight" in name.rpartition(".")[2] and is_quantized(buffer):
+            yield name
 
 
 def _checked(rank: int, dense: nn.Module, name: str) -> int:

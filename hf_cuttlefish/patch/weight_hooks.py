@@ -26,7 +26,9 @@ def hooked(layers: Mapping[str, nn.Module], optimizer: Any = None) -> list[str]:
     def is_own(hook: Callable[..., Any]) -> bool:
         return any(known is one for known in _known_to(hook) for one in own)
 
-    return [name for name, la in layers.items() if any(not is_own(hook) for hook in _hooks(la.weight, "_backward_hooks"))]
+    return [
+        name for name, la in layers.items() if any(not is_own(hook) for hook in _hooks(la.weight, "_backward_hooks"))
+    ]
 
 
 def check_weight_hooks(layers: Mapping[str, nn.Module], optimizer: Any = None, say: bool = True) -> None:
@@ -47,7 +49,9 @@ def check_weight_hooks(layers: Mapping[str, nn.Module], optimizer: Any = None, s
         )
     names = hooked(layers, optimizer)
     if names and say:
-        logger.warning("Cuttlefish: the weights of %s have gradient hooks, which the switch will lose. %s.", _few(names), LOST)
+        logger.warning(
+            "Cuttlefish: the weights of %s have gradient hooks, which the switch will lose. %s.", _few(names), LOST
+        )
 
 
 def say_lost(layers: Mapping[str, nn.Module], optimizer: Any = None) -> None:

@@ -101,6 +101,9 @@ def model_card(
 def write_model_card(folder: str | Path, model: nn.Module, **facts: Any) -> ModelCard:
     """Write the card into a saved folder as README.md; a card that is there already is kept and completed.
 
+        model.save_pretrained(folder)
+        write_model_card(folder, model, report=cuttlefish.report).push_to_hub(repo_id)
+
     Of a card written by hand, or by `Trainer.create_model_card`, the text and the front matter stay; what is missing in the
     front matter is added, and so is our part of the text, or it is exchanged if it is there already. `create_model_card` and
     `Trainer.push_to_hub` write theirs from scratch: call this after them, with `.push_to_hub(repo_id)` on what it returns.

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..engines.find import has_fixed, restructure_under_engines, shard_loaded, takes_as_it_is
-from ..engines.zero_redundancy import follow_redundant
+from ..engines.find import follow_in_optimizer, has_fixed, restructure_under_engines, shard_loaded, takes_as_it_is
 from ..layers.dense import dense_origin, dense_weight
 from ..layers.low_rank import LowRankLinear
-from ..patch.optimizer import follow_modules, is_redundant
 from ..patch.structure import write_structure
 from .names import is_layer, rank_of, rename_biases, rename_keys
 
@@ -22,6 +20,9 @@ _OPTIMIZERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.We
 
 def follow_checkpoints(model: nn.Module, optimizer: Any = None) -> None:
     """Let `model.load_state_dict` take dense and factorized weights alike: the structure follows the weights.
+
+        follow_checkpoints(model, optimizer)
+        model.load_state_dict(weights_of_the_low_rank_phase)
 
     This is what makes a Trainer resume a checkpoint made after the switch, and load the best model from before it. An
     optimizer that exists already (given to the Trainer by the user) follows too.
@@ -60,8 +61,7 @@ def _follow(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str,
     rename_biases(module, state_dict, prefix)
     optimizer = _OPTIMIZERS[module]() if module in _OPTIMIZERS else None
     if changes and optimizer is not None:
-        follow = follow_redundant if is_redundant(optimizer) else follow_modules
-        follow(optimizer, changes.values())
+        follow_in_optimizer(optimizer, changes.values())
     shard_loaded(module, state_dict, prefix)
 
 

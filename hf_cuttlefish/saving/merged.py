@@ -18,6 +18,9 @@ from ..patch.twins import with_exchanged
 def save_merged(model: PreTrainedModel, folder: str | os.PathLike[str], **kwargs: Any) -> None:
     """Save a factorized model as the dense model that it stands for, in a folder that loads without hf_cuttlefish.
 
+        save_merged(trainer.model, "dense")
+        AutoModelForSequenceClassification.from_pretrained("dense")
+
     The model itself stays factorized, on its device, and may go on training. Peak memory: the model, and on the CPU the
     dense weights of its factorized layers; they are multiplied out one layer at a time, so that a device holds one of them.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from ..config import CuttlefishConfig
 from ..decide.plan import RankPlan
 from ..layers.low_rank import low_rank_layers
 from ..measure.history import StableRankHistory
@@ -27,6 +28,20 @@ _FIELDS = (
 )
 
 
+_OF_TIME = (
+    "switch_step",
+    "earliest_switch",
+    "latest_switch",
+    "stable_rank_tolerance",
+    "check_steps",
+    "statistics_steps",
+    "rank_rule",
+)
+"""Fields of the config that say when to switch."""
+_ALWAYS_FREE = ("on_error", "switch", "version")
+"""Fields that may change even after the switch."""
+
+
 @dataclass
 class RunState:
     """Where a run is, but for the statistics being gathered.
@@ -34,7 +49,7 @@ class RunState:
     Attributes:
         global_step: optimizer steps taken. switch_at: step at which the switch is due, or None. switch_step: of the switch, or
             None. reason: why. finished: nothing more will come. gathering: statistics are being gathered.
-        plan, report: of the switch, or None. history: of the stable ranks.
+        plan, report: of the switch, or None. history: of the stable ranks. config: of the run, or None where it was not noted.
     """
 
     global_step: int
@@ -46,6 +61,7 @@ class RunState:
     plan: RankPlan | None
     report: FactorizationReport | None
     history: StableRankHistory
+    config: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with a `version`."""
@@ -55,6 +71,7 @@ class RunState:
             "plan": None if self.plan is None else self.plan.to_dict(),
             "report": None if self.report is None else {k: v for k, v in self.report.to_dict().items() if k != "plan"},
             "history": self.history.to_dict(),
+            "config": self.config,
         }
 
     @classmethod
@@ -86,7 +103,39 @@ class RunState:
             plan,
             report,
             history,
+            data.get("config") if isinstance(data.get("config"), dict) else None,
         )
+
+    def under(self, config: CuttlefishConfig, layers: Collection[str]) -> RunState:
+        """The state as a run with this config, and these target layers, goes on from it. A new config counts from here on.
+
+        Raises:
+            ValueError: a field that has decided the switch, which has been, is another now; it is named.
+        """
+        new, old = config.to_dict(), self.config
+        changed = [] if old is None else [name for name in new if name in old and new[name] != old[name]]
+        if self.switch_step is not None:
+            for name in changed:
+                if name not in _ALWAYS_FREE:
+                    raise ValueError(
+                        f"{name} is {new[name]!r}, and the run to be resumed has switched at step {self.switch_step} with "
+                        f"{(old or {})[name]!r}, which nothing changes any more: leave {name} as it was, or resume from a checkpoint "
+                        "before the switch"
+                    )
+            return self
+        state = replace(self, config=new)
+        if set(changed) - set(_ALWAYS_FREE):
+            state.finished = False  # what failed may go well with another config
+        if set(changed) & set(_OF_TIME):
+            state.switch_at, state.gathering = None, False
+        if set(layers) != set(self.history.ranks):
+            known = {name: self.history.ranks[name] for name in layers if name in self.history.ranks}
+            state.history = StableRankHistory()
+            if len(known) == len(layers):
+                state.history.steps, state.history.ranks = self.history.steps, known
+            elif state.gathering:  # layers that were not gathered before
+                state.switch_at, state.gathering = None, False
+        return state
 
 
 def _check_fields(data: Any) -> None:

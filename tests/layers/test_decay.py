@@ -1,16 +1,10 @@
 """Frobenius decay, which the benchmark's controls use: its gradients against autograd's."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from benchmarks.accuracy.methods import OneShot, product_gradients
 from hf_cuttlefish import LowRankLinear
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from methods import OneShot, product_gradients
 
 
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(12, 7, 3), (5, 9, 5), (1, 4, 1)])

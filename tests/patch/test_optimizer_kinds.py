@@ -2,9 +2,7 @@
 
 import importlib.util
 import logging
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,16 +10,18 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from benchmarks import optimizers as listed
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, factorize
 from hf_cuttlefish.patch.optimizer import check_can_switch, check_state
 from hf_cuttlefish.patch.rehearsal import groups_in, is_packed, optimizers_in, states_in
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import optimizers as listed  # noqa: E402
-
 ROWS, COLUMNS = 96, 64
-MODULES = {"torchao": "torchao", "torch-optimi": "optimi", "apollo-torch": "apollo_torch", "galore-torch": "galore_torch"}
+MODULES = {
+    "torchao": "torchao",
+    "torch-optimi": "optimi",
+    "apollo-torch": "apollo_torch",
+    "galore-torch": "galore_torch",
+}
 NEEDS = {"torch-optimizer": ["pytorch_ranger"], "apollo-torch": ["bitsandbytes"], "galore-torch": ["bitsandbytes"]}
 
 
@@ -98,7 +98,9 @@ def test_the_list_says_what_becomes_of_the_state(case):
         with pytest.raises((ValueError, TypeError), match=type(optimizer).__name__):
             check_can_switch(optimizer, weights(model))
         with pytest.raises((ValueError, TypeError), match=type(optimizer).__name__):
-            Cuttlefish(model, optimizer, CuttlefishConfig(switch_step=2, target_modules=["first", "second"]), total_steps=4)
+            Cuttlefish(
+                model, optimizer, CuttlefishConfig(switch_step=2, target_modules=["first", "second"]), total_steps=4
+            )
     else:
         found = {verdict.how for verdict in check_can_switch(optimizer, weights(model)).values()}
         assert found == {"unknown" if case.name == "lomo" else case.expected}
@@ -120,7 +122,7 @@ def test_the_product_moves_on_at_the_dense_rate(case):
         check_state(optimizer, weights(model))
         if low_rank:
             dense = model.first.weight
-            old = [{k: v for k, v in (s.get(model.first.weight) or {}).items()} for s in states_in(optimizer)]
+            old = [dict(s.get(model.first.weight) or {}) for s in states_in(optimizer)]
             report = factorize(model, {"first": COLUMNS, "second": COLUMNS}, optimizer)
             if any(old):
                 carried = 2 if case.expected == "carried" else 0
@@ -158,7 +160,7 @@ def test_the_list_has_every_name_of_trainer():
 
 
 def test_the_page_is_made_from_the_list():
-    assert listed.PAGE.read_text(encoding="utf-8") == listed.page(), "run python benchmarks/optimizers.py"
+    assert listed.PAGE.read_text(encoding="utf-8") == listed.page(), "run python -m benchmarks.optimizers"
 
 
 def test_a_step_count_in_the_group_is_seen():
@@ -185,7 +187,9 @@ def test_a_step_count_in_the_group_is_seen():
                     p.addcdiv_(p.grad, corrected + 1e-8, value=-group["lr"])
 
     model = Small()
-    with pytest.raises(ValueError, match=r"Counting starts the state .* the first update would be 4\.\d times as large"):
+    with pytest.raises(
+        ValueError, match=r"Counting starts the state .* the first update would be 4\.\d times as large"
+    ):
         check_can_switch(Counting(model.parameters()), weights(model))
 
 
@@ -264,9 +268,13 @@ def test_what_cannot_be_tried_is_refused_once_its_state_appears():
 
     model = Small()
     optimizer = HoldsModel(model)
-    run = Cuttlefish(model, optimizer, CuttlefishConfig(switch_step=8, target_modules=["first", "second"]), total_steps=10)
+    run = Cuttlefish(
+        model, optimizer, CuttlefishConfig(switch_step=8, target_modules=["first", "second"]), total_steps=10
+    )
     train(model, optimizer, 1)
-    with pytest.raises(ValueError, match=r"HoldsModel keeps the state shampoo of first\.weight.*holds the model itself.*reset"):
+    with pytest.raises(
+        ValueError, match=r"HoldsModel keeps the state shampoo of first\.weight.*holds the model itself.*reset"
+    ):
         run.step()
 
 

@@ -31,8 +31,8 @@ EVERY_LINE = os.environ.get("CUTTLEFISH_EVERY_LINE") == "1"
 
 
 def test_runs_that_are_killed_end_on_the_bits_of_a_run_left_alone(tmp_path):
-    """Ten kills and two faults of the disk; benchmarks/kill.py does 200 of them (docs/robustness.md)."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "kill.py"), "--kills", "10", "--disk", "2"]
+    """Ten kills and two faults of the disk; benchmarks/robustness/kill does 200 of them (docs/robustness.md)."""
+    command = [sys.executable, "-m", "benchmarks.robustness.kill", "--kills", "10", "--disk", "2"]
     command += [
         "--jobs",
         "every step",
@@ -41,7 +41,7 @@ def test_runs_that_are_killed_end_on_the_bits_of_a_run_left_alone(tmp_path):
         "--out",
         str(tmp_path / "kill.json"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     record = json.loads((tmp_path / "kill.json").read_text())
     assert (record["kills"], record["disk_faults"], record["survived"], record["lost"]) == (10, 2, 12, 0)

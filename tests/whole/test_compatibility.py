@@ -1,25 +1,20 @@
-"""A dozen classes of different families through the checks of benchmarks/compatibility.py, found there by themselves.
+"""A dozen classes of different families through the checks of benchmarks/compatibility, found there by themselves.
 
-All of them: `python benchmarks/compatibility.py`; the last full run is docs/compatibility.md.
+All of them: `python -m benchmarks.compatibility`; the last full run is docs/compatibility.md.
 """
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from benchmarks.compatibility import checks, outcomes, pages, tiny
+from benchmarks.compatibility.classes import model_classes
+from hf_cuttlefish import factorize
+from hf_cuttlefish.decide.targets import find_targets, lost_when_saved
 
-import compatibility as matrix  # noqa: E402
-
-from hf_cuttlefish import factorize  # noqa: E402
-from hf_cuttlefish.decide.targets import find_targets, lost_when_saved  # noqa: E402
-
-CLASSES = matrix.model_classes()
+CLASSES = model_classes()
 
 PASSING = [
     "BloomForCausalLM",
@@ -47,32 +42,34 @@ def test_the_classes_come_from_the_auto_mappings():
 
 @pytest.mark.parametrize("name", PASSING)
 def test_a_class_passes_every_step(name):
-    result = matrix.check(name, *CLASSES[name])
-    assert result["status"] == matrix.PASSES, result["reason"]
-    assert result["layers"] > 0 and result["trained"] > 0 and result["parameters"] < matrix.MOST_PARAMETERS
+    result = checks.check(name, *CLASSES[name])
+    assert result["status"] == outcomes.PASSES, result["reason"]
+    assert result["layers"] > 0 and result["trained"] > 0 and result["parameters"] < tiny.MOST_PARAMETERS
 
 
 def test_a_model_whose_init_weights_fills_every_bias_is_loaded():
-    result = matrix.check("OneFormerModel", *CLASSES["OneFormerModel"])
-    assert result["status"] == matrix.NOT_RUN, result["reason"]  # saved, loaded and merged; no inputs for it are known
+    result = checks.check("OneFormerModel", *CLASSES["OneFormerModel"])
+    assert result["status"] == outcomes.NOT_RUN, result[
+        "reason"
+    ]  # saved, loaded and merged; no inputs for it are known
 
 
 def test_a_model_without_such_layers_is_refused_with_a_reason():
-    result = matrix.check("ResNetForImageClassification", *CLASSES["ResNetForImageClassification"])
-    assert result["status"] == matrix.REFUSED and "finds no nn.Linear" in result["reason"]
+    result = checks.check("ResNetForImageClassification", *CLASSES["ResNetForImageClassification"])
+    assert result["status"] == outcomes.REFUSED and "finds no nn.Linear" in result["reason"]
 
 
 def test_the_check_finds_what_is_wrong(monkeypatch):
     """A merge that forgets, or a plan that changes: the matrix must not pass whatever happens."""
-    monkeypatch.setattr(matrix, "merge", lambda model: model)
-    result = matrix.check("BertModel", *CLASSES["BertModel"])
-    assert result["status"] == matrix.FAILS and result["reason"] == "merge: something stays factorized"
+    monkeypatch.setattr(checks, "merge", lambda model: model)
+    result = checks.check("BertModel", *CLASSES["BertModel"])
+    assert result["status"] == outcomes.FAILS and result["reason"] == "merge: something stays factorized"
 
 
 @pytest.mark.parametrize(("name", "layer"), [("Kimi_K25Model", "attn.q_proj"), ("Inkling2Model", "sconv.weight_proj")])
 def test_layers_that_are_stored_in_another_layout_stay_dense(name, layer):
     """Their factors would not survive save_pretrained, which is too late to find out; naming them is an error at once."""
-    model = matrix.build_tiny(getattr(hf, name), CLASSES[name][0])[0]
+    model = tiny.build_tiny(getattr(hf, name), CLASSES[name][0])[0]
     layers = [n for n, m in model.named_modules() if n.endswith(layer) and isinstance(m, torch.nn.Linear)]
     assert layers and lost_when_saved(model, layers) == layers
     assert find_targets(model) and not set(layers) & set(find_targets(model))
@@ -81,5 +78,5 @@ def test_layers_that_are_stored_in_another_layout_stay_dense(name, layer):
 
 
 def test_the_document_is_what_the_results_say():
-    data = json.loads(matrix.RESULTS.read_text("utf-8"))
-    assert matrix.DOCS.read_text("utf-8") == matrix.write_docs(data["results"], data["versions"], data["classes"])
+    data = json.loads(pages.RESULTS.read_text("utf-8"))
+    assert pages.DOCS.read_text("utf-8") == pages.write_docs(data["results"], data["versions"], data["classes"])

@@ -1,4 +1,4 @@
-"""Files that lie, explode or attack: a correct load or a clear error, and nothing else happens (benchmarks/fuzz.py)."""
+"""Files that lie, explode or attack: a correct load or a clear error, and nothing else happens (benchmarks/robustness/fuzz)."""
 
 import copy
 import json
@@ -58,7 +58,7 @@ def saved(tmp_path_factory):
 def test_mutated_files_load_rightly_or_are_refused(tmp_path):
     """Every door, in processes that are watched; 10,000 with CUTTLEFISH_MUTATIONS or the script itself."""
     out = tmp_path / "fuzz.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--mutations", str(MUTATIONS), "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.robustness.fuzz", "--mutations", str(MUTATIONS), "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600 + 2 * MUTATIONS)
     result = json.loads(out.read_text())

@@ -1,0 +1,1 @@
+"""Benchmarks: accuracy, speed, compatibility and robustness. None of them is in the wheel."""

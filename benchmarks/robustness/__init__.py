@@ -1,0 +1,1 @@
+"""Robustness: runs that are killed, and files that are spoiled."""

@@ -1,0 +1,89 @@
+"""The good files, as the package and the Trainer write them, and the small models that they hold."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import nn
+
+from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig, LowRankLinear, estimate_ranks, factorize
+from hf_cuttlefish.decide.targets import find_targets
+
+TINY: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+TINY |= {"max_position_embeddings": 16, "num_labels": 3}
+
+IDS = torch.arange(12).reshape(2, 6) + 3
+PLAN = CuttlefishConfig(rank_rule="ratio", rank_multiple=4)
+RUN = CuttlefishConfig(switch_step=5, statistics_steps=4, check_steps=1, on_error="raise")
+
+
+def tiny() -> hf.PreTrainedModel:
+    """A dense BERT, always the same."""
+    torch.manual_seed(0)
+    return hf.BertForSequenceClassification(hf.BertConfig(**TINY)).eval()
+
+
+def prepare(folder: Path) -> None:
+    """The good files, as the package and the Trainer write them."""
+    model = tiny()
+    factorize(model, dict.fromkeys(find_targets(model), 4))
+    model.save_pretrained(folder / "model")
+    model.save_pretrained(folder / "sharded", max_shard_size=20_000)
+    (folder / "plan.json").write_text(estimate_ranks(tiny(), PLAN).to_json())
+    config = CuttlefishConfig(
+        target_modules=["query", "value", "dense"], exclude_modules=["key"], rank_pattern={".*query": 4}
+    )
+    (folder / "config.json").write_text(config.to_json())
+    trainer = new_trainer(folder / "run")
+    trainer.train()
+    for name, step in (("before", 3), ("after", 6)):
+        (folder / "run" / f"checkpoint-{step}").rename(folder / name)
+    shutil.rmtree(folder / "run")
+
+
+class Rows(torch.utils.data.Dataset):
+    """Eight rows of the same tokens."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": IDS[index % 2], "labels": torch.tensor(index % 3)}
+
+
+def new_trainer(folder: Path, restore: bool = False, model: Any = None) -> hf.Trainer:
+    """A real Trainer of eight steps that saves at 3 and 6."""
+    args = hf.TrainingArguments(
+        str(folder), max_steps=8, save_steps=3, per_device_train_batch_size=2, use_cpu=True, report_to=[], disable_tqdm=True,
+        logging_steps=100, restore_callback_states_from_checkpoint=restore, dataloader_num_workers=0,
+    )  # fmt: skip
+    trainer = hf.Trainer(model or tiny(), args, train_dataset=Rows(), callbacks=[CuttlefishCallback(RUN)])
+    trainer.remove_callback(hf.PrinterCallback)
+    return trainer
+
+
+def check_structure(model: nn.Module) -> None:
+    """What has loaded must be whole: no value forgotten, ranks within the layers, the note in the config true."""
+    pairs = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    for name, layer in pairs.items():
+        if not 1 <= layer.rank <= min(layer.in_features, layer.out_features):
+            raise WrongLoadError(f"{name} has rank {layer.rank}")
+    if any(p.is_meta or p.numel() > 10**6 for p in model.parameters()):
+        raise WrongLoadError("a parameter without values, or a giant one")
+    note = getattr(model.config, "quantization_config", None)
+    if bool(pairs) != (note is not None) or (note and note["ranks"] != {n: m.rank for n, m in pairs.items()}):
+        raise WrongLoadError("the note in the config does not say what the model is")
+
+
+class WrongLoadError(Exception):
+    """Something has loaded that is not what the files say."""

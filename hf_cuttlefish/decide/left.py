@@ -1,0 +1,29 @@
+"""Leave dense: layers for which something is missing that a cut would need, each with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+from ..config import CuttlefishConfig
+from .ranks import rank_by_hand
+
+FROZEN = "frozen: what a cut costs could not be trained back (name it in target_modules to cut it all the same)"
+UNSEEN = "no gradient was seen at its output, so what it is worth is not known"
+
+
+def left_frozen(layers: Mapping[str, nn.Module], config: CuttlefishConfig) -> dict[str, str]:
+    """Target layers that are not trained, and that the user has not named: name -> reason.
+
+    Frozen towers, teachers inside a model and the lower half of a partly frozen encoder stay as they are.
+    """
+    if config.target_modules != "all-linear":
+        return {}
+    frozen = (name for name, layer in layers.items() if not layer.weight.requires_grad)
+    return {name: FROZEN for name in frozen if rank_by_hand(name, config) is None}
+
+
+def left_unseen(layers: Mapping[str, nn.Module], config: CuttlefishConfig, seen: Collection[str]) -> dict[str, str]:
+    """Target layers of which statistics were to be gathered and none came: name -> reason. seen: those that have some."""
+    return {name: UNSEEN for name in layers if name not in seen and rank_by_hand(name, config) is None}

@@ -1,0 +1,72 @@
+"""Start: find the engine and the target layers, refuse what would go wrong, and see that all processes are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..config import CuttlefishConfig
+from ..decide.targets import find_targets
+from ..layers.dense import is_meta
+from ..layers.low_rank import low_rank_layers
+from ..patch.learning_rate import check_can_scale
+from ..patch.structure import check_free
+from ..processes import Processes
+from .base import Engine
+from .find import find_engine
+
+
+def start(
+    model: nn.Module,
+    optimizer: Any,
+    config: CuttlefishConfig,
+    total_steps: int,
+    scheduler: Any = None,
+    can_restart: bool = False,
+) -> tuple[Engine, dict[str, nn.Module]]:
+    """The engine that trains a model, and its target layers by name; none where it is factorized already.
+
+        engine, layers = start(model, optimizer, CuttlefishConfig(), total_steps=300)
+
+    Raises:
+        TypeError, ValueError, RuntimeError: what would make the switch fail, found on one process and raised on all.
+    """
+    engine, layers, error = None, {}, None
+    processes = Processes()
+    try:
+        engine = find_engine(model, optimizer, can_restart)
+        processes = engine.processes
+        if not low_rank_layers(engine.model):  # else nothing will be changed, so anything is fine
+            layers = _targets(engine, config, scheduler)
+            engine.check(layers, config, can_restart)
+    except Exception as caught:
+        error = caught
+    processes.agree(error)
+    processes.check_alike(_facts(engine, layers, config, total_steps) if engine is not None else {})
+    if engine is not None and layers:
+        engine.check_replicas("at the start")
+    return engine or Engine(model, optimizer), layers
+
+
+def _targets(engine: Engine, config: CuttlefishConfig, scheduler: Any) -> dict[str, nn.Module]:
+    check_free(engine.model)
+    layers: dict[str, nn.Module] = dict(find_targets(engine.model, config))
+    for name, layer in layers.items():
+        if is_meta(layer):
+            raise ValueError(f"{name} is on the meta device: load the weights before training")
+    if config.learning_rate_scale not in (None, 1):
+        check_can_scale(engine.optimizer, scheduler)
+    return layers
+
+
+def _facts(engine: Engine, layers: Mapping[str, nn.Module], config: CuttlefishConfig, total: int) -> dict[str, Any]:
+    """What all processes must have alike."""
+    return {
+        "model": [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in engine.model.named_parameters()],
+        "target layers": list(layers),
+        "config": config.to_dict(),
+        "total_steps": total,
+        "the engine around the model": type(engine).__name__,
+    }

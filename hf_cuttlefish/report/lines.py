@@ -1,0 +1,122 @@
+"""The lines that a run logs: one at the start, one after a resume, one at the end. Each says what was done and what to do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import nn
+
+from ..config import CuttlefishConfig
+from ..decide.left import left_frozen
+from ..decide.plan import RankPlan
+from ..decide.rules import DEFAULT_RATIO
+from ..decide.schedule import Schedule
+from ..decide.tables import short_count
+from ..layers.low_rank import low_rank_layers
+from ..layers.parts import numel
+from ..layers.sizes import count_parameters
+
+
+class Run(Protocol):
+    """What is asked of a run."""
+
+    config: CuttlefishConfig
+    schedule: Schedule
+    global_step: int
+    finished: bool
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def reason(self) -> str | None: ...
+    @property
+    def restarts(self) -> bool: ...
+    @property
+    def plan(self) -> RankPlan | None: ...
+    @property
+    def switch_step(self) -> int | None: ...
+
+
+def start(model: nn.Module, layers: Mapping[str, nn.Module], config: CuttlefishConfig, schedule: Schedule) -> str:
+    """What was taken, when the switch is to be expected, and the size aimed at."""
+    size = sum(numel(layer.weight) for layer in layers.values())  # type: ignore[arg-type, misc]
+    frozen = len(left_frozen(layers, config))
+    left = f"; {frozen} of them are frozen and stay dense" if frozen else ""
+    return (
+        f"Cuttlefish is on: it watches {len(layers)} layers ({short_count(size)} of {short_count(count_parameters(model))} "
+        f"parameters{left}) and factorizes them {_when(schedule)}, {_size(config)}."
+    )
+
+
+def already_factorized(model: nn.Module) -> str:
+    """A second run on a factorized model."""
+    return (
+        f"Cuttlefish: {len(low_rank_layers(model))} layers of this model are factorized already, so this run trains it as it is "
+        "and switches nothing. To choose its ranks anew, call hf_cuttlefish.merge(model) before training."
+    )
+
+
+def resumed(run: Run) -> str:
+    """Where a resumed run is."""
+    at = f"Cuttlefish: resumed at step {run.global_step} of {run.schedule.total_steps}"
+    if run.switch_step is not None:
+        return f"{at}, in the low-rank phase: {len(run.plan or ())} layers were factorized at step {run.switch_step}."
+    if run.finished:
+        return f"{at}; there will be no switch: {run.reason}."
+    due = run.schedule.switch_at
+    return f"{at}, in the full-rank phase; the switch is due {f'at step {due}' if due else _when(run.schedule)}."
+
+
+def end(run: Run) -> tuple[int, str]:
+    """(level, line): what came of the run, how to load it, and what to try next."""
+    pairs = low_rank_layers(run.model)
+    if run.switch_step is not None and run.restarts:
+        return logging.INFO, "Cuttlefish: the factorized model is in the checkpoint of the switch; resume from there."
+    if pairs:
+        saved = sum(p.in_features * p.out_features - p.rank * (p.in_features + p.out_features) for p in pairs.values())
+        now = count_parameters(run.model)
+        return logging.INFO, (
+            f"Cuttlefish: the model is factorized, {short_count(now)} of {short_count(now + saved)} parameters "
+            f"({now / (now + saved):.0%}). Its folder loads with from_pretrained after `import hf_cuttlefish`; "
+            "hf_cuttlefish.save_merged(model, folder) writes a dense one. If it is accurate enough, try a smaller target_ratio."
+        )
+    if run.switch_step is not None:
+        return logging.WARNING, (
+            f"Cuttlefish: the model in hand is dense, although the run switched at step {run.switch_step}: the best checkpoint is "
+            "from before the switch (load_best_model_at_end). Load a later checkpoint for the factorized model, or set "
+            "load_best_model_at_end=False."
+        )
+    due = run.schedule.switch_at or run.schedule.latest_step
+    why = run.reason if run.finished else f"the switch was due at step {due} at the latest"
+    return logging.WARNING, (
+        f"Cuttlefish: the run ended after {run.global_step} of {run.schedule.total_steps} steps without a switch, and the model is "
+        f"as large as before: {why}."
+    )
+
+
+def not_converged(config: CuttlefishConfig, step: int) -> str:
+    """The switch came because time was up."""
+    return (
+        f"Cuttlefish: the stable ranks were not seen to converge by step {step}, the latest switch point "
+        f"(latest_switch={config.latest_switch:.2f} of the run); switched all the same. If the accuracy falls behind, train longer, "
+        "or give the full-rank phase more time with a later latest_switch."
+    )
+
+
+def _when(schedule: Schedule) -> str:
+    config = schedule.config
+    if config.switch_step is not None:
+        return f"at step {config.switch_step} of {schedule.total_steps}"
+    first, last = min(schedule.earliest_step, schedule.latest_step), schedule.latest_step
+    between = f"at step {last}" if first == last else f"between steps {first} and {last}"
+    return f"{between} of {schedule.total_steps}"
+
+
+def _size(config: CuttlefishConfig) -> str:
+    if config.rank_rule != "loss":
+        return f"at the ranks of rule {config.rank_rule!r}"
+    if config.max_loss_increase is not None:
+        return f"as far as the training loss rises by at most {config.max_loss_increase:.0%}"
+    return f"to {config.target_ratio or DEFAULT_RATIO:.0%} of their size"
