@@ -65,8 +65,9 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Between here and the loading of a checkpoint's weights there is no event: let the weights choose the structure."""
-        self._follows = model is not None
-        if model is not None:
+        args, model = trainer.trained(args, model, kwargs)
+        self._follows = isinstance(model, nn.Module)
+        if isinstance(model, nn.Module):
             trainer.follow(model, args, type(self).__name__, kwargs.get("optimizer"))
 
     def on_train_begin(
@@ -77,8 +78,12 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         Raises:
             TypeError, ValueError: as `Cuttlefish`; a state that does not fit the model.
         """
-        if model is None:
-            raise ValueError("the Trainer gives its callbacks no model")
+        args, model = trainer.trained(args, model, kwargs)
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"the Trainer gives its callbacks no model that is a torch.nn.Module (got {type(model).__name__}): use Cuttlefish in "
+                "a loop of your own, with the module inside it"
+            )
         self.restart_from, self._full_rank, self._is_due = None, None, False
         trainer.move_to_front(self)
         name = type(self).__name__
@@ -100,6 +105,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         self._trainer = args, state
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        args, _ = trainer.trained(args, kwargs.get("model"), kwargs)
         if self.cuttlefish is not None and self.cuttlefish.step():
             control.should_log = True
             if self.cuttlefish.restarts:
@@ -119,6 +125,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After each checkpoint: statistics and model card beside it, and the switch in it if one is due by restart."""
+        args, _ = trainer.trained(args, kwargs.get("model"), kwargs)
         run, folder = self.cuttlefish, trainer.checkpoint_folder(args, state)
         if run is None:
             return

@@ -92,7 +92,7 @@ class Cuttlefish:
         self._can_restart = can_restart
         self._checkpoint: LowRankCheckpoint | None = None
         self._verify_at: int | None = None
-        self._looked_again = False
+        self._looked_again = self._saw_state = False
         self.engine, layers = start(model, optimizer, self.config, total_steps, scheduler, can_restart)
         self.watch = Watch(self.engine.model, layers, self.engine, self.config)
         if not layers:
@@ -311,6 +311,10 @@ class Cuttlefish:
             self.engine = find_again(self.engine, self.watch.layers, self.config, self._can_restart)
             self.watch.engine = self.engine
         self.engine.check_step()
+        if not self._saw_state:
+            self._saw_state = True
+            with self.processes.together():
+                self.engine.check_state(self.watch.layers, self.config.optimizer_state)
 
     def _look_ahead(self) -> None:
         """Before a step: fix the switch where the config does, and gather statistics when it is near."""

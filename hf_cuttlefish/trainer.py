@@ -42,6 +42,17 @@ def callback_state(state: TrainerState, name: str) -> dict[str, Any] | None:
     return attributes.get("_saved")
 
 
+def trained(args: Any, model: Any, given: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The arguments and the module that transformers trains: SetFit gives its own, which are neither, and those beside them.
+
+    Args:
+        given: the other keyword arguments of the event.
+    """
+    if isinstance(model, nn.Module) or not isinstance(given.get("st_model"), nn.Module):
+        return args, model
+    return given.get("st_args", args), given["st_model"]
+
+
 def loss_factor(args: TrainingArguments, model: nn.Module) -> float:
     """By what Trainer multiplies the loss: the number of processes (or, under nn.DataParallel, GPUs) that
     see other batches, where it counts items over all."""
@@ -186,6 +197,11 @@ def check_arguments(args: TrainingArguments, config: CuttlefishConfig) -> None:
         raise ValueError(
             "load_best_model_at_end could not go back to a checkpoint from before the switch under FSDP or DeepSpeed, whose "
             "parts are fixed by then: set it to False, and load the best checkpoint with from_pretrained after the run"
+        )
+    if getattr(args, "sync_ref_model", False):
+        raise ValueError(
+            "sync_ref_model=True copies the model's parameters onto the reference model's one by one, and after the switch they "
+            "are others: set it to False, or stop it at the switch and make the reference model anew"
         )
     if config.switch == "restart" and args.save_strategy == "best":
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -15,14 +16,17 @@ from ..layers.parts import whole
 from ..maths.factors import Factors
 from ..patch.edits import Edit
 from ..patch.modules import Change, make_change
-from ..patch.optimizer import check_holds
+from ..patch.optimizer import check_can_switch, check_holds, check_state, inner_optimizer
 from ..patch.structure import Exchanges
+from ..patch.weight_hooks import check_weight_hooks
 from ..processes import Processes
 from .around import Around, check_not_wrapped, forget_compiled
 from .zero_redundancy import ShardAnew, check_redundant, is_redundant
 
 if TYPE_CHECKING:
     from .restart import LowRankCheckpoint
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Layers = Mapping[str, nn.Module]
@@ -72,13 +76,37 @@ class Engine:
             layers: name -> dense target. can_restart: whether the caller can go on from a checkpoint of the switch.
         """
         check_not_wrapped(self.model)
-        self.check_optimizer(layers)
+        self.check_optimizer(layers, config.optimizer_state)
 
-    def check_optimizer(self, layers: Layers) -> None:
-        """Raises ValueError unless the optimizer holds the target layers' weights and can be edited."""
+    def check_optimizer(self, layers: Layers, mode: str = "carry") -> None:
+        """Raises ValueError unless the optimizer holds the target layers' weights and can be edited, by what the switch will do.
+
+        Args:
+            mode: what the switch does with the state, "carry" or "reset".
+        """
         if is_redundant(self.optimizer):
             check_redundant(self.optimizer, self.processes)
-        check_holds(self.optimizer, {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()})
+        weights = _weights(layers)
+        check_holds(self.optimizer, weights)
+        if self.fixed:
+            return  # the state goes through the checkpoint, by its names
+        verdicts = check_can_switch(self._stepping, weights, mode)
+        check_state(self._stepping, weights, mode)  # what a constructor or a checkpoint has made already
+        check_weight_hooks(layers, self.optimizer, say=self.processes.is_main)
+        anew = {verdict.why for verdict in verdicts.values() if verdict.how == "fresh"} if mode == "carry" else set()
+        if anew and self.processes.is_main:
+            logger.info("Cuttlefish: at the switch optimizer state starts anew: %s.", "; ".join(sorted(anew)))
+
+    def check_state(self, layers: Layers, mode: str) -> None:
+        """After the first step, when the optimizer's state has appeared: raises ValueError for what could not go on."""
+        if not self.fixed:
+            check_state(self._stepping, _weights(layers), mode)
+
+    @property
+    def _stepping(self) -> torch.optim.Optimizer:
+        """The optimizer that steps the parameters on this process."""
+        inner: Any = inner_optimizer(self.optimizer)
+        return cast(torch.optim.Optimizer, inner.optim) if is_redundant(inner) else inner
 
     def check_saving(self, args: Any) -> None:
         """Raises ValueError where Trainer saves in a form that a switch could not go through. args: TrainingArguments."""
@@ -174,6 +202,10 @@ class Engine:
 
     def after_saving(self, folder: Path, optimizer: Any) -> None:
         """After Trainer has saved a checkpoint: complete it. All processes call."""
+
+
+def _weights(layers: Layers) -> dict[str, nn.Parameter]:
+    return {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()}
 
 
 class ShardedEngine(Engine):

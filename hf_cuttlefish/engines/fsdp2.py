@@ -61,7 +61,7 @@ class FSDP2(ShardedEngine):
         }
         self._check_groups()
         refuse_redundant(self.optimizer)
-        self.check_optimizer(layers)
+        self.check_optimizer(layers, config.optimizer_state)
         self._check_layers(layers)
 
     def _check_groups(self) -> None:

@@ -103,7 +103,7 @@ class TensorParallel(RestartEngine):
                 raise ValueError(
                     f"{name}.weight is sharded, and no rule of tp_plan is for an nn.Linear of this name: exclude this layer"
                 )
-        self.check_optimizer(layers)
+        self.check_optimizer(layers, config.optimizer_state)
 
     def check_replicas(self, when: str) -> None:
         """Of parameters that are not sharded all processes must have the same bits."""

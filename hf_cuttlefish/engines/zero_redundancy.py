@@ -20,6 +20,8 @@ from ..layers.parts import whole
 from ..patch.edits import Edit
 from ..patch.modules import Change
 from ..patch.optimizer import (
+    State,
+    check_can_switch,
     check_holds,
     follow_modules,
     groups_with_factors,
@@ -97,7 +99,9 @@ class ShardAnew(Edit):
         local = self.optimizer.optim
         self._groups = groups_with_factors(self.optimizer.param_groups, pairs)
         self._had = sum(bool(local.state.get(p.weight)) for p in pairs)
-        new = state_of_factors(local.state, pairs, change.optimizer_state, whole, type(local).__name__)
+        verdicts = check_can_switch(local, {p.name: p.weight for p in pairs}, change.optimizer_state)
+        of = State(local, 0, verdicts)
+        new = state_of_factors(local.state, pairs, change.optimizer_state, whole, type(local).__name__, of)
         gone = {p.weight for p in pairs}
         self._state = {p: s for p, s in local.state.items() if p not in gone} | new
 

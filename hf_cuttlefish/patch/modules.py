@@ -24,6 +24,7 @@ from .optimizer import CheckParameters, FactorParameters, SwapParameters, check_
 from .report import FactorizationReport
 from .structure import NoteStructure, check_free
 from .surgery import keep_hooks, swap
+from .weight_hooks import say_lost
 
 
 @dataclass
@@ -164,6 +165,9 @@ class SwapModules(Edit):
             change.layers[name].bias.copy_(bias)
         for layer, grad in self._grads:
             layer.weight.grad = grad
+
+    def finish(self) -> None:
+        say_lost(self.change.layers, self.change.optimizer)
 
 
 def _check_factors(name: str, layer: DenseLayer, factors: Factors, rank: int) -> None:

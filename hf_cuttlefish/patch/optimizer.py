@@ -11,8 +11,21 @@ import torch
 from torch import nn
 
 from ..layers.parts import part_like, whole
-from ..maths.projection import project, unknown_state
+from ..maths.projection import KINDS, project, unknown_state
 from .edits import Edit
+from .rehearsal import (
+    Verdict,
+    beside_groups,
+    groups_in,
+    has_shape,
+    is_packed,
+    kept_elsewhere,
+    new_state,
+    own_state,
+    plain,
+    rehearse,
+    states_in,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +50,17 @@ class SwapParameters(Edit):
     """The factors take their weights' places in an optimizer, with their weights' state projected.
 
     Each pair stands where its weight stood, (down, up), so that groups keep the order of `named_parameters` and saved states,
-    which go by position, load again. The optimizer and its groups stay the same objects: the scheduler and a GradScaler keep
-    what they know. `apply` and `undo` only swap references, so neither can fail half-way.
+    which go by position, load again. The optimizer, those inside it and their groups stay the same objects: the scheduler and
+    a GradScaler keep what they know. `apply` and `undo` only swap references, so neither can fail half-way.
 
     Args:
-        mode: "carry" projects known states, "reset" starts empty. Unknown kinds of state are reset, with a log line.
+        mode: "carry" projects the state where that is right, and else starts it as the optimizer would; "reset" always does.
         gather: gives the whole of a tensor of which the processes hold parts.
+        verdicts: as `check_can_switch` gives them; asked for where they are missing.
 
     Raises:
         TypeError: as `inner_optimizer`.
-        ValueError: as `check_holds`, or an unknown mode.
+        ValueError: as `check_holds` and `check_can_switch`, or an unknown mode.
     """
 
     def __init__(
@@ -55,35 +69,52 @@ class SwapParameters(Edit):
         pairs: Sequence[FactorParameters],
         mode: str = "carry",
         gather: Callable[[torch.Tensor], torch.Tensor] = whole,
+        verdicts: Mapping[int, Verdict] | None = None,
     ) -> None:
         self.optimizer = inner_optimizer(optimizer)
-        check_holds(self.optimizer, {p.name: p.weight for p in pairs})
-        held, name = self.optimizer.state, type(self.optimizer).__name__
-        self._groups = groups_with_factors(self.optimizer.param_groups, pairs)
-        self._state = state_of_factors(held, pairs, mode, gather, name)
+        weights = {p.name: p.weight for p in pairs}
+        check_holds(self.optimizer, weights)
+        if verdicts is None:
+            verdicts = check_can_switch(self.optimizer, weights, mode)
+        name = type(self.optimizer).__name__
+        # Groups and state of the optimizer itself, and of those inside it.
+        self._of_groups = groups_in(self.optimizer)
+        self._groups = groups_with_factors(self._of_groups, pairs)
+        self._states = states_in(self.optimizer)
+        self._new = [
+            state_of_factors(held, pairs, mode, gather, name, State(self.optimizer, which, verdicts))
+            for which, held in enumerate(self._states)
+        ]
         self._removed = [p.weight for p in pairs]
-        had = sum(bool(held.get(pair.weight)) for pair in pairs)
-        self.summary = state_summary(name, len(self._state) // 2, had, len(pairs))
+        had = sum(any(held.get(pair.weight) for held in self._states) for pair in pairs)
+        self.summary = state_summary(name, _carried(pairs, self._states, verdicts, mode), had, len(pairs))
+        self._beside = beside_groups(self._of_groups, self._removed)
         self._old_groups: list[list[nn.Parameter]] = []
-        self._old_state: dict[torch.Tensor, Any] = {}
+        self._old_state: list[dict[torch.Tensor, Any]] = [{} for _ in self._states]
 
     def apply(self) -> None:
-        self._old_groups = [group["params"] for group in self.optimizer.param_groups]
-        for group, params in zip(self.optimizer.param_groups, self._groups, strict=True):
+        self._old_groups = [group["params"] for group in self._of_groups]
+        for group, params in zip(self._of_groups, self._groups, strict=True):
             group["params"] = params
-        for parameter in self._removed:
-            if parameter in self.optimizer.state:
-                self._old_state[parameter] = self.optimizer.state.pop(parameter)
-        self.optimizer.state.update(self._state)
+        for held, new, old in zip(self._states, self._new, self._old_state, strict=True):
+            for parameter in self._removed:
+                if parameter in held:
+                    old[parameter] = held.pop(parameter)
+            held.update(new)
+        for kept, parameter, _ in self._beside:
+            kept.pop(parameter, None)
 
     def undo(self) -> None:
         if not self._old_groups:
             return
-        for group, params in zip(self.optimizer.param_groups, self._old_groups, strict=True):
+        for group, params in zip(self._of_groups, self._old_groups, strict=True):
             group["params"] = params
-        for parameter in self._state:
-            self.optimizer.state.pop(parameter, None)
-        self.optimizer.state.update(self._old_state)
+        for held, new, old in zip(self._states, self._new, self._old_state, strict=True):
+            for parameter in new:
+                held.pop(parameter, None)
+            held.update(old)
+        for kept, parameter, value in self._beside:
+            kept[parameter] = value
 
 
 class CheckParameters(Edit):
@@ -91,11 +122,11 @@ class CheckParameters(Edit):
 
     def __init__(self, model: nn.Module, optimizer: Any, pairs: Sequence[FactorParameters]) -> None:
         self.model, self.optimizer, self.pairs = model, inner_optimizer(optimizer), pairs
-        self._before = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        self._before = {id(p) for p in held_by(self.optimizer)}
 
     def apply(self) -> None:
         """Raises RuntimeError for a difference."""
-        after = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+        after = [id(p) for p in held_by(self.optimizer)]
         expected = set(self._before)
         for pair in self.pairs:
             if id(pair.weight) in expected:
@@ -127,7 +158,7 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 
 def check_holds(optimizer: Any, weights: Mapping[str, nn.Parameter]) -> None:
     """Raises ValueError unless the optimizer holds every trainable weight given, naming the first that it does not."""
-    held = {id(p) for group in inner_optimizer(optimizer).param_groups for p in group["params"]}
+    held = {id(p) for p in held_by(inner_optimizer(optimizer))}
     missing = [name for name, weight in weights.items() if weight.requires_grad and id(weight) not in held]
     if missing:
         raise ValueError(
@@ -135,6 +166,159 @@ def check_holds(optimizer: Any, weights: Mapping[str, nn.Parameter]) -> None:
             "pass the optimizer of this very model, made after the model was last changed, or freeze the layers with "
             "requires_grad_(False)"
         )
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters of an optimizer and of those inside it, each as often as it stands in one of them."""
+    inside = [p for group in groups_in(optimizer) for p in group["params"]]
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [p for group in optimizer.param_groups for p in group["params"]] + list(
+        {id(p): p for p in inside if id(p) not in own}.values()
+    )
+
+
+# --- before the first step ---
+
+
+def check_can_switch(optimizer: Any, weights: Mapping[str, nn.Parameter], mode: str = "carry") -> dict[int, Verdict]:
+    """What becomes of the state of each weight at the switch, by its id, tried on a miniature of the optimizer.
+
+        check_can_switch(optimizer, {name: layer.weight for name, layer in layers.items()})
+
+    Nothing is changed, and no random state moves on. Costs some milliseconds for each parameter group.
+
+    Raises:
+        TypeError: as `inner_optimizer`. ValueError: the optimizer knows the weights by other ways than groups and state, or can
+        neither carry their state nor start it anew; the text says which.
+    """
+    if mode not in ("carry", "reset"):
+        raise ValueError(f"optimizer_state is {mode!r}: it must be 'carry' or 'reset'")
+    inner = inner_optimizer(optimizer)
+    held = {id(p) for p in held_by(inner)}
+    mine = {name: weight for name, weight in weights.items() if id(weight) in held}
+    if (where := kept_elsewhere(inner, mine)) is not None:
+        raise ValueError(
+            f"{type(inner).__name__} keeps target weights in {where}, which cannot follow the switch: use an optimizer that knows "
+            "its parameters by its groups and its state alone, or exclude these layers"
+        )
+    by_groups: dict[tuple[int, ...], Verdict] = {}
+    verdicts: dict[int, Verdict] = {}
+    groups = [(id(group), {id(p) for p in group["params"]}) for group in groups_in(inner)]
+    for weight in mine.values():
+        key = tuple(group for group, params in groups if id(weight) in params)
+        if key not in by_groups:
+            by_groups[key] = rehearse(inner, weight, _swap_one, mode)
+        verdicts[id(weight)] = by_groups[key]
+    for verdict in by_groups.values():
+        if verdict.how == "refused":
+            raise ValueError(
+                f"the switch cannot be made with this optimizer: {verdict.why}. Use another one (AdamW, Adafactor, Lion, SGD "
+                "and others are carried, see docs/optimizers.md)"
+                + ("" if mode == "carry" else ", or optimizer_state='carry'")
+            )
+    return verdicts
+
+
+def check_state(optimizer: Any, weights: Mapping[str, nn.Parameter], mode: str = "carry") -> None:
+    """After the first step, when the state has appeared: raises ValueError for state with which nothing could be tried.
+
+    Cheap where all names of the state are known.
+    """
+    inner = inner_optimizer(optimizer)
+    if mode == "reset":
+        return
+    odd = {
+        name: weight
+        for name, weight in weights.items()
+        for held in states_in(inner)
+        if not_carried(held.get(weight) or {}, weight, KINDS)
+    }
+    verdicts = check_can_switch(inner, odd, mode) if odd else {}
+    for name, weight in odd.items():
+        verdict = verdicts.get(id(weight))
+        if verdict is not None and verdict.how == "unknown":
+            keys = [k for held in states_in(inner) for k in not_carried(held.get(weight) or {}, weight, KINDS)]
+            raise ValueError(
+                f"{type(inner).__name__} keeps the state {', '.join(sorted(set(keys)))} of {name}.weight, which has no known "
+                f"projection, and whether it can start anew cannot be tried: {verdict.why}. Use another optimizer, or "
+                "optimizer_state='reset' to start it empty all the same"
+            )
+
+
+def _swap_one(
+    twin: torch.optim.Optimizer, weight: nn.Parameter, down: nn.Parameter, up: nn.Parameter, verdict: Verdict
+) -> None:
+    """The switch of a miniature."""
+    pair = FactorParameters("miniature", weight, down, up)
+    mode = "carry" if verdict.how == "carried" else "reset"
+    SwapParameters(twin, [pair], mode, verdicts={id(weight): verdict}).apply()
+
+
+# --- the state of the factors ---
+
+
+@dataclass(frozen=True)
+class State:
+    """Which state is meant: the one numbered `which` of those of an optimizer and of the ones inside it."""
+
+    optimizer: torch.optim.Optimizer
+    which: int
+    verdicts: Mapping[int, Verdict]
+
+    def kinds(self, weight: nn.Parameter) -> Mapping[str, str]:
+        """State name -> kind, of what can be carried."""
+        verdict = self.verdicts.get(id(weight))
+        if verdict is None or verdict.how == "unknown":
+            return KINDS
+        return verdict.kinds[self.which] if verdict.how == "carried" else {}
+
+    def why(self, weight: nn.Parameter) -> str:
+        """Why nothing is carried, where that was found out beforehand."""
+        verdict = self.verdicts.get(id(weight))
+        return verdict.why if verdict is not None and verdict.how == "fresh" else ""
+
+    def begun(self, weight: nn.Parameter, parameter: nn.Parameter) -> dict[str, Any]:
+        """With what a new parameter starts."""
+        return new_state(self.optimizer, weight, parameter, self._start(weight))[self.which]
+
+    def own(self, weight: nn.Parameter, parameter: nn.Parameter) -> dict[str, Any]:
+        """What the optimizer would keep of a new parameter, in its own classes."""
+        return own_state(self.optimizer, weight, parameter, self._start(weight))[self.which]
+
+    def _start(self, weight: nn.Parameter) -> str:
+        verdict = self.verdicts.get(id(weight))
+        return verdict.start if verdict is not None else "empty"
+
+
+def not_carried(held: Mapping[str, Any], weight: torch.Tensor, kinds: Mapping[str, str]) -> list[str]:
+    """Names in a weight's state that have no projection: of no known kind, or not of the weight's shape."""
+    return unknown_state(held, kinds) + [
+        key
+        for key, value in held.items()
+        if isinstance(value, torch.Tensor) and key in kinds and not _fits(value, weight, kinds[key])
+    ]
+
+
+def _fits(value: torch.Tensor, weight: torch.Tensor, kind: str) -> bool:
+    """Whether a tensor can be of that kind: moments have their weight's shape, flat or several in one."""
+    if kind == "scalar":
+        return value.numel() == 1
+    return kind == "factored" or (has_shape(value, weight) and value.dtype.is_floating_point)
+
+
+def _carried(
+    pairs: Iterable[FactorParameters], states: Sequence[Any], verdicts: Mapping[int, Verdict], mode: str
+) -> int:
+    """Of how many pairs all the state that there is goes on."""
+    if mode == "reset":
+        return 0
+    carried = 0
+    for pair in pairs:
+        verdict = verdicts.get(id(pair.weight), Verdict("unknown"))
+        kinds = verdict.kinds if verdict.how == "carried" else [KINDS if verdict.how == "unknown" else {}] * len(states)
+        held = [(state.get(pair.weight) or {}, known) for state, known in zip(states, kinds, strict=True)]
+        carried += any(old for old, _ in held) and not any(not_carried(old, pair.weight, known) for old, known in held)
+    return carried
 
 
 def state_summary(name: str, carried: int, had: int, layers: int) -> str:
@@ -156,8 +340,12 @@ def state_of_factors(
     mode: str,
     gather: Callable[[torch.Tensor], torch.Tensor],
     name: str,
+    of: State,
 ) -> dict[torch.Tensor, dict[str, Any]]:
-    """The projected state of the factors, but for those whose weight has none in `held`. name: of the optimizer, for the log.
+    """The state of the factors: projected, or as the optimizer starts it; none where that is empty.
+
+    Args:
+        held: the state before. name: of the optimizer, for the log. of: which state `held` is.
 
     Raises ValueError for an unknown mode.
     """
@@ -166,29 +354,51 @@ def state_of_factors(
     state: dict[torch.Tensor, dict[str, Any]] = {}
     reset: set[str] = set()
     for pair in pairs:
-        old = held.get(pair.weight)
-        if not old or mode == "reset":
-            continue
-        if unknown := unknown_state(old):
-            reset.update(unknown)
-            continue
-        state[pair.down], state[pair.up] = project_pair(old, pair, gather)
+        old, kinds = held.get(pair.weight), of.kinds(pair.weight)
+        if old and mode == "carry":
+            if not (unknown := not_carried(old, pair.weight, kinds)):
+                state[pair.down], state[pair.up] = project_pair(old, pair, gather, kinds, of)
+                continue
+            reset.add(
+                of.why(pair.weight) or f"the state {', '.join(sorted(map(str, unknown)))} has no known projection"
+            )
+        for parameter in (pair.down, pair.up):
+            if begun := of.begun(pair.weight, parameter):
+                state[parameter] = begun
     if reset:
         logger.warning(
-            "Cuttlefish: %s keeps the state %s, which has no known projection; the factors start with empty state.",
+            "Cuttlefish: the state of %s is not carried, and starts anew for the factors: %s.",
             name,
-            ", ".join(sorted(reset)),
+            "; ".join(sorted(reset)),
         )
     return state
 
 
 def project_pair(
-    old: dict[str, Any], pair: FactorParameters, gather: Callable[[torch.Tensor], torch.Tensor] = whole
+    old: dict[str, Any],
+    pair: FactorParameters,
+    gather: Callable[[torch.Tensor], torch.Tensor] = whole,
+    kinds: Mapping[str, str] = KINDS,
+    of: State | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state of a pair's two factors, down and up, sharded as they are, from that of the weight whose place they take."""
-    held = {k: gather(v) if isinstance(v, torch.Tensor) else v for k, v in old.items()}
-    for_down, for_up = project(held, gather(pair.down), gather(pair.up), pair.transposed)
-    return _parts(for_down, pair.down), _parts(for_up, pair.up)
+    """The state of a pair's two factors, down and up, sharded as they are, from that of the weight whose place they take.
+
+    Args:
+        of: which state it is, where some of it is packed and has to be packed again as the optimizer does it.
+    """
+    packed = [key for key, value in old.items() if is_packed(value)]
+    held = {k: _whole(v, gather) if isinstance(v, torch.Tensor) else v for k, v in old.items()}
+    new = project(held, gather(pair.down), gather(pair.up), pair.transposed, kinds)
+    for state, parameter in zip(new, (pair.down, pair.up), strict=True):
+        if packed and of is not None:
+            own = of.own(pair.weight, parameter)
+            for key in packed:
+                state[key] = own[key].copy_(state[key])
+    return _parts(new[0], pair.down), _parts(new[1], pair.up)
+
+
+def _whole(tensor: torch.Tensor, gather: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    return plain(tensor) if is_packed(tensor) else gather(tensor)
 
 
 def _parts(state: dict[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
@@ -208,7 +418,8 @@ def follow_modules(optimizer: Any, changes: Iterable[tuple[nn.Module, nn.Module]
         for i, parameter in enumerate(old_parameters):
             new_of[id(parameter)] = fresh if i == 0 else []
         gone += old_parameters
-    for group in inner.param_groups:
+    for group in groups_in(inner):
         group["params"] = [q for p in group["params"] for q in new_of.get(id(p), [p])]
-    for parameter in gone:
-        inner.state.pop(parameter, None)
+    for state in states_in(inner):
+        for parameter in gone:
+            state.pop(parameter, None)
