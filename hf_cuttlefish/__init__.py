@@ -90,8 +90,10 @@ def load() -> None:
     from .saving.companions import keep_companions
     from .saving.doors import open_doors
     from .saving.loading import register
+    from .trainer import complete_created_cards
 
     register()
+    complete_created_cards()
     open_doors(keep_companions, write_companion_card)
     for name, place in _PLACES.items():
         globals()[name] = getattr(_importlib.import_module(f".{place}", __name__), name)

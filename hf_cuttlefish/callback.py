@@ -15,6 +15,7 @@ from .cuttlefish import Cuttlefish
 from .decide.plan import RankPlan
 from .engines.find import will_fix_structure
 from .patch.report import FactorizationReport
+from .saving.companions import remember
 from .saving.following import follow_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Between here and the loading of a checkpoint's weights there is no event: let the weights choose the structure."""
         if model is not None:
+            remember(model, processing_class=kwargs.get("processing_class"))
             follow_checkpoints(model, kwargs.get("optimizer"))
             if will_fix_structure(args):
                 trainer.shape_like_checkpoint(model, args, type(self).__name__)
@@ -160,9 +162,19 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             model = run.switched_model
         trainer.write_card(folder, model, state, self.report)
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """For the cards of what is saved from here on."""
+        if kwargs.get("model") is not None:
+            remember(kwargs["model"], metrics=metrics, report=self.report)
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Before an upload of the output folder: modelling file and card lie in it, too."""
+        trainer.prepare_push(args, kwargs.get("model"), state, self.report)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.cuttlefish is not None:
             self.cuttlefish.end()
+            remember(self.cuttlefish.model, report=self.report)
 
     def _stop_to_restart(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         folder = trainer.checkpoint_folder(args, state)

@@ -21,7 +21,7 @@ from ..decide.targets import find_targets
 from ..maths.factors import LayerMoments
 from ..measure.gathering import gather_statistics
 from ..patch.structure import QUANT_METHOD
-from ..report.drawing import check_matplotlib
+from ..report.drawing import check_matplotlib, figure_path
 from ..report.inspection import NOW, inspect_model, present_plan
 from ..report.model_card import remember, write_model_card
 from ..report.plotting import plot_loss, plot_ranks, plot_spectra, plot_stable_ranks
@@ -145,7 +145,7 @@ def plot(options: argparse.Namespace) -> None:
             for name, values in ranks.items()
         ]
         plot_stable_ranks(history, step, options.out)
-    print(f"{options.out}: from {source}")
+    print(f"{figure_path(options.out)}: from {source}")
 
 
 def env(options: argparse.Namespace) -> None:

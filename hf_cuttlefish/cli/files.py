@@ -117,10 +117,9 @@ def output(options: argparse.Namespace) -> Iterator[Path]:
 
 def read_plan(path: str) -> Any:
     """A plan as `RankPlan.to_json` writes it, or a plain {"module name": rank}."""
-    text = Path(path).read_text("utf-8")
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        data = json.loads(Path(path).read_text("utf-8"))
+    except ValueError as error:  # of the JSON, or of the encoding
         raise ValueError(f"{path} is no JSON: {error}") from error
     if isinstance(data, dict) and "layers" not in data:
         return data
