@@ -23,9 +23,9 @@ from ..measure.gathering import gather_statistics
 from ..patch.structure import QUANT_METHOD
 from ..report.drawing import check_matplotlib, figure_path
 from ..report.inspection import NOW, inspect_model, present_plan
-from ..report.model_card import remember, write_model_card
+from ..report.model_card import write_model_card
 from ..report.plotting import plot_loss, plot_ranks, plot_spectra, plot_stable_ranks
-from ..saving.companions import TOKENIZER, companions, copy_companions
+from ..saving.companions import TOKENIZER, companions, copy_companions, remember
 from ..saving.merged import save_merged
 from ..switch import factorize as factorize_model
 from .files import (
