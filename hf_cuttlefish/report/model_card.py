@@ -28,9 +28,10 @@ BEGIN, END = "<!-- hf-cuttlefish: this part is written again with the model -->"
 
 
 _MARKED = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", re.DOTALL)
+_MADE_LOW_RANK = "whose linear layers were made low rank by [Cuttlefish](https://arxiv.org/abs/2305.02538)."
 _MERGED = (
-    "Its linear layers were made low rank by [Cuttlefish](https://arxiv.org/abs/2305.02538), and multiplied out again: this is a "
-    "dense model, as large as before, and loads with transformers alone.\n"
+    "The factors have been multiplied out again (`hf_cuttlefish.save_merged`): this is a dense model, as large as before, and "
+    "loads with transformers alone.\n"
 )
 
 _AUTO_CLASSES = {
@@ -107,9 +108,7 @@ def model_card(
     bases = [base] if isinstance(base, str) else base or []
     origin = ", ".join(f"[{name}](https://huggingface.co/{name})" for name in bases) or "A model"
     trained = f", trained on {' and '.join(datasets)}," if datasets else ""
-    intro = (
-        f"{origin}{trained} whose linear layers were made low rank by [Cuttlefish](https://arxiv.org/abs/2305.02538)."
-    )
+    intro = f"{origin}{trained} {_MADE_LOW_RANK}"
     body = "\n\n".join(part for part in (intro, _section(model, plan, report, task, numbers)) if part)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{body}\n")
 
@@ -132,11 +131,13 @@ def write_dense_card(folder: str | Path, model: nn.Module) -> None:
     """
     text, kept = card_of(source_of(model) or ""), source_facts(model)
     path = Path(folder) / "README.md"
-    if (text is None and not kept) or path.exists():
+    card = ModelCard(text) if text is not None and BEGIN in text else None
+    rest = "" if card is None else _MARKED.sub("", card.text).strip()
+    ours_alone = len(rest.splitlines()) <= 3 and rest.endswith(_MADE_LOW_RANK)
+    if path.exists() or (not kept and (card is None or ours_alone)):
         return
-    if text is not None and BEGIN in text:
-        card = ModelCard(text)
-        card.text = f"{_MARKED.sub('', card.text).rstrip()}\n\n{_MERGED}"
+    if card is not None:
+        card.text = f"{rest}\n\n{_MERGED}"
         card.data.tags = [tag for tag in card.data.tags or [] if tag != "low-rank"] or None
     else:
         task = _task(model)
