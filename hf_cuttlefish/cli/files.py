@@ -18,6 +18,7 @@ import transformers
 from ..decide.plan import RankPlan
 from .talking import one_line, warn
 
+
 def load_config(name: str) -> Any:
     """The config of a local folder or a hub name.
 

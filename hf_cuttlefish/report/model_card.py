@@ -138,7 +138,8 @@ def write_dense_card(folder: str | Path, model: nn.Module) -> None:
         return
     if card is not None:
         card.text = f"{rest}\n\n{_MERGED}"
-        card.data.tags = [tag for tag in card.data.tags or [] if tag != "low-rank"] or None
+        data: Any = card.data
+        data.tags = [tag for tag in data.tags or [] if tag != "low-rank"] or None
     else:
         task = _task(model)
         data = ModelCardData(library_name="transformers", pipeline_tag=task, tags=["cuttlefish"], **kept)

@@ -15,7 +15,15 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 TOKENIZER = (
-    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.tiktoken", "spiece.model"),
+    *(
+        "tokenizer*",
+        "vocab*",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "*.tiktoken",
+        "spiece.model",
+    ),
     "sentencepiece*.model",
 )
 COMPANIONS = (

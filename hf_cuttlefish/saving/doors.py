@@ -44,6 +44,7 @@ def open_doors(*companions: Companion) -> None:
     PreTrainedConfig.get_config_dict = classmethod(_reads(PreTrainedConfig.get_config_dict.__func__))  # type: ignore
     PreTrainedConfig.to_json_file = _writes(PreTrainedConfig.to_json_file)  # type: ignore[method-assign]
     PreTrainedModel.save_pretrained = _saves(PreTrainedModel.save_pretrained)  # type: ignore[method-assign]
+    PreTrainedModel._upload_modified_files = _uploads(PreTrainedModel._upload_modified_files)  # type: ignore
     merge = auto.AutoHfQuantizer.merge_quantization_configs
     auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(_merges(merge))  # type: ignore[method-assign]
 
@@ -57,10 +58,23 @@ def _reads(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(settings, dict) and QUANT_METHOD in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
             _look_inside(settings)
             _look_at_file(name, settings)
-            standalone.unstamp(settings)
+            _unstamp(settings)
         return settings, rest
 
     return get_config_dict
+
+
+def _unstamp(settings: dict[str, Any]) -> None:
+    """Take away what stops others, and what points to our file: the package itself loads the folder."""
+    for holder in standalone.holders(settings):
+        holder.pop("transformers_weights", None)
+    entries = settings.get("auto_map")
+    if isinstance(entries, dict):
+        others = {key: value for key, value in entries.items() if not standalone.names_this_file(value)}
+        if others:
+            settings["auto_map"] = others
+        else:
+            del settings["auto_map"]
 
 
 def _look_inside(settings: dict[str, Any]) -> None:
@@ -125,6 +139,19 @@ def _saves(original: Callable[..., Any]) -> Callable[..., Any]:
 
     save_pretrained._by_cuttlefish = True  # type: ignore[attr-defined]
     return save_pretrained
+
+
+def _uploads(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A folder on its way to the hub: `push_to_hub` has written a card of its own over ours."""
+
+    @functools.wraps(original)
+    def _upload_modified_files(self: PreTrainedModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if low_rank_layers(self) and Path(working_dir, STANDALONE_FILE).is_file():
+            for companion in _COMPANIONS:
+                companion(Path(working_dir), self, False)
+        return original(self, working_dir, *args, **kwargs)
+
+    return _upload_modified_files
 
 
 @contextlib.contextmanager

@@ -147,7 +147,7 @@ def names_in(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
 
 def names_inside(model: nn.Module) -> dict[str, int]:
     """Ranks that the configs of the models inside it note, under the names that this model has for the layers."""
-    found = {}
+    found: dict[str, int] = {}
     for prefix, config in configs_of(model):
         note = getattr(config, "quantization_config", None)
         if prefix and isinstance(note, dict) and note.get("quant_method") == QUANT_METHOD:

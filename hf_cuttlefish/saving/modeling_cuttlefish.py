@@ -6,7 +6,6 @@ asks for, and puts two small linear layers in the place of each layer that `quan
 the package is imported, the package loads the folder and this file is not run.
 """
 
-import contextlib
 import copy
 import json
 import os
@@ -57,11 +56,8 @@ def holders(settings):
 
 def auto_classes(config_class):
     """The Auto classes of transformers that have a model for this config."""
-    return [
-        name
-        for name in sorted(vars(modeling_auto))
-        if name.startswith("AutoModel") and config_class in (getattr(vars(modeling_auto)[name], "_model_mapping", None) or ())
-    ]
+    known = {name: getattr(found, "_model_mapping", None) or () for name, found in vars(modeling_auto).items()}
+    return [name for name in sorted(known) if name.startswith("AutoModel") and config_class in known[name]]
 
 
 def stamp(settings, config_class):
@@ -73,19 +69,6 @@ def stamp(settings, config_class):
     settings["auto_map"] = {**ours, **others}
 
 
-def unstamp(settings):
-    """Take away again what `stamp` has added, in place."""
-    for holder in holders(settings):
-        holder.pop("transformers_weights", None)
-    entries = settings.get("auto_map")
-    if isinstance(entries, dict):
-        others = {k: v for k, v in entries.items() if not names_this_file(v)}
-        if others:
-            settings["auto_map"] = others
-        else:
-            del settings["auto_map"]
-
-
 def names_this_file(reference):
     """Whether an entry of `auto_map` means a class of this file."""
     return isinstance(reference, str) and re.fullmatch(rf"(.*--)?{NAME}\.\w+", reference) is not None
@@ -94,15 +77,15 @@ def names_this_file(reference):
 def complete(folder, config_class, text):
     """Finish a folder whose config.json has just been written: stamp it, and put this file beside it."""
     path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):  # of adapters
+        return False
     with open(path, encoding="utf-8") as file:
         settings = json.load(file)
     if not holders(settings):
         return False
     stamp(settings, config_class)
-    for target, content in (
-        (os.path.join(folder, f"{NAME}.py"), text),
-        (path, json.dumps(settings, indent=2, sort_keys=True) + "\n"),
-    ):
+    new = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    for target, content in ((os.path.join(folder, f"{NAME}.py"), text), (path, new)):
         partial = f"{target}.partial"
         with open(partial, "w", encoding="utf-8") as file:
             file.write(content)
@@ -140,7 +123,6 @@ class LowRankLinear(nn.Module):
 
     @property
     def bias(self):
-        """Of `up`."""
         return self.up.bias
 
 
@@ -161,7 +143,9 @@ class _Product(torch.Tensor):
         if func in _NEED_NO_VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        multiplied = torch.utils._pytree.tree_map_only(cls, lambda p: p._factors[0] @ p._factors[1], (args, kwargs or {}))
+        multiplied = torch.utils._pytree.tree_map_only(
+            cls, lambda p: p._factors[0] @ p._factors[1], (args, kwargs or {})
+        )
         return func(*multiplied[0], **multiplied[1])
 
     @classmethod
@@ -184,21 +168,22 @@ class _LowRank:
     def __init__(self, config, *args, **kwargs):
         note = vars(config).pop("cuttlefish", None)
         super().__init__(config, *args, **kwargs)
-        if note is None:
-            raise ValueError("config.json names no low-rank layers: it and modeling_cuttlefish.py do not belong together")
-        modules = dict(self.named_modules())
-        prefix = f"{self.base_model_prefix}."
-        found = {}
-        for name, rank in note["ranks"].items():
-            own = next((n for n in (name, name.removeprefix(prefix), prefix + name) if _is_dense(modules.get(n))), None)
-            if own is not None:
-                found[own] = rank
+        ranks = (note or {}).get("ranks", {})
+        modules, prefix, found = dict(self.named_modules()), f"{self.base_model_prefix}.", {}
+        for name, rank in ranks.items():
+            for own in (name, name.removeprefix(prefix), prefix + name):
+                if _is_dense(modules.get(own)):
+                    found[own] = rank
+                    break
         if not found:
             raise ValueError(
-                f"config.json names {len(note['ranks'])} low-rank layers, such as {next(iter(note['ranks']))!r}, and "
+                f"config.json names {len(ranks)} low-rank layers, such as {next(iter(ranks), None)!r}, and "
                 f"{type(self).__name__} has none of them"
             )
-        _swap(self, {id(modules[name]): LowRankLinear(modules[name], _checked(rank, modules[name], name)) for name, rank in found.items()})
+        new = {id(modules[n]): LowRankLinear(modules[n], _checked(rank, modules[n], n)) for n, rank in found.items()}
+        for parent in list(self.modules()):
+            for name, child in list(parent._modules.items()):
+                parent._modules[name] = new.get(id(child), child)
         _note(self)
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
@@ -233,7 +218,7 @@ def _blank(stock):
     return made.__new__(made)
 
 
-_CLASSES = {}
+_CLASSES: dict = {}
 
 
 def _low_rank_class(stock):
@@ -249,26 +234,19 @@ def _is_dense(module):
 
 def _checked(rank, module, name):
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(module.weight.shape):
-        raise ValueError(f"config.json: rank of {name!r} is {rank!r}: it must be a whole number from 1 to {min(module.weight.shape)}")
+        raise ValueError(
+            f"config.json: rank of {name!r} is {rank!r}: it must be a whole number from 1 to {min(module.weight.shape)}"
+        )
     return rank
-
-
-def _swap(model, new):
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in new:
-                parent._modules[name] = new[id(child)]
 
 
 def _note(model):
     """Note the ranks in the config of the model, and of each model inside it."""
-    seen = set()
-    for name, part in [*((n, m) for n, m in model.named_modules() if n), ("", model)]:
-        if isinstance(part, PreTrainedModel) and (part is model or part.config is not model.config) and id(part.config) not in seen:
-            seen.add(id(part.config))
-            ranks = {n: m.rank for n, m in part.named_modules() if isinstance(m, LowRankLinear)}
-            if ranks:
-                part.config.quantization_config = {"quant_method": METHOD, "version": NOTE_VERSION, "ranks": ranks}
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model]
+    for part in [*parts, model]:  # of models that share a config the outermost has its say
+        ranks = {n: m.rank for n, m in part.named_modules() if isinstance(m, LowRankLinear)}
+        if ranks:
+            part.config.quantization_config = {"quant_method": METHOD, "version": NOTE_VERSION, "ranks": ranks}
 
 
 def _extend_plan(model):
@@ -289,16 +267,10 @@ def _extend_plan(model):
                 rules |= {f"{name}.down": plan[name], f"{name}.up": "replicate"}
         dense = {re.sub(r"\d+", "*", n) for n, m in model.named_modules() if _is_dense(m)}
         rest = {name: style for name, style in plan.items() if name not in layers or name in dense}
-        with contextlib.suppress(AttributeError):
-            setattr(holder, key, {**rules, **{n: s for n, s in rest.items() if n not in rules}})
+        setattr(holder, key, {**rules, **rest})
 
 
 # --- what config.json's auto_map names ---
-
-
-def _package():
-    """Whether hf_cuttlefish is imported: it takes precedence."""
-    return "hf_cuttlefish" in sys.modules
 
 
 class LowRankAutoConfig:
@@ -311,11 +283,10 @@ class LowRankAutoConfig:
     @classmethod
     def from_pretrained(cls, folder, **kwargs):
         """As of `AutoConfig`."""
-        if _package():
+        if "hf_cuttlefish" in sys.modules:  # it takes precedence
             return transformers.AutoConfig.from_pretrained(folder, **kwargs)
         settings, kwargs = PreTrainedConfig.get_config_dict(folder, **kwargs)
-        settings = _set_aside(settings)
-        return CONFIG_MAPPING[settings["model_type"]].from_dict(settings, **kwargs)
+        return CONFIG_MAPPING[settings["model_type"]].from_dict(_set_aside(settings), **kwargs)
 
 
 def _set_aside(settings):
@@ -358,7 +329,7 @@ class _Remote:
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
-        """Nothing to do: `complete` writes the entries."""
+        """Nothing to do."""
 
     @classmethod
     def is_backend_compatible(cls):
@@ -380,8 +351,10 @@ class _Remote:
 
         Raises ValueError: config.json and the weights do not belong together; quantization_config is given.
         """
-        if _package():
-            return getattr(transformers, cls.auto).from_pretrained(folder, *args, **{**kwargs, "trust_remote_code": False})
+        if "hf_cuttlefish" in sys.modules:
+            return getattr(transformers, cls.auto).from_pretrained(
+                folder, *args, **{**kwargs, "trust_remote_code": False}
+            )
         if kwargs.get("quantization_config") is not None:
             raise ValueError(
                 "quantization_config= does not go with a low-rank folder: load it, and quantize the model then, or merge it "
@@ -391,15 +364,21 @@ class _Remote:
             config = LowRankAutoConfig.from_pretrained(folder)
         stock, config = cls._find(_prepared(config))
         with_info = kwargs.pop("output_loading_info", False)
-        model, info = _low_rank_class(stock).from_pretrained(folder, *args, config=config, output_loading_info=True, **kwargs)
-        factors = {f"{n}.{p}.weight" for n, m in model.named_modules() if isinstance(m, LowRankLinear) for p in ("down", "up")}
+        model, info = _low_rank_class(stock).from_pretrained(
+            folder, *args, config=config, output_loading_info=True, **kwargs
+        )
+        factors = {
+            f"{n}.{p}.weight" for n, m in model.named_modules() if isinstance(m, LowRankLinear) for p in ("down", "up")
+        }
         lost = sorted(factors & set(info["missing_keys"]))
         if lost:
             raise ValueError(f"the weights hold no {lost[0]}: config.json and the tensors belong to different models")
         for key in info["unexpected_keys"]:
             name = re.sub(r"\.(down|up)\.weight$", "", key)
             if name != key and f"{name}.weight" in info["missing_keys"]:
-                raise ValueError(f"config.json does not say that {name} is low rank: it and the tensors belong to different models")
+                raise ValueError(
+                    f"config.json does not say that {name} is low rank: it and the tensors belong to different models"
+                )
         return (model, info) if with_info else model
 
     @classmethod
