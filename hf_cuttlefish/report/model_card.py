@@ -215,7 +215,7 @@ def _section(
         f"model = {auto}.from_pretrained(folder)"
         f"{pipeline}\n```",
         f"Without the package, `{auto}.from_pretrained(folder, trust_remote_code=True)` loads it through the file "
-        "`modeling_cuttlefish.py` in this folder.",
+        "`modeling_low_rank.py` in this folder.",
         "`hf_cuttlefish.merge(model)` turns it into an ordinary dense model, and "
         "`hf_cuttlefish.save_merged(model, folder)` saves one that loads without the package.",
         "## Size",

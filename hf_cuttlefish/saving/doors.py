@@ -21,7 +21,7 @@ from transformers.quantizers import auto
 
 from ..layers.low_rank import low_rank_layers
 from ..patch.structure import QUANT_METHOD, configs_of, write_structure
-from . import modeling_cuttlefish as standalone
+from . import modeling_low_rank as standalone
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +66,11 @@ def _reads(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _unstamp(settings: dict[str, Any]) -> None:
     """Take away what stops others, and what points to our file: the package itself loads the folder."""
-    for holder in standalone.holders(settings):
+    ours = standalone.holders(settings)
+    for holder in ours:
         holder.pop("transformers_weights", None)
     entries = settings.get("auto_map")
-    if isinstance(entries, dict):
+    if ours and isinstance(entries, dict):
         others = {key: value for key, value in entries.items() if not standalone.names_this_file(value)}
         if others:
             settings["auto_map"] = others

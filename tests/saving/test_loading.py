@@ -532,7 +532,7 @@ def test_the_structure_is_json_and_holds_nothing_but_names_and_ranks(original):
         "ranks": dict.fromkeys(find_targets(make_bert(rank=None)), 4),
     }
     assert CuttlefishStructure(**structure).to_dict() == structure
-    files = ["README.md", "config.json", "model.safetensors", "modeling_cuttlefish.py"]
+    files = ["README.md", "config.json", "model.safetensors", "modeling_low_rank.py"]
     assert sorted(p.name for p in original.iterdir()) == files
     tensors = load_file(original / "model.safetensors")
     assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in make_bert().parameters())

@@ -23,14 +23,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 FORMAT = 1
 """Version of this file. It reads notes up to the version that it knows."""
 
-NAME = "modeling_cuttlefish"
+NAME = "modeling_low_rank"
 METHOD = "cuttlefish"
 NOTE_VERSION = 1
 
 REFUSAL = (
     "\n\nThis model was made low rank by hf_cuttlefish, and transformers alone cannot load it. Either\n"
     "  pip install hf-cuttlefish, and `import hf_cuttlefish` before from_pretrained; or\n"
-    "  AutoModelForX.from_pretrained(folder, trust_remote_code=True), which runs modeling_cuttlefish.py of the folder; or\n"
+    "  AutoModelForX.from_pretrained(folder, trust_remote_code=True), which runs modeling_low_rank.py of the folder; or\n"
     "  `hf-cuttlefish merge FOLDER OUT`, which makes an ordinary dense model of it.\n"
     "(Deleting quantization_config from config.json does not help: the weights stay low rank.)"
 )
@@ -71,7 +71,7 @@ def stamp(settings, config_class):
 
 def names_this_file(reference):
     """Whether an entry of `auto_map` means a class of this file."""
-    return isinstance(reference, str) and re.fullmatch(rf"(.*--)?{NAME}\.\w+", reference) is not None
+    return isinstance(reference, str) and re.fullmatch(rf"(.*--)?{NAME}\.LowRankAuto\w+", reference) is not None
 
 
 def complete(folder, config_class, text):
@@ -315,7 +315,7 @@ def _prepared(config):
     version = note.get("version", NOTE_VERSION)
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= NOTE_VERSION:
         raise ValueError(
-            f"config.json: the note of low-rank layers has version {version!r}, and this modeling_cuttlefish.py reads up to "
+            f"config.json: the note of low-rank layers has version {version!r}, and this modeling_low_rank.py reads up to "
             f"{NOTE_VERSION}: `pip install -U hf-cuttlefish`, and import it"
         )
     return config
@@ -394,7 +394,7 @@ def __getattr__(name):
     """LowRankAutoModelForX for each Auto class of transformers."""
     auto = name.removeprefix("LowRank")
     if auto == name or not auto.startswith("AutoModel") or not hasattr(transformers, auto):
-        raise AttributeError(f"modeling_cuttlefish.py has no {name!r}")
+        raise AttributeError(f"modeling_low_rank.py has no {name!r}")
     made = type(name, (_Remote,), {"auto": auto, "__module__": __name__})
     globals()[name] = made
     return made
