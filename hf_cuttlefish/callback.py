@@ -13,6 +13,7 @@ from .config import CuttlefishConfig
 from .cuttlefish import Cuttlefish
 from .decide.plan import RankPlan
 from .patch.report import FactorizationReport
+from .saving.companions import remember
 
 
 class CuttlefishCallback(TrainerCallback, ExportableState):
@@ -68,6 +69,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         args, model = trainer.trained(args, model, kwargs)
         self._follows = isinstance(model, nn.Module)
         if isinstance(model, nn.Module):
+            remember(model, processing_class=kwargs.get("processing_class"))
             trainer.follow(model, args, type(self).__name__, kwargs.get("optimizer"))
 
     def on_train_begin(
@@ -147,9 +149,19 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             model = run.switched_model
         trainer.write_card(folder, model, state, self.report)
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """For the cards of what is saved from here on."""
+        if kwargs.get("model") is not None:
+            remember(kwargs["model"], metrics=metrics, report=self.report)
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Before an upload of the output folder: modelling file and card lie in it, too."""
+        trainer.prepare_push(args, kwargs.get("model"), state, self.report)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.cuttlefish is not None:
             self.cuttlefish.end()
+            remember(self.cuttlefish.model, report=self.report)
 
     def _stop_to_restart(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         control.should_training_stop = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -24,8 +25,10 @@ from .engines.restart import FULL_RANK_STATE
 from .layers.low_rank import low_rank_layers
 from .patch.report import FactorizationReport
 from .patch.structure import restructure
-from .report.model_card import write_model_card
+from .report.model_card import write_companion_card
 from .saving.checkpoints import STATISTICS_FILE
+from .saving.companions import remember
+from .saving.doors import put_beside
 from .saving.following import follow_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -225,7 +228,30 @@ def write_card(folder: Path, model: nn.Module | None, state: TrainerState, repor
     if not state.is_world_process_zero or not folder.is_dir() or model is None or not low_rank_layers(model):
         return
     metrics = next((r for r in reversed(state.log_history) if any(k.startswith("eval_") for k in r)), None)
-    try:
-        write_model_card(folder, model, report=report, metrics=metrics)
-    except Exception as error:  # the checkpoint itself is whole
-        logger.warning("Cuttlefish: %s got no model card: %s", folder, error)
+    remember(model, report=report, metrics=metrics)
+    write_companion_card(folder, model)
+
+
+def prepare_push(args: TrainingArguments, model: nn.Module | None, state: TrainerState, report: Any) -> None:
+    """Trainer copies a checkpoint's weights and config.json into the output folder, and uploads that: the rest follows."""
+    folder = Path(str(args.output_dir))
+    if state.is_world_process_zero and folder.is_dir() and model is not None and low_rank_layers(model):
+        put_beside(folder)
+        write_card(folder, model, state, report)
+
+
+def complete_created_cards() -> None:
+    """Let `Trainer.create_model_card`, and so `push_to_hub`, keep our part of the card. Done once, at import."""
+    original = Trainer.create_model_card
+    if getattr(original, "_by_cuttlefish", False):
+        return
+
+    @functools.wraps(original)
+    def create_model_card(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.is_world_process_zero() and low_rank_layers(model):
+            write_companion_card(str(self.args.output_dir), model)
+
+    create_model_card._by_cuttlefish = True  # type: ignore[attr-defined]
+    Trainer.create_model_card = create_model_card  # type: ignore[method-assign]

@@ -193,9 +193,8 @@ def _validate(model: nn.Module, plan: Mapping[str, int]) -> dict[str, DenseLayer
     for name in [*plan, *decisions]:
         if name not in modules:
             close = difflib.get_close_matches(str(name), list(modules), n=3)
-            raise ValueError(
-                f"the plan names {name!r}, which is no module of {type(model).__name__}; close names: {close}"
-            )
+            hint = f"close names: {', '.join(close)}" if close else "look at model.named_modules() for its names"
+            raise ValueError(f"the plan names {name!r}, which is no module of {type(model).__name__}; {hint}")
     owners, inner = _owners(model)
     chosen: dict[str, DenseLayer] = {}
     seen: dict[int, str] = {}

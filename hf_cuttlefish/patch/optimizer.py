@@ -145,6 +145,11 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     Raises:
         TypeError: something whose parameter groups cannot be edited (a DeepSpeed or an unknown optimizer).
     """
+    if optimizer is None:
+        raise TypeError(
+            "optimizer is None: give the torch optimizer that trains the model, such as torch.optim.AdamW(model.parameters()); "
+            "without training, factorize(model, plan) needs none"
+        )
     seen = optimizer
     while type(seen).__module__.startswith("accelerate.") and hasattr(seen, "optimizer"):
         seen = seen.optimizer
