@@ -88,8 +88,7 @@ class Cuttlefish:
         self.plan: RankPlan | None = None
         self.switch_step: int | None = None
         self.report: FactorizationReport | None = None
-        self.finished = False
-        self._can_restart = can_restart
+        self.finished, self._can_restart = False, can_restart
         self._checkpoint: LowRankCheckpoint | None = None
         self._verify_at: int | None = None
         self._looked_again = self._saw_state = False
@@ -115,8 +114,7 @@ class Cuttlefish:
 
         Where the model `restarts`, True says that the switch is due: save a checkpoint, then `switch_in_checkpoint`.
 
-        Raises:
-            RuntimeError or ValueError: the switch failed and on_error is "raise". The model is as before.
+        Raises RuntimeError or ValueError if the switch failed and on_error is "raise". The model is as before.
         """
         accumulating = getattr(self.engine.optimizer, "gradient_state", None)
         if accumulating is not None and not accumulating.sync_gradients:
@@ -150,8 +148,7 @@ class Cuttlefish:
         act. Without one (`accelerator.save_state`) the checkpoint is whole; keep `state_dict()` for the run that goes on.
         A checkpoint of the same step that is saved once more can be exchanged once more.
 
-        Raises:
-            RuntimeError or ValueError: as `step`.
+        Raises as `step`.
         """
         if self._checkpoint is not None:
             self._checkpoint.write(folder)
@@ -193,7 +190,6 @@ class Cuttlefish:
 
     @property
     def processes(self) -> Processes:
-        """Who decides together."""
         return self.engine.processes
 
     @property

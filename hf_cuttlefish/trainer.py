@@ -65,13 +65,18 @@ def loss_factor(args: TrainingArguments, model: nn.Module) -> float:
 
 
 def begin(
-    model: nn.Module, args: TrainingArguments, state: TrainerState, config: CuttlefishConfig, **given: Any
+    model: Any, args: TrainingArguments, state: TrainerState, config: CuttlefishConfig, **given: Any
 ) -> Cuttlefish:
     """The run, at the start of training. given: what else Trainer hands to its callbacks.
 
     Raises:
         TypeError, ValueError: as `Cuttlefish`; settings of the Trainer that a switch could not go with.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"the Trainer gives its callbacks no model that is a torch.nn.Module (got {type(model).__name__}): use Cuttlefish in "
+            "a loop of your own, with the module inside it"
+        )
     check_arguments(args, config)
     follow_checkpoints(model)
     optimizer = given.get("optimizer")
@@ -211,6 +216,13 @@ def check_arguments(args: TrainingArguments, config: CuttlefishConfig) -> None:
             "save_strategy is 'best', by which Trainer may not save at the switch, and switch is 'restart': set "
             "save_strategy to 'steps' or 'epoch', or switch to 'auto'"
         )
+
+
+def add_to_logs(logs: dict[str, Any], state: TrainerState, extra: Mapping[str, Any]) -> None:
+    """Add numbers to what Trainer logs, and to its history of it."""
+    logs.update(extra)
+    if state.log_history and state.log_history[-1].get("step") == state.global_step:
+        state.log_history[-1].update(extra)
 
 
 def write_low_rank_state(folder: Path, name: str, entry: dict[str, Any]) -> None:
