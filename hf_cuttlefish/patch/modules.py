@@ -20,7 +20,8 @@ from ..layers.sizes import block_containers, count_parameters
 from ..maths.factors import Factors, LayerMoments, cut, decompose
 from ..processes import Processes
 from .edits import Edit, commit
-from .optimizer import CheckParameters, FactorParameters, SwapParameters, check_holds
+from .factor_state import FactorParameters
+from .optimizer import CheckParameters, SwapParameters, check_holds
 from .report import FactorizationReport
 from .structure import NoteStructure, check_free
 from .surgery import keep_hooks, swap
