@@ -61,6 +61,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         self._follows = isinstance(model, nn.Module)
         if isinstance(model, nn.Module):
             remember(model, processing_class=kwargs.get("processing_class"))
+            trainer.complete_cards_of_caller()
             trainer.follow(model, args, type(self).__name__, kwargs.get("optimizer"))
 
     def on_train_begin(

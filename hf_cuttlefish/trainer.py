@@ -182,21 +182,30 @@ def load_statistics(args: TrainingArguments, state: TrainerState) -> dict[str, A
 
 
 def move_to_front(callback: TrainerCallback) -> None:
-    """Stand before the trackers, so that what `on_log` adds reaches them. Callbacks given by users come after them.
+    """Stand before the trackers, so that what `on_log` adds reaches them. Callbacks given by users come after them."""
+    handler = _who_calls(CallbackHandler)
+    if handler is not None and callback in handler.callbacks:
+        handler.callbacks.remove(callback)
+        handler.callbacks.insert(0, callback)
 
-    Trainer hands its handler to no callback; the frame that calls us is a method of it.
-    """
-    frame = sys._getframe(1)
-    for _ in range(4):
+
+def complete_cards_of_caller() -> None:
+    """See `complete_created_cards`, for the class of the Trainer that is being made; TRL's write cards of their own."""
+    caller = _who_calls(Trainer)
+    if caller is not None:
+        complete_created_cards(type(caller))
+
+
+def _who_calls(kind: type) -> Any:
+    """The object of this kind whose method has called the callback: Trainer hands itself and its handler to none."""
+    frame = sys._getframe(2)
+    for _ in range(6):
         if frame is None:
-            return
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            if callback in handler.callbacks:
-                handler.callbacks.remove(callback)
-                handler.callbacks.insert(0, callback)
-            return
+            return None
+        if isinstance(frame.f_locals.get("self"), kind):
+            return frame.f_locals["self"]
         frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 def check_arguments(args: TrainingArguments, config: CuttlefishConfig) -> None:
@@ -252,9 +261,10 @@ def prepare_push(args: TrainingArguments, model: nn.Module | None, state: Traine
         write_card(folder, model, state, report)
 
 
-def complete_created_cards() -> None:
-    """Let `Trainer.create_model_card`, and so `push_to_hub`, keep our part of the card. Done once, at import."""
-    original = Trainer.create_model_card
+def complete_created_cards(kind: type[Trainer] = Trainer) -> None:
+    """Let `create_model_card` of a Trainer, and so `push_to_hub`, keep our part of the card. Done once a class."""
+    owner = next(cls for cls in kind.__mro__ if "create_model_card" in vars(cls))
+    original = vars(owner)["create_model_card"]
     if getattr(original, "_by_cuttlefish", False):
         return
 
@@ -266,4 +276,4 @@ def complete_created_cards() -> None:
             write_companion_card(str(self.args.output_dir), model)
 
     create_model_card._by_cuttlefish = True  # type: ignore[attr-defined]
-    Trainer.create_model_card = create_model_card  # type: ignore[method-assign]
+    owner.create_model_card = create_model_card  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 FORMAT = 1
-"""Version of this file. It reads notes up to the version that it knows."""
+"""Version of this text, raised with each change of it."""
 
 NAME = "modeling_low_rank"
 METHOD = "cuttlefish"
@@ -108,7 +108,8 @@ class LowRankLinear(nn.Module):
         self.down = nn.Linear(in_features, rank, bias=False, device=weight.device, dtype=weight.dtype)
         self.up = nn.Linear(rank, out_features, bias=False, device=weight.device, dtype=weight.dtype)
         self.up.bias = dense.bias
-        self.down._is_factor = self.up._is_factor = True
+        self.down._is_hf_initialized = self.up._is_hf_initialized = True  # by nn.Linear, or by the file
+        vars(self.down)["bias"] = torch.empty(0)  # until `_settled`: OneFormer and xLSTM fill it without asking
 
     def forward(self, x):
         """(..., in_features) -> (..., out_features)."""
@@ -189,10 +190,6 @@ class _LowRank:
             if isinstance(module, PreTrainedModel):
                 _extend_plan(module)
 
-    def _init_weights(self, module):
-        if not getattr(module, "_is_factor", False):  # these have their values from nn.Linear, or from the file
-            super()._init_weights(module)
-
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As of transformers; the folder then loads as the one that this model came from."""
         _note(self)
@@ -206,6 +203,12 @@ class _LowRank:
 
     def __reduce_ex__(self, protocol):
         return _blank, (type(self).__mro__[2],), vars(self)
+
+
+def _settled(model):
+    for layer in (module for module in model.modules() if isinstance(module, LowRankLinear)):
+        vars(layer.down).pop("bias", None)
+    return model
 
 
 def _complete(folder, model):
@@ -346,7 +349,7 @@ class _Remote:
         return stock, config
 
     @classmethod
-    def from_pretrained(cls, folder, *args, config=None, **kwargs):
+    def from_pretrained(cls, folder, *args, config, **kwargs):
         """As of the Auto class.
 
         Raises ValueError: config.json and the weights do not belong together; quantization_config is given.
@@ -360,13 +363,12 @@ class _Remote:
                 "quantization_config= does not go with a low-rank folder: load it, and quantize the model then, or merge it "
                 "(`hf-cuttlefish merge FOLDER OUT`) and load that"
             )
-        if config is None:
-            config = LowRankAutoConfig.from_pretrained(folder)
         stock, config = cls._find(_prepared(config))
         with_info = kwargs.pop("output_loading_info", False)
         model, info = _low_rank_class(stock).from_pretrained(
             folder, *args, config=config, output_loading_info=True, **kwargs
         )
+        _settled(model)
         factors = {
             f"{n}.{p}.weight" for n, m in model.named_modules() if isinstance(m, LowRankLinear) for p in ("down", "up")
         }
@@ -385,9 +387,7 @@ class _Remote:
     def _from_config(cls, config, **kwargs):
         """As of the Auto class: the structure, without the weights."""
         stock, config = cls._find(_prepared(config))
-        return _low_rank_class(stock)._from_config(config, **kwargs)
-
-    from_config = _from_config
+        return _settled(_low_rank_class(stock)._from_config(config, **kwargs))
 
 
 def __getattr__(name):

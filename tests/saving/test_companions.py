@@ -188,6 +188,24 @@ def test_every_door_of_the_trainer_writes_the_same_card(source, tmp_path, monkey
     assert "### Training hyperparameters" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_trainer_that_writes_a_card_of_its_own_keeps_our_part(source, tmp_path):
+    """As TRL's do, without asking Trainer's method."""
+
+    class Own(Trainer):
+        def create_model_card(self, *args, **kwargs):
+            Path(self.args.output_dir, "README.md").write_text("---\ntags: [own]\n---\n\nOwn.\n")
+
+    model = hf.AutoModelForSequenceClassification.from_pretrained(source)
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    trainer = Own(model, arguments, callbacks=[CuttlefishCallback()])
+    trainer.create_model_card()
+    assert BEGIN not in (tmp_path / "README.md").read_text()
+    factorize(model, dict.fromkeys(find_targets(model), RANK))
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "Own." in text and BEGIN in text and front_matter(tmp_path)["license"] == "mit"
+
+
 def test_a_push_in_the_middle_finds_the_file_and_the_card(tmp_path):
     """Trainer copies weights and config.json of a checkpoint into the output folder, and uploads that folder."""
     callback = CuttlefishCallback()
