@@ -50,13 +50,6 @@ def four(tmp_path_factory):
     return json.loads(path.read_text()), torch.load(f"{path}.pt")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trainer")
-    launch(2, "trainers.py", folder)
-    return json.loads((folder / "results.json").read_text()), torch.load(folder / "weights.pt")
-
-
 def check_as_alone(found, tensors, name, alone, processes):
     run, expected = found[name], alone(name)
     assert (

@@ -234,6 +234,9 @@ def tie(model: hf.PreTrainedModel) -> None:
 
 def quantized_config(model: hf.PreTrainedModel) -> None:
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    model.classifier.register_buffer(
+        "qweight", torch.zeros(4, 4, dtype=torch.int32)
+    )  # packed, as GPTQ's layers hold them
 
 
 BAD: dict[str, tuple[Callable[[Any], Any] | None, Any, type[Exception], str]] = {
@@ -531,3 +534,11 @@ def test_statistics_that_are_not_finite_name_the_layer(ready):
     with pytest.raises(ValueError, match=f"{OUTPUT} cannot be factorized: signal holds NaN or Inf"):
         factorize(model, PLAN, optimizer, statistics=statistics)
     assert_untouched(before, model, optimizer)
+
+
+def test_a_model_that_was_dequantized_while_it_was_loaded_is_welcome(bert):
+    """transformers keeps the note of a GGUF file in the config; the weights are what counts."""
+    model = bert
+    model.config.quantization_config = {"quant_method": "gguf"}
+    factorize(model, {QUERY: 4})
+    assert model.config.quantization_config["quant_method"] == "cuttlefish"

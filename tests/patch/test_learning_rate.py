@@ -8,7 +8,7 @@ from torch.optim import lr_scheduler as torch_schedules
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, get_scheduler
 
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, factorize
-from hf_cuttlefish.patch.learning_rate import ScaleLearningRate
+from hf_cuttlefish.patch.learning_rate import SCALE_UNKNOWN, ScaleLearningRate, suggested_scale
 from launch import launch
 
 STEPS, SWITCH, SCALE = 12, 5, 1.5
@@ -146,12 +146,28 @@ def test_a_loop_of_ones_own_and_its_resume():
         assert str(again.report).splitlines()[:-1] == str(whole[3].report).splitlines()[:-1]
 
 
-@pytest.mark.parametrize(("kept", "scale"), [(0.4, 1.0), (0.2, 1.5)])
-def test_left_to_itself_it_follows_the_size(kept, scale):
+@pytest.mark.parametrize(("kept", "scale"), [(0.4, SCALE_UNKNOWN), (0.2, 1.5)])
+def test_left_to_itself_it_follows_the_size_and_the_weights_travel(kept, scale):
     whole = make(learning_rate_scale=None, target_ratio=kept, rank_multiple=2)
     seen = train(*whole, 0, STEPS)
     assert seen == pytest.approx([1e-2 * (1 - s / STEPS) * (scale if s >= SWITCH else 1) for s in range(STEPS)])
-    assert ("learning rate times 1.5" in str(whole[3].report)) is (scale == 1.5)
+    assert f"learning rate times {scale:g}" in str(whole[3].report)
+
+
+@pytest.mark.parametrize(
+    ("kept", "alignment", "scale"),
+    [
+        (0.4, 0.0, 1.0),
+        (0.4, -0.3, 1.0),
+        (0.4, 0.1, 1.6),
+        (0.4, 0.9, 3.0),
+        (0.4, None, SCALE_UNKNOWN),
+        (0.2, 0.0, 1.5),
+        (0.2, 0.2, 2.2),
+    ],
+)
+def test_weights_that_travel_in_one_direction_get_a_higher_rate(kept, alignment, scale):
+    assert suggested_scale(kept, alignment) == pytest.approx(scale)
 
 
 def test_left_to_itself_it_leaves_a_schedule_alone_that_it_does_not_know():

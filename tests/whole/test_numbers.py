@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -196,8 +197,9 @@ def test_weights_that_a_nan_loss_has_spoilt_are_named_and_stay_dense(caplog):
     with caplog.at_level(logging.WARNING):
         model, cuttlefish = train([rows(), spoilt, rows()])
     assert cuttlefish.switch_step is None and not any(isinstance(m, LowRankLinear) for m in model.modules())
-    assert "goes on full rank" in caplog.text and "layers.0.0" in caplog.text and "NaN" in caplog.text
-    with pytest.raises(ValueError, match=r"layers\.0\.0"):
+    named = r"layers\.\d\.\d cannot be factorized: the weight holds NaN"  # the first that was seen to run with finite numbers
+    assert "goes on full rank" in caplog.text and re.search(named, caplog.text)
+    with pytest.raises(ValueError, match=named):
         train([rows(), spoilt, rows()], on_error="raise")
 
 

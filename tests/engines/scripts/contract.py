@@ -30,11 +30,19 @@ from transformers import (
 )
 
 import trainers
+from ending import leave
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, LowRankLinear, follow_checkpoints
 from loops import batches, mine, rank, size
 
 STEPS, SWITCH, BEFORE, AFTER = 10, 6, 5, 8
-GIVEN = {"switch_step": SWITCH, "statistics_steps": 4, "rank_multiple": 2, "target_ratio": 0.5, "on_error": "raise"}
+GIVEN = {
+    "switch_step": SWITCH,
+    "statistics_steps": 4,
+    "rank_multiple": 2,
+    "target_ratio": 0.5,
+    "on_error": "raise",
+    "learning_rate_scale": 1.0,
+}
 PROCESSES = {
     "one process": 1, "nn.DataParallel": 1, "DDP": 2, "ZeroRedundancyOptimizer": 2, "FSDP2": 2,
     "FSDP1": 2, "tensor parallel": 2, "DeepSpeed": 2,
@@ -335,4 +343,4 @@ if __name__ == "__main__":
     main()
     gc.collect()
     dist.barrier()
-    dist.destroy_process_group()
+    leave()

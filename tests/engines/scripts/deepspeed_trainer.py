@@ -25,13 +25,19 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 
 import loops
 import trainers
+from ending import leave
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, last_whole_checkpoint
 from hf_cuttlefish.engines import restart
 from hf_cuttlefish.engines.deepspeed_partitions import FlatPartitions, ParameterPartitions
 from loops import tiny_bert
 
 SETTINGS = CuttlefishConfig(
-    switch_step=trainers.SWITCH, statistics_steps=4, rank_multiple=2, target_ratio=0.5, on_error="raise"
+    switch_step=trainers.SWITCH,
+    statistics_steps=4,
+    rank_multiple=2,
+    target_ratio=0.5,
+    learning_rate_scale=1.0,
+    on_error="raise",
 )
 SAVED: Path | None = None
 """Folder of saved models from which ZeRO-3 is to take them, divided from the start; else they are made whole."""
@@ -378,4 +384,4 @@ if __name__ == "__main__":
     main()
     gc.collect()
     dist.barrier()
-    dist.destroy_process_group()
+    leave()

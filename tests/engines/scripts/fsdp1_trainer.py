@@ -26,13 +26,19 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 import loops
 import trainers
+from ending import leave
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, last_whole_checkpoint
 from hf_cuttlefish.engines import fsdp1, restart
 from hf_cuttlefish.layers.low_rank import low_rank_layers
 from loops import tiny_bert
 
 SETTINGS = CuttlefishConfig(
-    switch_step=trainers.SWITCH, statistics_steps=4, rank_multiple=2, target_ratio=0.5, on_error="raise"
+    switch_step=trainers.SWITCH,
+    statistics_steps=4,
+    rank_multiple=2,
+    target_ratio=0.5,
+    learning_rate_scale=1.0,
+    on_error="raise",
 )
 LAYER = "bert.encoder.layer.1.intermediate.dense"
 FlatParamHandle.to_cpu = lambda self: contextlib.nullcontext()  # type: ignore[method-assign,assignment]
@@ -313,4 +319,4 @@ if __name__ == "__main__":
     main()
     gc.collect()
     dist.barrier()
-    dist.destroy_process_group()
+    leave()

@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ending import leave
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, LowRankLinear
 from loops import STEPS, SWITCH, batches, config, expect, mine, rank, size, tiny_bert, weights
 
@@ -338,4 +339,4 @@ if __name__ == "__main__":
     main()
     gc.collect()
     dist.barrier()
-    dist.destroy_process_group()
+    leave()

@@ -20,6 +20,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
+from ending import leave
 from hf_cuttlefish import CuttlefishCallback, last_whole_checkpoint
 from loops import tiny_bert
 from trainers import UNTIL_KILLED, Rows, write_results
@@ -102,4 +103,4 @@ if __name__ == "__main__":
     main()
     gc.collect()
     dist.barrier()
-    dist.destroy_process_group()
+    leave()

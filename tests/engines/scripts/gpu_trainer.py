@@ -19,6 +19,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
+from ending import leave
 from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig
 from loops import tiny_bert
 from trainers import SWITCH, Rows, ddp_at_work, write_results
@@ -180,4 +181,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    dist.destroy_process_group()
+    leave()

@@ -6,6 +6,7 @@ import torch
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from ending import leave
 from hf_cuttlefish import Cuttlefish
 from loops import STEPS, SWITCH, batches, config, mine, rank, size, tiny_bert, unequal, unequal_state
 
@@ -36,7 +37,7 @@ def main() -> None:
         raise SystemExit(f"process {rank()}: rates {everywhere}, expected {expected}; unequal {unequal(model)}")
     if rank() == 0:
         print("the same on all processes:", size())
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForSequenceClassification
 
+from ending import leave
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, LowRankLinear
 from hf_cuttlefish.engines import ddp as ddp_engine
 from hf_cuttlefish.engines.ddp import RebuildDDP
@@ -650,7 +651,7 @@ def main() -> None:
         with open(target, "w", encoding="utf-8") as file:
             json.dump(results, file)
         torch.save(tensors, f"{target}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from transformers.distributed import DistributedConfig
 
 import trainers
+from ending import leave
 from hf_cuttlefish import (
     Cuttlefish,
     CuttlefishCallback,
@@ -36,7 +37,7 @@ from tiny_models import BY_NAME
 # The first token of a causal model attends to itself alone, so that the gradient at q_proj is exactly zero, and the token left
 # out of the statistics, or not, by a rounding: with q_proj runs agree to 1e-3 only.
 SETTINGS = CuttlefishConfig(
-    switch_step=trainers.SWITCH, statistics_steps=4, rank_multiple=2, target_ratio=0.5, on_error="raise", switch="restart",
+    switch_step=trainers.SWITCH, statistics_steps=4, rank_multiple=2, target_ratio=0.5, learning_rate_scale=1.0, on_error="raise", switch="restart",
     exclude_modules=["q_proj"],
 )  # fmt: skip
 LAYER = "model.layers.1.mlp.up_proj"
@@ -259,4 +260,4 @@ if __name__ == "__main__":
     main()
     gc.collect()
     dist.barrier()
-    dist.destroy_process_group()
+    leave()

@@ -21,13 +21,16 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
+from ending import leave
 from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig
 from loops import rank, size, tiny_bert, unequal, unequal_state, weights
 
 STEPS, SWITCH, GLOBAL_BATCH = 10, 6, 8
 
 
-UNTIL_KILLED = CuttlefishConfig(switch_step=SWITCH, statistics_steps=4, rank_multiple=2, target_ratio=0.5)
+UNTIL_KILLED = CuttlefishConfig(
+    switch_step=SWITCH, statistics_steps=4, rank_multiple=2, target_ratio=0.5, learning_rate_scale=1.0
+)
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
@@ -83,7 +86,14 @@ def run(
     options.update(arguments)
     callback = CuttlefishCallback(
         settings
-        or CuttlefishConfig(switch_step=SWITCH, statistics_steps=4, rank_multiple=2, target_ratio=0.5, on_error="raise")
+        or CuttlefishConfig(
+            switch_step=SWITCH,
+            statistics_steps=4,
+            rank_multiple=2,
+            target_ratio=0.5,
+            learning_rate_scale=1.0,
+            on_error="raise",
+        )
     )
     trainer = Trainer(
         model=model or tiny_bert(), args=TrainingArguments(**options), train_dataset=Rows(rows), eval_dataset=Rows(10),
@@ -202,4 +212,4 @@ if __name__ == "__main__":
     # Trainer leaves the process group to the end of Python, where gloo's threads may be cut off and abort the process.
     gc.collect()
     dist.barrier()
-    dist.destroy_process_group()
+    leave()

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
+from ending import leave
 from hf_cuttlefish import Cuttlefish, LowRankLinear, factorize, follow_checkpoints
 from loops import STEPS, SWITCH, batches, config, expect, mine, rank, size, tiny_bert, unequal
 
@@ -308,7 +309,7 @@ def main() -> None:
     if rank() == 0:
         with open(sys.argv[1], "w", encoding="utf-8") as file:
             json.dump(results, file)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
