@@ -13,6 +13,12 @@ from .config import CuttlefishConfig
 from .cuttlefish import Cuttlefish
 from .decide.plan import RankPlan
 from .patch.report import FactorizationReport
+from .saving.companions import remember
+
+
+def _of_run(name: str, otherwise: Any = None) -> Any:
+    """A property that is the run's; `otherwise` before there is one."""
+    return property(lambda self: otherwise if self.cuttlefish is None else getattr(self.cuttlefish, name))
 
 
 class CuttlefishCallback(TrainerCallback, ExportableState):
@@ -37,29 +43,15 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         self.cuttlefish: Cuttlefish | None = None
         self.restart_from: str | None = None
         self._saved: dict[str, Any] | None = None
-        self._trainer: tuple[TrainingArguments, TrainerState] | None = None
         self._full_rank: dict[str, Any] | None = None
+        self._trainer: tuple[TrainingArguments, TrainerState] | None = None
         self._is_due = self._follows = False
 
-    @property
-    def plan(self) -> RankPlan | None:
-        return None if self.cuttlefish is None else self.cuttlefish.plan
-
-    @property
-    def switch_step(self) -> int | None:
-        return None if self.cuttlefish is None else self.cuttlefish.switch_step
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        return [] if self.cuttlefish is None else self.cuttlefish.history
-
-    @property
-    def report(self) -> FactorizationReport | None:
-        return None if self.cuttlefish is None else self.cuttlefish.report
-
-    @property
-    def reason(self) -> str | None:
-        return None if self.cuttlefish is None else self.cuttlefish.reason
+    plan: RankPlan | None = _of_run("plan")
+    switch_step: int | None = _of_run("switch_step")
+    history: list[dict[str, Any]] = _of_run("history", [])
+    report: FactorizationReport | None = _of_run("report")
+    reason: str | None = _of_run("reason")
 
     # --- Trainer's events: (args, state, control, **what it has) ---
 
@@ -68,22 +60,15 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         args, model = trainer.trained(args, model, kwargs)
         self._follows = isinstance(model, nn.Module)
         if isinstance(model, nn.Module):
+            remember(model, processing_class=kwargs.get("processing_class"))
+            trainer.complete_cards_of_caller()
             trainer.follow(model, args, type(self).__name__, kwargs.get("optimizer"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        """Make the `Cuttlefish` of this run, where a checkpoint was resumed from its saved state.
-
-        Raises:
-            TypeError, ValueError: as `Cuttlefish`; a state that does not fit the model.
-        """
+        """Make the `Cuttlefish` of this run, which raises what it raises; from a checkpoint, where its saved state was."""
         args, model = trainer.trained(args, model, kwargs)
-        if not isinstance(model, nn.Module):
-            raise ValueError(
-                f"the Trainer gives its callbacks no model that is a torch.nn.Module (got {type(model).__name__}): use Cuttlefish in "
-                "a loop of your own, with the module inside it"
-            )
         self.restart_from, self._full_rank, self._is_due = None, None, False
         trainer.move_to_front(self)
         name = type(self).__name__
@@ -99,36 +84,30 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             run.start_at(state.global_step)
             if previous is not None:
                 run.keep_results(previous)
-        # A checkpoint of a run without this callback has no place for its state, and Trainer would fail to save it.
-        if isinstance(state.stateful_callbacks, dict):
+        if isinstance(state.stateful_callbacks, dict):  # a run without this callback has left no place for its state
             state.stateful_callbacks.setdefault(name, self.state())
         self._trainer = args, state
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         args, _ = trainer.trained(args, kwargs.get("model"), kwargs)
         if self.cuttlefish is not None and self.cuttlefish.step():
+            self._is_due = self.cuttlefish.restarts  # on_save carries it out
             control.should_log = True
-            if self.cuttlefish.restarts:
-                control.should_save = self._is_due = True  # on_save carries it out
-            elif self.config.switch == "restart":
-                control.should_save = True
+            control.should_save |= self._is_due or self.config.switch == "restart"
+            if not self._is_due and self.config.switch == "restart":
                 self._stop_to_restart(args, state, control)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add to the Trainer's log: mean stable rank of each kind of projection, parameters, step of the switch."""
-        if self.cuttlefish is None or logs is None or "loss" not in logs:
-            return
-        extra = self.cuttlefish.logs()
-        logs.update(extra)
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(extra)
+        if self.cuttlefish is not None and logs is not None and "loss" in logs:
+            trainer.add_to_logs(logs, state, self.cuttlefish.logs())
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After each checkpoint: statistics and model card beside it, and the switch in it if one is due by restart."""
-        args, _ = trainer.trained(args, kwargs.get("model"), kwargs)
-        run, folder = self.cuttlefish, trainer.checkpoint_folder(args, state)
-        if run is None:
+        if (run := self.cuttlefish) is None:
             return
+        args, _ = trainer.trained(args, kwargs.get("model"), kwargs)
+        folder = trainer.checkpoint_folder(args, state)
         run.note_save()
         if kwargs.get("optimizer") is not None:
             run.engine.after_saving(folder, kwargs["optimizer"])
@@ -136,7 +115,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             trainer.save_statistics(args, state, run.statistics_state())
         model: nn.Module | None = run.model
         if self._is_due:
-            # The engine cannot be edited: the checkpoint just saved takes the switch, and the run stops to be resumed from it.
+            # The engine cannot be edited: the checkpoint just saved takes the switch, and the run is to go on from there.
             full_rank = self._full_rank or run.state_dict()
             self._is_due = run.switch_in_checkpoint(folder)
             if self._is_due:
@@ -147,9 +126,19 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             model = run.switched_model
         trainer.write_card(folder, model, state, self.report)
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """For the cards of what is saved from here on."""
+        if kwargs.get("model") is not None:
+            remember(kwargs["model"], metrics=metrics, report=self.report)
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Before an upload of the output folder: modelling file and card lie in it, too."""
+        trainer.prepare_push(args, kwargs.get("model"), state, self.report)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.cuttlefish is not None:
             self.cuttlefish.end()
+            remember(self.cuttlefish.model, report=self.report)
 
     def _stop_to_restart(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         control.should_training_stop = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -331,6 +332,25 @@ class CuttlefishConfig:
                 else ""
             )
             raise ValueError(f"{name} is {value}: it must be at least {least}{remedy}")
+
+
+def _name_unknown_fields(original: Any) -> Any:
+    """A mistyped keyword gets the closest names, as `from_dict` gives them."""
+
+    @functools.wraps(original)
+    def __init__(self: CuttlefishConfig, *args: Any, **kwargs: Any) -> None:
+        known = [f.name for f in fields(type(self))]
+        for name in kwargs:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=3)
+                hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known)}"
+                raise TypeError(f"CuttlefishConfig has no field {name!r}; {hint}")
+        original(self, *args, **kwargs)
+
+    return __init__
+
+
+CuttlefishConfig.__init__ = _name_unknown_fields(CuttlefishConfig.__init__)  # type: ignore[method-assign]
 
 
 def _check_regex(name: str, pattern: str) -> None:

@@ -81,15 +81,11 @@ class Cuttlefish:
     ) -> None:
         self.config = CuttlefishConfig.coerce(config)
         self.schedule = Schedule(self.config, total_steps)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.scaler, self.scheduler, self.loss_factor = scaler, scheduler, loss_factor
-        self.global_step = 0
+        self.global_step, self.finished, self._can_restart = 0, False, can_restart
         self.plan: RankPlan | None = None
         self.switch_step: int | None = None
         self.report: FactorizationReport | None = None
-        self.finished = False
-        self._can_restart = can_restart
         self._checkpoint: LowRankCheckpoint | None = None
         self._verify_at: int | None = None
         self._looked_again = self._saw_state = False
@@ -115,14 +111,15 @@ class Cuttlefish:
 
         Where the model `restarts`, True says that the switch is due: save a checkpoint, then `switch_in_checkpoint`.
 
-        Raises:
-            RuntimeError or ValueError: the switch failed and on_error is "raise". The model is as before.
+        Raises RuntimeError or ValueError if the switch failed and on_error is "raise". The model is as before.
         """
         accumulating = getattr(self.engine.optimizer, "gradient_state", None)
         if accumulating is not None and not accumulating.sync_gradients:
             return False  # Accelerate's optimizer has not stepped: this was a micro-batch
         self.global_step += 1
         self._check_engine()
+        if (times := self.watch.keep_pace(self.global_step)) and not self.restarts:
+            self._say(logging.WARNING, "%s", lines.slower(*times, next(self.model.parameters()).device.type))
         if self.finished:
             return False
         if self.config.learning_rate_scale not in (None, 1):
@@ -150,8 +147,7 @@ class Cuttlefish:
         act. Without one (`accelerator.save_state`) the checkpoint is whole; keep `state_dict()` for the run that goes on.
         A checkpoint of the same step that is saved once more can be exchanged once more.
 
-        Raises:
-            RuntimeError or ValueError: as `step`.
+        Raises as `step`.
         """
         if self._checkpoint is not None:
             self._checkpoint.write(folder)
@@ -193,7 +189,6 @@ class Cuttlefish:
 
     @property
     def processes(self) -> Processes:
-        """Who decides together."""
         return self.engine.processes
 
     @property
@@ -293,6 +288,7 @@ class Cuttlefish:
     def note_save(self) -> None:
         """Call when a checkpoint has been written: the next check starts cold, as it will in a run resumed from there."""
         self.watch.forget()
+        self.watch.pace.pause()
 
     # --- inside ---
 
@@ -356,8 +352,7 @@ class Cuttlefish:
         if not plan:
             return self._stay_dense(plan)
         planned = time.perf_counter()
-        # Make the change here, or in the checkpoint.
-        if self.restarts and folder is not None:
+        if self.restarts and folder is not None:  # make the change in the checkpoint, or here
             checkpoint = self.engine.checkpoint(plan, factors, self.config.optimizer_state)
             report = checkpoint.write(folder)
             self._checkpoint = checkpoint
@@ -383,6 +378,7 @@ class Cuttlefish:
         report.step = self.switch_step = self.global_step
         self._verify_at = None if self.restarts else self.global_step + 1
         self.watch.layers = {}
+        self.watch.pace.mark()
 
     def _say(self, level: int, message: str, *values: Any) -> None:
         """One log line of the run, not one of each process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -24,8 +25,10 @@ from .engines.restart import FULL_RANK_STATE
 from .layers.low_rank import low_rank_layers
 from .patch.report import FactorizationReport
 from .patch.structure import restructure
-from .report.model_card import write_model_card
+from .report.model_card import write_companion_card
 from .saving.checkpoints import STATISTICS_FILE
+from .saving.companions import remember
+from .saving.doors import put_beside
 from .saving.following import follow_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -62,13 +65,18 @@ def loss_factor(args: TrainingArguments, model: nn.Module) -> float:
 
 
 def begin(
-    model: nn.Module, args: TrainingArguments, state: TrainerState, config: CuttlefishConfig, **given: Any
+    model: Any, args: TrainingArguments, state: TrainerState, config: CuttlefishConfig, **given: Any
 ) -> Cuttlefish:
     """The run, at the start of training. given: what else Trainer hands to its callbacks.
 
     Raises:
         TypeError, ValueError: as `Cuttlefish`; settings of the Trainer that a switch could not go with.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"the Trainer gives its callbacks no model that is a torch.nn.Module (got {type(model).__name__}): use Cuttlefish in "
+            "a loop of your own, with the module inside it"
+        )
     check_arguments(args, config)
     follow_checkpoints(model)
     optimizer = given.get("optimizer")
@@ -174,21 +182,30 @@ def load_statistics(args: TrainingArguments, state: TrainerState) -> dict[str, A
 
 
 def move_to_front(callback: TrainerCallback) -> None:
-    """Stand before the trackers, so that what `on_log` adds reaches them. Callbacks given by users come after them.
+    """Stand before the trackers, so that what `on_log` adds reaches them. Callbacks given by users come after them."""
+    handler = _who_calls(CallbackHandler)
+    if handler is not None and callback in handler.callbacks:
+        handler.callbacks.remove(callback)
+        handler.callbacks.insert(0, callback)
 
-    Trainer hands its handler to no callback; the frame that calls us is a method of it.
-    """
-    frame = sys._getframe(1)
-    for _ in range(4):
+
+def complete_cards_of_caller() -> None:
+    """See `complete_created_cards`, for the class of the Trainer that is being made; TRL's write cards of their own."""
+    caller = _who_calls(Trainer)
+    if caller is not None:
+        complete_created_cards(type(caller))
+
+
+def _who_calls(kind: type) -> Any:
+    """The object of this kind whose method has called the callback: Trainer hands itself and its handler to none."""
+    frame = sys._getframe(2)
+    for _ in range(6):
         if frame is None:
-            return
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            if callback in handler.callbacks:
-                handler.callbacks.remove(callback)
-                handler.callbacks.insert(0, callback)
-            return
+            return None
+        if isinstance(frame.f_locals.get("self"), kind):
+            return frame.f_locals["self"]
         frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 def check_arguments(args: TrainingArguments, config: CuttlefishConfig) -> None:
@@ -210,6 +227,13 @@ def check_arguments(args: TrainingArguments, config: CuttlefishConfig) -> None:
         )
 
 
+def add_to_logs(logs: dict[str, Any], state: TrainerState, extra: Mapping[str, Any]) -> None:
+    """Add numbers to what Trainer logs, and to its history of it."""
+    logs.update(extra)
+    if state.log_history and state.log_history[-1].get("step") == state.global_step:
+        state.log_history[-1].update(extra)
+
+
 def write_low_rank_state(folder: Path, name: str, entry: dict[str, Any]) -> None:
     """Make the exchanged checkpoint one that resumes: the full-rank trainer_state.json comes back with our new entry."""
     saved = TrainerState.load_from_json(str(folder / FULL_RANK_STATE))
@@ -225,7 +249,31 @@ def write_card(folder: Path, model: nn.Module | None, state: TrainerState, repor
     if not state.is_world_process_zero or not folder.is_dir() or model is None or not low_rank_layers(model):
         return
     metrics = next((r for r in reversed(state.log_history) if any(k.startswith("eval_") for k in r)), None)
-    try:
-        write_model_card(folder, model, report=report, metrics=metrics)
-    except Exception as error:  # the checkpoint itself is whole
-        logger.warning("Cuttlefish: %s got no model card: %s", folder, error)
+    remember(model, report=report, metrics=metrics)
+    write_companion_card(folder, model)
+
+
+def prepare_push(args: TrainingArguments, model: nn.Module | None, state: TrainerState, report: Any) -> None:
+    """Trainer copies a checkpoint's weights and config.json into the output folder, and uploads that: the rest follows."""
+    folder = Path(str(args.output_dir))
+    if state.is_world_process_zero and folder.is_dir() and model is not None and low_rank_layers(model):
+        put_beside(folder)
+        write_card(folder, model, state, report)
+
+
+def complete_created_cards(kind: type[Trainer] = Trainer) -> None:
+    """Let `create_model_card` of a Trainer, and so `push_to_hub`, keep our part of the card. Done once a class."""
+    owner = next(cls for cls in kind.__mro__ if "create_model_card" in vars(cls))
+    original = vars(owner)["create_model_card"]
+    if getattr(original, "_by_cuttlefish", False):
+        return
+
+    @functools.wraps(original)
+    def create_model_card(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.is_world_process_zero() and low_rank_layers(model):
+            write_companion_card(str(self.args.output_dir), model)
+
+    create_model_card._by_cuttlefish = True  # type: ignore[attr-defined]
+    owner.create_model_card = create_model_card  # type: ignore[attr-defined]

@@ -21,17 +21,15 @@ from ..decide.targets import find_targets
 from ..maths.factors import LayerMoments
 from ..measure.gathering import gather_statistics
 from ..patch.structure import QUANT_METHOD
-from ..report.drawing import check_matplotlib
+from ..report.drawing import check_matplotlib, figure_path
 from ..report.inspection import NOW, inspect_model, present_plan
 from ..report.model_card import write_model_card
 from ..report.plotting import plot_loss, plot_ranks, plot_spectra, plot_stable_ranks
+from ..saving.companions import TOKENIZER, companions, copy_companions, remember
 from ..saving.merged import save_merged
 from ..switch import factorize as factorize_model
 from .files import (
-    companions,
-    copy_companions,
     cuttlefish_states,
-    is_local,
     load_config,
     load_model,
     output,
@@ -98,9 +96,10 @@ def factorize(options: argparse.Namespace) -> None:
         if plan is None:
             plan = estimate_ranks(model, config, statistics=statistics)
         report = factorize_model(model, plan, statistics=statistics)
+        remember(model, report=report)
         model.save_pretrained(folder)
-        copy_companions(options.model, folder)
-        write_model_card(folder, model, report=report, base_model=None if is_local(options.model) else options.model)
+        copy_companions(options.model, folder, fetch=True)
+        write_model_card(folder, model)
     if options.json:
         print(json.dumps({"model": options.model, "statistics": statistics is not None, **report.to_dict()}, indent=2))
         return
@@ -122,7 +121,7 @@ def merge(options: argparse.Namespace) -> None:
         model = load_model(options.model, "cpu")
         plan = present_plan(model)
         save_merged(model, folder)
-        copy_companions(options.model, folder)
+        copy_companions(options.model, folder, fetch=True)
     after, before = plan.parameters()
     print(
         f"merged {len(plan)} layers, {before:,} -> {after:,} parameters; saved in {options.out}, which loads without us"
@@ -150,7 +149,7 @@ def plot(options: argparse.Namespace) -> None:
             for name, values in ranks.items()
         ]
         plot_stable_ranks(history, step, options.out)
-    print(f"{options.out}: from {source}")
+    print(f"{figure_path(options.out)}: from {source}")
 
 
 def env(options: argparse.Namespace) -> None:
@@ -190,9 +189,8 @@ def _statistics(
         return None
     rows = rows or _rows(options)
     # AutoTokenizer makes an empty tokenizer, without a word, where there are no files.
-    if not any(
-        path.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for path in companions(options.model)
-    ):
+    files = companions(options.model, fetch=True)
+    if not any(Path(file).match(pattern) for file in files for pattern in TOKENIZER):
         raise ValueError(
             f"{options.model} has no tokenizer, so --data of texts cannot be used; for images and the like see "
             "hf_cuttlefish.measure.gathering.gather_statistics"

@@ -18,27 +18,6 @@ import transformers
 from ..decide.plan import RankPlan
 from .talking import one_line, warn
 
-COMPANIONS = [
-    *(
-        "tokenizer*",
-        "vocab*",
-        "merges.txt",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "*.tiktoken",
-        "spiece.model",
-    ),
-    *("sentencepiece*.model", "chat_template*", "preprocessor_config.json", "processor_config.json"),
-    *(
-        "video_preprocessor_config.json",
-        "modules.json",
-        "sentence_bert_config.json",
-        "config_sentence_transformers.json",
-    ),
-    *("1_Pooling/config.json", "2_Normalize/*", "LICENSE*"),
-]
-"""Files beside a model's weights that a folder needs to be used at once: tokenizer, processor, sentence-transformers."""
-
 
 def load_config(name: str) -> Any:
     """The config of a local folder or a hub name.
@@ -137,33 +116,11 @@ def output(options: argparse.Namespace) -> Iterator[Path]:
             folder.rmdir()
 
 
-def companions(name: str) -> dict[str, Path]:
-    """Tokenizer, processor and the like of a folder or hub name: path inside the folder -> file."""
-    if os.path.isdir(name):
-        source = Path(name)
-    else:
-        from huggingface_hub import snapshot_download
-
-        source = Path(snapshot_download(name, allow_patterns=COMPANIONS))
-    files = (file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file())
-    return {str(file.relative_to(source)): file for file in files}
-
-
-def copy_companions(name: str, folder: Path) -> None:
-    """Copy them; what has been written there already stays."""
-    for path, file in companions(name).items():
-        target = folder / path
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
-
-
 def read_plan(path: str) -> Any:
     """A plan as `RankPlan.to_json` writes it, or a plain {"module name": rank}."""
-    text = Path(path).read_text("utf-8")
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        data = json.loads(Path(path).read_text("utf-8"))
+    except ValueError as error:  # of the JSON, or of the encoding
         raise ValueError(f"{path} is no JSON: {error}") from error
     if isinstance(data, dict) and "layers" not in data:
         return data

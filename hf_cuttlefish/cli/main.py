@@ -22,9 +22,11 @@ def main(arguments: list[str] | None = None) -> int:
     # Only now: torch and transformers take seconds, which --help and a mistyped option need not wait for.
     import transformers
 
+    from .. import load
     from . import commands
     from .talking import one_line
 
+    load()
     quiet = transformers.utils.logging
     quiet.set_verbosity_error()
     if not sys.stderr.isatty():

@@ -36,9 +36,19 @@ def read_texts(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a column that is missing, a line that is no JSON object, or no text at all; the message names the place.
+        ValueError: a file that is not UTF-8, a column that is missing, a line that is no JSON object, or no text at all; the message names the place.
     """
     path = Path(path)
+    try:
+        return _read(path, text_columns, label_column, most)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start}): say what it is to "
+            f"`iconv -f latin1 -t utf-8 {path} > NEW`, or save it as UTF-8"
+        ) from error
+
+
+def _read(path: Path, text_columns: list[str] | None, label_column: str, most: int | None) -> list[TextRow]:
     kind = path.suffix.lower()
     records: Iterable[Any]
     with path.open(encoding="utf-8", newline="") as file:

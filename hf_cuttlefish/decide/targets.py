@@ -231,9 +231,22 @@ def _matching(
                     f"({kind}): embeddings, heads, tied weights, norms, containers and already factorized layers stay "
                     "as they are"
                 )
+            if is_regex and (endings := _as_endings(pattern, candidates)):
+                raise ValueError(
+                    f"{field} is the str {pattern!r}, which is a regular expression that has to match whole names, and matches "
+                    f"none; a list holds endings of names: did you mean {field}={endings!r}?"
+                )
             raise ValueError(f"{field} {pattern!r} matches no module; {_closest(pattern, candidates)}")
         found |= names
     return {name: module for name, module in candidates.items() if name in found}
+
+
+def _as_endings(text: str, names: Iterable[str]) -> list[str]:
+    """The text as a list of name endings (one, or several with commas, blanks or bars between), if all of them fit."""
+    endings = [part for part in re.split(r"[\s,|]+", text.strip("()[] ")) if part]
+    names = list(names)
+    fits = all(any(name == e or name.endswith("." + e) for name in names) for e in endings)
+    return endings if fits else []
 
 
 def _is_match(pattern: str, name: str) -> bool:
@@ -255,7 +268,7 @@ def _closest(pattern: str, names: Iterable[str]) -> str:
             endings.setdefault(".".join(parts[-length:]), None)
     plain = re.sub(r"[\\^$*+?()\[\]{}|]|\.\*", "", pattern).strip(".")
     close = difflib.get_close_matches(plain, list(endings) + list(names), n=3, cutoff=0.3) or list(endings)[:6]
-    return f"close names: {', '.join(close)}"
+    return f"close names: {', '.join(close)}" if close else "no layer of it can be factorized"
 
 
 def _why_none(model: nn.Module) -> str:

@@ -147,11 +147,14 @@ def forget_compiled() -> None:
     Blocks that are compiled one by one share their code, and torch gives up after `recompile_limit` (8) versions of it
     and runs the rest uncompiled. Blocks of different ranks are different versions, so the limit is raised to their number.
     """
-    if "torch._dynamo" not in sys.modules:  # nothing has been compiled before this is imported, which takes seconds
+    utils: Any = sys.modules.get("torch._dynamo.utils")
+    if utils is None:  # nothing has been compiled before this is imported, which takes seconds
+        return
+    blocks = sum(is_compiled(m) or vars(m).get("_compiled_call_impl") is not None for m in live_modules())
+    if not blocks and not utils.counters["frames"]:  # a reset of nothing takes seconds on a GPU
         return
     torch.compiler.reset()
     settings = torch._dynamo.config
-    blocks = sum(is_compiled(m) or vars(m).get("_compiled_call_impl") is not None for m in live_modules())
     if blocks > getattr(settings, "recompile_limit", blocks):
         settings.recompile_limit = blocks
 

@@ -29,7 +29,7 @@ from ..patch.report import FactorizationReport
 from ..patch.twins import copy_module
 from ..processes import Processes, is_distributed
 from .around import Around
-from .base import Layers, check_same_bits, check_same_shapes, refuse
+from .base import Engine, Layers, check_same_bits, check_same_shapes, refuse
 from .deepspeed_partitions import FlatPartitions, ParameterPartitions, Partitions, gathered
 from .files import weights_files
 from .restart import KeptFactors, LowRankCheckpoint, RestartEngine
@@ -52,11 +52,14 @@ class DeepSpeed(RestartEngine):
         self.deepspeed, self.zero = engine, engine.optimizer
 
     @classmethod
-    def find(cls, around: Around, optimizer: Any) -> DeepSpeed | None:
+    def find(cls, around: Around, optimizer: Any) -> Engine | None:
         """Raises ValueError where a DeepSpeed engine is around the model that steps another optimizer."""
-        if not is_distributed() or around.is_factorized:
+        if not is_distributed():
             return None
         engines: list[Any] = [w for w in around.wrappers if type(w).__name__ == "DeepSpeedEngine"]
+        # Of a model that is factorized already nothing will be changed, so any engine is fine.
+        if around.is_factorized:
+            return Engine(around.model, optimizer) if engines else None
         inner = getattr(optimizer, "optimizer", optimizer)
         mine = [engine for engine in engines if engine.optimizer is inner]
         if engines and not mine:

@@ -18,16 +18,14 @@ from torch import nn
 
 from ..layers.parts import whole
 from ..patch.edits import Edit
+from ..patch.factor_state import State, state_of_factors, state_summary
 from ..patch.modules import Change
 from ..patch.optimizer import (
-    State,
     check_can_switch,
     check_holds,
     follow_modules,
     groups_with_factors,
     inner_optimizer,
-    state_of_factors,
-    state_summary,
 )
 from ..processes import Processes
 

@@ -41,7 +41,7 @@ class Heading:
         found = []
         for back in (4, 2, 1, 0):
             wanted = step - back * self.stretch
-            at = min(self.samples, key=lambda s: abs(s - wanted), default=None)  # noqa: B023 (used at once)
+            at = min(self.samples, key=lambda s: abs(s - wanted), default=None)
             if at is None or abs(at - wanted) > self.stretch / 2:
                 return None
             found.append(at)

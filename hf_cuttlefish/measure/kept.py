@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from ..layers.dense import dense_weight
 from ..maths.factors import Factors
+from .eager import eagerly
 
 BATCHES = 4
 """Batches kept: one reference and three sizes measured are 16 forward passes, about five training steps."""
@@ -92,7 +93,7 @@ class KeptBatches:
         kind = next(self.model.parameters()).device.type
         self.model.eval()
         try:
-            with torch.compiler.set_stance("force_eager"):
+            with eagerly():
                 for kwargs, (enabled, dtype) in self._kept:
                     with torch.autocast(kind, dtype=dtype, enabled=enabled):
                         output = self.model(**kwargs)

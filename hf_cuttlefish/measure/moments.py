@@ -24,6 +24,7 @@ from ..layers.parts import is_empty_between_uses, whole
 from ..maths.factors import LayerMoments
 from ..processes import Processes
 from .batches import Batches
+from .eager import run_eagerly
 from .taps import Tap
 
 
@@ -71,7 +72,7 @@ class MomentCollector:
         """Install the hooks. A compiled model runs eagerly until `stop`: hooks set after compilation are not seen by it."""
         if self.running:
             return
-        torch.compiler.set_stance("force_eager")
+        run_eagerly(True)
         self._handles += self.batches.hooks(self.model, self._is_here)
         for name, layer in self._running.items():
             for key, hook in list(layer._forward_hooks.items()):
@@ -85,7 +86,7 @@ class MomentCollector:
     def stop(self) -> None:
         """Remove the hooks; the sums stay."""
         if self.running:
-            torch.compiler.set_stance("default")
+            run_eagerly(False)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

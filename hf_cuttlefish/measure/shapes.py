@@ -13,6 +13,7 @@ from torch import nn
 
 from ..layers.dense import dense_weight
 from ..layers.low_rank import LowRankLinear
+from .eager import run_eagerly
 
 TIMED_STEPS = 3
 """Steps that a FlowRecorder times on a GPU; the quickest counts: a check of the stable ranks may fall into the others."""
@@ -118,7 +119,7 @@ class FlowRecorder:
                 self.compiled = self._forced
                 self.stop()
             elif not self._forced:
-                torch.compiler.set_stance("force_eager")
+                run_eagerly(True)
                 self._forced = True
             else:  # no layer runs at all
                 self.compiled = True
@@ -129,7 +130,7 @@ class FlowRecorder:
     def stop(self) -> None:
         """Remove the hooks; what was seen stays."""
         if self._forced and self._handles:
-            torch.compiler.set_stance("default")
+            run_eagerly(False)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..layers.low_rank import LowRankLinear
+from .eager import eagerly
 from .shapes import FlowRecorder, Group
 
 ROUNDS = 3
@@ -264,7 +265,7 @@ def time_inference(
     flow.start()
     try:
         model.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), eagerly():
             if isinstance(inputs, torch.Tensor):
                 model(inputs)
             elif isinstance(inputs, Mapping):

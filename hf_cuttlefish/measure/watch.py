@@ -16,10 +16,13 @@ from .heading import Heading
 from .history import StableRankHistory
 from .kept import KeptBatches
 from .moments import MomentCollector
+from .pace import Pace
 from .shapes import FlowRecorder
 from .tracker import StableRankTracker
 
 T = TypeVar("T")
+SLOWER = 1.05
+"""Steps that take so many times as long are said to be slower."""
 Layers = Mapping[str, nn.Module]
 
 
@@ -54,6 +57,7 @@ class Watch:
         self.flow: FlowRecorder | None = None
         self.heading: Heading | None = None
         self.kept = KeptBatches(model)
+        self.pace = Pace()
         self._first: tuple[Batches, list[Any]] | None = None
         self._tracker = StableRankTracker()
         self._logged_check = -1
@@ -98,6 +102,14 @@ class Watch:
         for handle in handles:
             handle.remove()
         return float(batches.pending) * self.engine.peers.size
+
+    def keep_pace(self, step: int) -> tuple[float, float] | None:
+        """A step has ended. Seconds a step before the switch and after it, once, if they have become more than 5% longer."""
+        self.pace.step(counts=not self.is_gathering and step > 2)
+        times = self.pace.compare() if self.pace.is_known else None
+        if times is not None:
+            self.pace = Pace()
+        return times if times is not None and times[1] > SLOWER * times[0] else None
 
     def width(self) -> int:
         """Rows of the widest moment: the largest min(m, n) of the layers."""

@@ -20,7 +20,8 @@ from ..layers.sizes import block_containers, count_parameters
 from ..maths.factors import Factors, LayerMoments, cut, decompose
 from ..processes import Processes
 from .edits import Edit, commit
-from .optimizer import CheckParameters, FactorParameters, SwapParameters, check_holds
+from .factor_state import FactorParameters
+from .optimizer import CheckParameters, SwapParameters, check_holds
 from .report import FactorizationReport
 from .structure import NoteStructure, check_free
 from .surgery import keep_hooks, swap
@@ -193,9 +194,8 @@ def _validate(model: nn.Module, plan: Mapping[str, int]) -> dict[str, DenseLayer
     for name in [*plan, *decisions]:
         if name not in modules:
             close = difflib.get_close_matches(str(name), list(modules), n=3)
-            raise ValueError(
-                f"the plan names {name!r}, which is no module of {type(model).__name__}; close names: {close}"
-            )
+            hint = f"close names: {', '.join(close)}" if close else "look at model.named_modules() for its names"
+            raise ValueError(f"the plan names {name!r}, which is no module of {type(model).__name__}; {hint}")
     owners, inner = _owners(model)
     chosen: dict[str, DenseLayer] = {}
     seen: dict[int, str] = {}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .optimizer import inner_optimizer
-from .rehearsal import optimizers_in
+from .optimizer_parts import optimizers_in
 
 logger = logging.getLogger(__name__)
 

@@ -186,9 +186,14 @@ def depth_bar(figure: Figure, panels: Any, rows: Sequence[tuple[int, ...]]) -> N
     bar.outline.set_visible(False)
 
 
+def figure_path(path: str | Path) -> Path:
+    """The file that `save_figure` writes: without an ending it is a PNG, and gets one."""
+    return Path(path) if Path(path).suffix else Path(f"{str(path).rstrip('.')}.png")
+
+
 def save_figure(figure: Figure, path: str | Path | None) -> Figure:
     """Save a figure where a path is given, and hand it back."""
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        figure.savefig(figure_path(path))
     return figure

@@ -105,6 +105,18 @@ def not_converged(config: CuttlefishConfig, step: int) -> str:
     )
 
 
+def slower(before: float, after: float, device: str) -> str:
+    """Steps take longer in the low-rank phase. before, after: seconds a step."""
+    told = f"Cuttlefish: a step takes {1000 * after:.3g} ms, and took {1000 * before:.3g} ms before the switch. "
+    if device == "cuda":
+        return told + (
+            "Without compilation the host launches kernels one by one, and pairs need more of them. Set torch_compile=True and "
+            "torch_compile_mode='reduce-overhead' and pad to fixed lengths (docs/fast-on-a-gpu.md), use larger batches, or "
+            "objective='speed', which keeps dense what gets slower."
+        )
+    return told + "Use larger batches, or objective='speed', which keeps dense what gets slower."
+
+
 def statistics_lost(step: int) -> str:
     """A run resumed among the steps that gather statistics. step: the later one of the switch."""
     return (

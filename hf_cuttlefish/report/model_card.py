@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +15,24 @@ from transformers.modelcard import TASK_MAPPING
 from ..decide.plan import RankDecision, RankPlan
 from ..layers.sizes import count_parameters, group_name
 from ..patch.report import FactorizationReport
+from ..saving.companions import card_of, remembered, source_of
+from .card_source import source_facts
 from .inspection import FLOPS_PER_PARAMETER, present_plan
+
+logger = logging.getLogger(__name__)
 
 TAGS = ["cuttlefish", "low-rank"]
 
 
 BEGIN, END = "<!-- hf-cuttlefish: this part is written again with the model -->", "<!-- end of hf-cuttlefish -->"
 
+
+_MARKED = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", re.DOTALL)
+_MADE_LOW_RANK = "whose linear layers were made low rank by [Cuttlefish](https://arxiv.org/abs/2305.02538)."
+_MERGED = (
+    "The factors have been multiplied out again (`hf_cuttlefish.save_merged`): this is a dense model, as large as before, and "
+    "loads with transformers alone.\n"
+)
 
 _AUTO_CLASSES = {
     "text-generation": "AutoModelForCausalLM",
@@ -57,17 +69,20 @@ def model_card(
         model: factorized.
         report: of the switch (`callback.report`), for the step of the switch and the rule.
         name: of the model; None: its class.
-        base_model: hub name; None: where the model was loaded from, if that looks like a hub name.
+        base_model: hub name; None: where the model was loaded from, if that looks like a hub name, else as the card there says.
         datasets: hub names of the training data.
         metrics: name -> number, as `trainer.evaluate()` gives them; times and speeds are left out.
-        license, language, tags: for the card's front matter, as the hub has them.
+        license, language, tags: for the card's front matter, as the hub has them. What is not given (the data sets, too) is
+            kept from the card of what the model was loaded from, if that is a folder or in the cache.
 
     Raises:
         ValueError: the model has no factorized layer.
     """
     plan = present_plan(model)
+    report, metrics = report or remembered(model, "report"), metrics or remembered(model, "metrics")
     datasets = [datasets] if isinstance(datasets, str) else list(datasets or [])
-    base = base_model or _hub_name(model)
+    kept = source_facts(model)
+    base = base_model or kept.get("base_model")
     task = _task(model)
     numbers = _numbers(metrics or {})
     title = name or type(model).__name__
@@ -80,22 +95,56 @@ def model_card(
     data = ModelCardData(
         library_name="transformers",
         base_model=base,
-        datasets=datasets or None,
-        language=None if language is None else [language] if isinstance(language, str) else list(language),
-        license=license,
+        datasets=datasets or kept.get("datasets"),
+        language=[language] if isinstance(language, str) else list(language or kept.get("language") or []) or None,
+        license=license or kept.get("license"),
+        **({} if license else {key: kept[key] for key in ("license_name", "license_link") if key in kept}),
         metrics=[key for key in numbers if key != "loss"] or None,
         pipeline_tag=task,
         tags=[*TAGS, *tags],
         eval_results=results or None,
         model_name=title if results else None,
     )
-    origin = "A model" if base is None else f"[{base}](https://huggingface.co/{base})"
+    bases = [base] if isinstance(base, str) else base or []
+    origin = ", ".join(f"[{name}](https://huggingface.co/{name})" for name in bases) or "A model"
     trained = f", trained on {' and '.join(datasets)}," if datasets else ""
-    intro = (
-        f"{origin}{trained} whose linear layers were made low rank by [Cuttlefish](https://arxiv.org/abs/2305.02538)."
-    )
+    intro = f"{origin}{trained} {_MADE_LOW_RANK}"
     body = "\n\n".join(part for part in (intro, _section(model, plan, report, task, numbers)) if part)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{body}\n")
+
+
+def write_companion_card(folder: str | Path, model: nn.Module, dense: bool = False) -> None:
+    """The card that every door writes beside the weights; one that cannot be written is only said."""
+    try:
+        if dense:
+            write_dense_card(folder, model)
+        else:
+            write_model_card(folder, model)
+    except Exception as error:  # the weights are whole
+        logger.warning("Cuttlefish: %s got no model card: %s", folder, error)
+
+
+def write_dense_card(folder: str | Path, model: nn.Module) -> None:
+    """Beside the dense form of a factorized model: the front matter and the text of the card of what the model came from.
+
+    Nothing is written where nothing is known.
+    """
+    text, kept = card_of(source_of(model) or ""), source_facts(model)
+    path = Path(folder) / "README.md"
+    card = ModelCard(text) if text is not None and BEGIN in text else None
+    rest = "" if card is None else _MARKED.sub("", card.text).strip()
+    ours_alone = len(rest.splitlines()) <= 3 and rest.endswith(_MADE_LOW_RANK)
+    if path.exists() or (not kept and (card is None or ours_alone)):
+        return
+    if card is not None:
+        card.text = f"{rest}\n\n{_MERGED}"
+        data: Any = card.data
+        data.tags = [tag for tag in data.tags or [] if tag != "low-rank"] or None
+    else:
+        task = _task(model)
+        data = ModelCardData(library_name="transformers", pipeline_tag=task, tags=["cuttlefish"], **kept)
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {type(model).__name__}\n\n{_MERGED}")
+    card.save(path)
 
 
 def write_model_card(folder: str | Path, model: nn.Module, **facts: Any) -> ModelCard:
@@ -141,9 +190,8 @@ def _completed(old: ModelCard, new: ModelCard) -> ModelCard:
             setattr(data, key, getattr(known, key))
     data.tags = list(dict.fromkeys([*(data.tags or []), *(known.tags or [])]))
     part = new.text[new.text.index(BEGIN) :]
-    mark = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", re.DOTALL)
-    if mark.search(old.text):
-        old.text = mark.sub(lambda _: part, old.text, count=1)
+    if _MARKED.search(old.text):
+        old.text = _MARKED.sub(lambda _: part, old.text, count=1)
     else:
         old.text = f"{old.text.rstrip()}\n\n{part}"
     return old
@@ -164,11 +212,13 @@ def _section(
         "## How to load",
         "```sh\npip install hf-cuttlefish\n```",
         "```python\n"
-        "import hf_cuttlefish  # first: without it these layers would get random weights\n"
+        "import hf_cuttlefish  # first: transformers alone refuses this folder\n"
         f"from transformers import {imported}\n\n"
         'folder = "..."  # this folder, or its name on the hub\n'
         f"model = {auto}.from_pretrained(folder)"
         f"{pipeline}\n```",
+        f"Without the package, `{auto}.from_pretrained(folder, trust_remote_code=True)` loads it through the file "
+        "`modeling_low_rank.py` in this folder.",
         "`hf_cuttlefish.merge(model)` turns it into an ordinary dense model, and "
         "`hf_cuttlefish.save_merged(model, folder)` saves one that loads without the package.",
         "## Size",
@@ -242,9 +292,3 @@ def _task(model: nn.Module) -> str | None:
             if name == value or (isinstance(value, (tuple, list)) and name in value):
                 return task
     return None
-
-
-def _hub_name(model: nn.Module) -> str | None:
-    """Where the model came from, if that has the form of a hub name and is no folder here."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None) or ""
-    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists() else None

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..engines.find import extend_parallel_plan, settle_loaded
 from ..layers.low_rank import low_rank_layers
-from ..patch.structure import QUANT_METHOD, STRUCTURE_VERSION, restructure, write_structure
+from ..patch.structure import QUANT_METHOD, STRUCTURE_VERSION, configs_of, restructure, write_structure
 from .names import DISAGREE, is_layer, rank_of, renamed_keys
 
 
@@ -31,7 +31,12 @@ class CuttlefishStructure(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, ranks: Any = None, version: Any = STRUCTURE_VERSION, quant_method: str = QUANT_METHOD, **other: Any
+        self,
+        ranks: Any = None,
+        version: Any = STRUCTURE_VERSION,
+        quant_method: str = QUANT_METHOD,
+        inside: bool = False,
+        **other: Any,
     ):
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise ValueError(f"config.json: the factorized structure has version {version!r}, not a whole number")
@@ -52,6 +57,11 @@ class CuttlefishStructure(QuantizationConfigMixin):
         self.quant_method = quant_method  # type: ignore[assignment]
         self.version = version
         self.ranks = dict(ranks)
+        self.inside = inside is True  # the note is that of a model inside, whose names are its own
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json says."""
+        return {"quant_method": self.quant_method, "version": self.version, "ranks": dict(self.ranks)}
 
 
 class CuttlefishLoader(HfQuantizer):
@@ -63,7 +73,8 @@ class CuttlefishLoader(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
-        ranks = names_in(model, self.quantization_config.ranks)
+        note = self.quantization_config
+        ranks = names_inside(model) if note.inside else names_in(model, note.ranks)
         if not ranks:
             raise ValueError(
                 f"config.json names {len(self.quantization_config.ranks)} factorized layers, such as "
@@ -132,6 +143,17 @@ def names_in(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
     """
     find = _finder(model)
     return {own: rank for name, rank in ranks.items() if (own := find(name)) is not None}
+
+
+def names_inside(model: nn.Module) -> dict[str, int]:
+    """Ranks that the configs of the models inside it note, under the names that this model has for the layers."""
+    found: dict[str, int] = {}
+    for prefix, config in configs_of(model):
+        note = getattr(config, "quantization_config", None)
+        if prefix and isinstance(note, dict) and note.get("quant_method") == QUANT_METHOD:
+            inner = CuttlefishStructure(**note).ranks
+            found |= {f"{prefix}.{name}": rank for name, rank in names_in(model.get_submodule(prefix), inner).items()}
+    return found
 
 
 def _finder(model: nn.Module) -> Callable[[str], str | None]:

@@ -163,6 +163,7 @@ def test_factorize_writes_a_folder_that_is_ready(run, dense, data, tmp_path, kin
         "README.md",
         "config.json",
         "model.safetensors",
+        "modeling_low_rank.py",
         "tokenizer.json",
         "tokenizer_config.json",
     ]

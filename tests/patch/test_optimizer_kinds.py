@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from benchmarks import optimizers as listed
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, factorize
 from hf_cuttlefish.patch.optimizer import check_can_switch, check_state
-from hf_cuttlefish.patch.rehearsal import groups_in, is_packed, optimizers_in, states_in
+from hf_cuttlefish.patch.optimizer_parts import groups_in, is_packed, optimizers_in, states_in
 
 ROWS, COLUMNS = 96, 64
 MODULES = {

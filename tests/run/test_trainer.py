@@ -43,8 +43,12 @@ def test_one_run_switches_and_ends_low_rank(whole):
     assert sorted(held) == sorted(id(p) for p in trainer.model.parameters())
     rates = [r["learning_rate"] for r in trainer.state.log_history if "learning_rate" in r]
     full = [1e-3 * (1 - (s - 1) / STEPS) for s in range(2, STEPS + 1, 2)]
-    after = [SCALE_UNKNOWN if s > SWITCH else 1 for s in range(2, STEPS + 1, 2)]  # too short a run to see where it heads
-    assert rates == pytest.approx([rate * scale for rate, scale in zip(full, after, strict=True)])  # no step is left out
+    after = [
+        SCALE_UNKNOWN if s > SWITCH else 1 for s in range(2, STEPS + 1, 2)
+    ]  # too short a run to see where it heads
+    assert rates == pytest.approx(
+        [rate * scale for rate, scale in zip(full, after, strict=True)]
+    )  # no step is left out
     assert {r["layer"] for r in callback.history} == {n.removesuffix("") for n in callback.plan}
     assert callback.history[0]["step"] == 0 and callback.report.parameters_after < callback.report.parameters_before
     assert f"step {SWITCH}" in callback.report.headline() and "query" in str(callback.report)

@@ -160,9 +160,12 @@ def test_names_under_the_legacy_names_of_a_file_are_checked_too(tmp_path):
             auto.from_pretrained(tmp_path)
 
 
-def test_without_the_note_transformers_itself_reports_the_tensors(rewrite):
-    """Nothing of ours runs then: the model is dense, and the report names the factors; load_state_dict follows."""
+def test_without_the_note_nothing_loads_and_without_its_mark_transformers_reports_the_tensors(rewrite):
+    """What transformers advises, to delete the note, is refused. A folder from before: dense; load_state_dict follows."""
     path = rewrite(config=lambda config: config.pop(STRUCTURE))
+    with pytest.raises(ValueError, match=r"made low rank by hf_cuttlefish[\s\S]*does not help"):
+        Auto.from_pretrained(path)
+    path = rewrite(config=lambda config: [config.pop(key) for key in (STRUCTURE, "transformers_weights", "auto_map")])
     model, info = Auto.from_pretrained(path, output_loading_info=True)
     assert count(model) == 0 and f"{QUERY}.weight" in info["missing_keys"]
     assert {f"{QUERY}.down.weight", f"{QUERY}.up.weight"} <= set(info["unexpected_keys"])
@@ -172,10 +175,11 @@ def test_without_the_note_transformers_itself_reports_the_tensors(rewrite):
     assert model.config.quantization_config["ranks"] == make_bert().config.quantization_config["ranks"]
 
 
-def test_without_the_import_the_model_loads_dense(original, monkeypatch):
+def test_without_the_import_the_model_is_refused_by_name(original, monkeypatch):
     monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "cuttlefish")
     monkeypatch.delitem(AUTO_QUANTIZER_MAPPING, "cuttlefish")
-    assert count(Auto.from_pretrained(original)) == 0
+    with pytest.raises(ValueError, match="import hf_cuttlefish"):
+        Auto.from_pretrained(original)
     register()
     assert AUTO_QUANTIZER_MAPPING["cuttlefish"] is CuttlefishLoader
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["cuttlefish"] is CuttlefishStructure
@@ -528,7 +532,8 @@ def test_the_structure_is_json_and_holds_nothing_but_names_and_ranks(original):
         "ranks": dict.fromkeys(find_targets(make_bert(rank=None)), 4),
     }
     assert CuttlefishStructure(**structure).to_dict() == structure
-    assert sorted(p.name for p in original.iterdir()) == ["config.json", "model.safetensors"]
+    files = ["README.md", "config.json", "model.safetensors", "modeling_low_rank.py"]
+    assert sorted(p.name for p in original.iterdir()) == files
     tensors = load_file(original / "model.safetensors")
     assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in make_bert().parameters())
     assert BERT["hidden_size"] == 32 and tensors[f"{QUERY}.down.weight"].shape == (4, 32)

@@ -21,6 +21,7 @@ from hf_cuttlefish.decide.targets import find_targets, matches
 from hf_cuttlefish.measure.history import StableRankHistory
 from hf_cuttlefish.measure.moments import MomentCollector, steps_in
 from hf_cuttlefish.patch.report import FactorizationReport
+from hf_cuttlefish.saving.doors import STANDALONE_FILE, STANDALONE_TEXT
 from hf_cuttlefish.saving.following import follow_checkpoints
 from hf_cuttlefish.saving.loading import CuttlefishStructure, names_in
 from tiny_models import BY_NAME, RANK, outputs
@@ -305,7 +306,8 @@ def test_code_in_the_folder_is_never_run(saved, tmp_path):
 
 
 def test_what_is_saved_is_json_and_safetensors(saved):
-    assert {path.suffix for path in saved[1].iterdir()} <= {".json", ".safetensors", ".md"}
+    assert {path.suffix for path in saved[1].iterdir()} <= {".json", ".safetensors", ".md", ".py"}
+    assert (saved[1] / STANDALONE_FILE).read_text() == STANDALONE_TEXT  # fixed, whatever the model
 
 
 def test_nothing_is_sent_anywhere(monkeypatch, tmp_path):

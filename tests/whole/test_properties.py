@@ -301,7 +301,7 @@ def reload(model):
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         files = {path.suffix for path in Path(folder).iterdir()}
-        assert files <= {".json", ".safetensors"}
+        assert files <= {".json", ".safetensors", ".md", ".py"}
         return hf.AutoModelForSequenceClassification.from_pretrained(folder, dtype=next(model.parameters()).dtype)
 
 
