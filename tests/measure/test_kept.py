@@ -14,7 +14,6 @@ from hf_cuttlefish.measure.kept import BATCHES, KeptBatches
 from tiny_models import BY_NAME, RANK
 
 
-
 @pytest.fixture
 def model():
     return BY_NAME["bert"].build().train()
@@ -53,7 +52,7 @@ def test_the_effect_is_that_of_the_factorized_model(model):
     pairs = factors_of(layers)
     before, effect = kept.effect(layers, {}), kept.effect(layers, pairs)
     small = copy.deepcopy(model)
-    factorize(small, {name: RANK for name in layers}, factors=pairs)
+    factorize(small, dict.fromkeys(layers, RANK), factors=pairs)
     small.eval()
     losses, divergences = [], []
     with torch.no_grad():
