@@ -196,8 +196,9 @@ def test_weights_that_a_nan_loss_has_spoilt_are_named_and_stay_dense(caplog):
     with caplog.at_level(logging.WARNING):
         model, cuttlefish = train([rows(), spoilt, rows()])
     assert cuttlefish.switch_step is None and not any(isinstance(m, LowRankLinear) for m in model.modules())
-    assert "goes on full rank" in caplog.text and "layers.0.0" in caplog.text and "NaN" in caplog.text
-    with pytest.raises(ValueError, match=r"layers\.0\.0"):
+    # The first layer has no usable statistics either, if they were gathered then, and is not asked for its weight.
+    assert "goes on full rank" in caplog.text and "layers.0." in caplog.text and "NaN" in caplog.text
+    with pytest.raises(ValueError, match=r"layers\.0\."):
         train([rows(), spoilt, rows()], on_error="raise")
 
 
