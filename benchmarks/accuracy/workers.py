@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -71,6 +72,9 @@ def attempt(run: Run, settings: dict[str, Any]) -> tuple[bool, str]:
     """Run and write the file; an error goes into a file of its own and does not end the benchmark."""
     import torch
 
+    gc.collect()  # the last run's model and its hooks know each other
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     path = settings["out"] / f"{run.name}.json"
     failure = path.with_suffix(".error.txt")
     started = time.time()

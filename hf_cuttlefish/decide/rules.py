@@ -13,8 +13,8 @@ from ..config import CuttlefishConfig
 from .plan import break_even_rank
 
 DEFAULT_RATIO = 0.4
-"""Default size of rule "loss": this share of the target layers' parameters, unless the prediction asks for more
-(`CURVATURE_SHARE`). Over four data sets it loses 0.14 points, where 1/2 loses 0.08 and 1/3 0.28
+"""Size of rule "loss" where it cannot be measured (`decide/size.py`): this share of the target layers' parameters, unless the
+prediction asks for more (`CURVATURE_SHARE`). Over four data sets it loses 0.14 points, where 1/2 loses 0.08 and 1/3 0.28
 (docs/results.md); a size drawn from the prediction alone came out too large for one and too small for another."""
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 ENTRIES = 1024
-"""Entries kept of each layer, evenly spaced."""
+"""About how many entries are kept of each layer, evenly spaced."""
 
 
 class Heading:
@@ -71,4 +71,5 @@ class Heading:
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
     flat = weight.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // ENTRIES)].to("cpu", torch.float32, copy=True).contiguous()
+    apart = max(1, flat.numel() // ENTRIES) | 1  # odd: widths are even, and an even number would see a few columns only
+    return flat[::apart].to("cpu", torch.float32, copy=True).contiguous()

@@ -1,0 +1,211 @@
+"""The page on the defaults over models, data sets and learning rates: docs/results-rates.md, from the records of the suite "rates"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..markdown import markdown_table
+from .records import Record, grouped, mean_and_error, show
+
+MODELS = {"mpnet_base": "MPNet-base", "minilm": "MiniLM", "vit_s14": "ViT-S"}
+DATA = {
+    "trec": "TREC",
+    "reuters_r8": "Reuters R8",
+    "movie_snippets": "movie snippets",
+    "fashion_mnist": "Fashion-MNIST",
+}
+DEFAULT, FORMER = ("cuttlefish", None), ("former", None)
+SIXTH, FORMER_SIXTH, THIRD = ("cuttlefish", 0.18), ("former", 0.18), ("cuttlefish", 0.33)
+WHITENED, UNIFORM = ("whitened_after", 0.4), ("ablation", 0.4)
+NAMES = {
+    DEFAULT: "default",
+    FORMER: "former default (0.40)",
+    SIXTH: "1/5.6",
+    FORMER_SIXTH: "former, 1/5.6",
+    THIRD: "1/3",
+    WHITENED: "whitened SVD after 2/3 (0.40)",
+    UNIFORM: "even ranks (0.40)",
+}
+Way = tuple[str, float | None]
+Cell = tuple[str, str, bool, float]
+
+
+def cell_of(record: Record) -> Cell:
+    """Model, data set, whether much has to be learnt anew, and the learning rate."""
+    task = record["task"]
+    model = next(label for folder, label in MODELS.items() if str(task["model"]).endswith(folder))
+    data = next(label for name, label in DATA.items() if name in task["file"])
+    return model, data, task["shift_positions"], task["learning_rate"]
+
+
+def way_of(record: Record) -> Way:
+    """Method and size."""
+    return record["method"], None if record["budget"] is None else round(record["budget"], 2)
+
+
+class Differences:
+    """Differences from the dense run of the same task and seed, in points of accuracy.
+
+    Args:
+        split: "test_split" or "validation".
+    """
+
+    def __init__(self, records: Sequence[Record], split: str) -> None:
+        self.records, self.split = records, split
+        self.cells = grouped(records, lambda r: (cell_of(r), way_of(r)))
+        self._dense = {(cell_of(r), r["seed"]): self.accuracy(r) for r in records if r["method"] == "dense"}
+
+    def accuracy(self, record: Record) -> float:
+        """In percent."""
+        return 100 * record[self.split]["accuracy"]
+
+    def of(self, cell: Cell, way: Way) -> list[float]:
+        """One number a seed."""
+        members = self.cells.get((cell, way), [])
+        return [self.accuracy(r) - self._dense[cell, r["seed"]] for r in members if (cell, r["seed"]) in self._dense]
+
+    def mean_over(self, cells: Sequence[Cell], way: Way) -> str:
+        """Each cell counts the same; the error is that over seeds. In brackets: how many cells were run, if not all."""
+        known = [mean_and_error(found) for cell in cells if (found := self.of(cell, way))]
+        if not known:
+            return ""
+        mean = sum(m for m, _ in known) / len(known)
+        errors = [e for _, e in known if not math.isnan(e)]
+        # A cell with one seed is taken to scatter as the others do.
+        error = math.sqrt(sum(e * e for e in errors) / len(errors) / len(known)) if errors else math.nan
+        text = f"{mean:+.2f}" + (f" ± {error:.2f}" if errors else "")
+        return text + ("" if len(known) == len(cells) else f" ({len(known)} of {len(cells)})")
+
+
+def cells_table(records: Sequence[Record], split: str, ways: Sequence[Way]) -> str:
+    """A row for each model, data set, kind of run and learning rate."""
+    found = Differences(records, split)
+    rows = []
+    for cell in sorted({cell_of(r) for r in records}, key=_order):
+        if not any(found.of(cell, way) for way in ways):
+            continue
+        dense = found.cells.get((cell, ("dense", None)), [])
+        row = [*_named(cell), show((found.accuracy(r) for r in dense), 1)]
+        for way in ways:
+            row.append(show(found.of(cell, way), 2, sign=True))
+        if DEFAULT in ways:
+            members = found.cells.get((cell, DEFAULT), [])
+            notes = [r["method_notes"] for r in members]
+            row += [
+                _mean([r["kept"] for r in members]),
+                _mean([n.get("alignment") for n in notes]),
+                _mean([n.get("learning_rate_scale") for n in notes]),
+            ]
+        rows.append([*row, "/".join(_seeds(found, cell, way) for way in (("dense", None), *ways))])
+    measured = ["kept", "alignment", "rate times"] if DEFAULT in ways else []
+    header = ("model", "data", "rate", "dense", *(NAMES[w] for w in ways), *measured, "seeds")
+    return markdown_table(header, rows)
+
+
+def groups_of(records: Sequence[Record]) -> dict[str, list[Cell]]:
+    """The cells that a mean is taken of."""
+    cells = sorted({cell_of(r) for r in records}, key=_order)
+    return {
+        "MPNet-base, ordinary": [c for c in cells if c[0] == "MPNet-base" and not c[2]],
+        "MPNet-base, much to relearn": [c for c in cells if c[0] == "MPNet-base" and c[2]],
+        "MiniLM": [c for c in cells if c[0] == "MiniLM"],
+        "ViT-S": [c for c in cells if c[0] == "ViT-S"],
+        "MiniLM and ViT-S": [c for c in cells if c[0] != "MPNet-base"],
+        "all": cells,
+    }
+
+
+def default_size(records: Sequence[Record], cells: Sequence[Cell]) -> str:
+    """Mean share that the default keeps, each cell counting the same."""
+    found = Differences(records, "test_split")
+    sizes = [[r["kept"] for r in found.cells.get((c, DEFAULT), [])] for c in cells]
+    return _mean([sum(s) / len(s) for s in sizes if s])
+
+
+def groups_table(records: Sequence[Record], split: str) -> str:
+    """Means over data sets and rates."""
+    found, groups = Differences(records, split), groups_of(records)
+    ways = [DEFAULT, FORMER, SIXTH]
+    rows = [
+        [name, *(found.mean_over(m, w) for w in ways), default_size(records, m), str(len(m))]
+        for name, m in groups.items()
+    ]
+    return markdown_table(("", *(NAMES[w] for w in ways), "kept by default", "data sets x rates"), rows)
+
+
+def aims_table(records: Sequence[Record]) -> str:
+    """What issue 16 asked for, and what came of it; test split."""
+    found, groups = Differences(records, "test_split"), groups_of(records)
+    ordinary, anew, small = (
+        groups[n] for n in ("MPNet-base, ordinary", "MPNet-base, much to relearn", "MiniLM and ViT-S")
+    )
+    name, least = worst(records, DEFAULT, "MPNet")
+    rows = [
+        ["MPNet-base, ordinary: default", "-0.3", found.mean_over(ordinary, DEFAULT)],
+        ["no data set and rate worse than", "-1.0", f"{least:+.2f} ({name})"],
+        ["1/3", "-0.5", found.mean_over(ordinary, THIRD)],
+        ["1/5.6", "-1.2", found.mean_over(ordinary, SIXTH)],
+        ["MPNet-base, much to relearn: default", "-0.5", found.mean_over(anew, DEFAULT)],
+        ["1/5.6", "-1.5", found.mean_over(anew, SIXTH)],
+        ["MiniLM and ViT-S: default", "-0.14", found.mean_over(small, DEFAULT)],
+        ["1/5.6", "-0.7", found.mean_over(small, SIXTH)],
+        ["mean default size", "0.36", default_size(records, groups["all"])],
+    ]
+    return markdown_table(("", "aim", "measured"), rows)
+
+
+def best_rates_table(records: Sequence[Record]) -> str:
+    """Each way at the rate at which its mean accuracy on the validation split is highest; test accuracy."""
+    validation, test = Differences(records, "validation"), Differences(records, "test_split")
+    cells = {cell_of(r) for r in records}
+    ways: list[Way] = [("dense", None), DEFAULT, FORMER, SIXTH]
+    rows = []
+    for model, data, anew in sorted({c[:3] for c in cells}, key=lambda c: _order((*c, 0.0))):
+        rates = sorted(c[3] for c in cells if c[:3] == (model, data, anew))
+        row: list[str] = []
+        for way in ways:
+            scores = {}
+            for rate in rates:
+                members = test.cells.get(((model, data, anew, rate), way), [])
+                if members:
+                    scores[rate] = sum(validation.accuracy(r) for r in members) / len(members), members
+            if len(scores) < 2:
+                break
+            best = max(scores, key=lambda rate: scores[rate][0])
+            row.append(f"{show((test.accuracy(r) for r in scores[best][1]), 1)} ({_rate(best)})")
+        if len(row) == len(ways):
+            rows.append([*_named((model, data, anew, 0.0))[:2], *row])
+    return markdown_table(("model", "data", "dense", *(NAMES[w] for w in ways[1:])), rows)
+
+
+def worst(records: Sequence[Record], way: Way, where: str) -> tuple[str, float]:
+    """Name and mean test difference of the ordinary runs that lose most, among the models whose name begins with `where`."""
+    found = Differences(records, "test_split")
+    cells = [c for c in {cell_of(r) for r in records} if c[0].startswith(where) and not c[2] and found.of(c, way)]
+    means = {c: mean_and_error(found.of(c, way))[0] for c in cells}
+    cell = min(means, key=lambda c: means[c])
+    return " ".join(_named(cell)), means[cell]
+
+
+def _named(cell: Cell) -> list[str]:
+    model, data, anew, rate = cell
+    return [model, f"{data}, relearning" if anew else data, _rate(rate)]
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:.0e}".replace("e-0", "e-")
+
+
+def _order(cell: Cell) -> tuple[Any, ...]:
+    return list(MODELS.values()).index(cell[0]), cell[2], list(DATA.values()).index(cell[1]), cell[3]
+
+
+def _seeds(found: Differences, cell: Cell, way: Way) -> str:
+    return str(len(found.cells.get((cell, way), [])))
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    return f"{sum(known) / len(known):.2f}" if known else ""

@@ -1,0 +1,118 @@
+"""How small: by bisection over sizes that are tried on kept batches."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_cuttlefish import CuttlefishConfig
+from hf_cuttlefish.decide.ranks import plan_ranks
+from hf_cuttlefish.decide.rules import DEFAULT_RATIO, LayerSpectrum
+from hf_cuttlefish.decide.size import BOUNDED_SIZES, DIVERGENCE, SIZES, UNSETTLED, measured_size
+from hf_cuttlefish.maths.factors import decompose, rough_cut
+from hf_cuttlefish.measure.kept import Effect, KeptBatches
+
+WIDTH, CLASSES = 64, 5
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x, labels):
+        logits = self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Told:
+    """Stands in for kept batches: the effect follows from the share that is kept, as a test says."""
+
+    def __init__(self, divergence, loss=1.0):
+        self.divergence, self.loss, self.asked = divergence, loss, []
+
+    def __len__(self):
+        return 4
+
+    def effect(self, layers, factors):
+        if not factors:
+            return Effect(self.loss, 0.0)
+        kept = sum(f.down.numel() + f.up.numel() for f in factors.values()) / (2 * WIDTH * WIDTH)
+        self.asked.append(kept)
+        return Effect(self.loss, self.divergence(kept))
+
+
+@pytest.fixture
+def parts_of_model():
+    """The layers, their spectra and their decompositions, and the model."""
+    model = Net()
+    layers = {"a": model.a, "b": model.b}
+    parts = {name: decompose(layer.weight.detach()) for name, layer in layers.items()}
+    spectra = {name: LayerSpectrum(WIDTH, WIDTH, None, d.spectrum, 1.0) for name, d in parts.items()}
+    return layers, spectra, parts, model
+
+
+def choose(parts_of_model, kept, alignment=None, **config):
+    layers, spectra, parts, _ = parts_of_model
+    config = CuttlefishConfig(rank_multiple=1, **config)
+    return measured_size(layers, spectra, parts, config, kept, alignment, None, {})
+
+
+@pytest.mark.parametrize("least", [0.0, 0.29, 0.34, 0.39, 0.44, 0.49, 0.9])
+def test_the_smallest_size_within_bounds(parts_of_model, least):
+    kept = Told(lambda share: 0.0 if share >= least - 0.02 else 1.0)
+    size, note = choose(parts_of_model, kept)
+    assert size == next((s for s in SIZES if s >= least), SIZES[-1])
+    assert len(kept.asked) <= 3
+    assert f"size {size:g}" in note
+
+
+def test_the_divergence_is_a_share_of_the_loss(parts_of_model):
+    for loss, expected in ((1.0, SIZES[0]), (0.5, SIZES[-1])):
+        assert choose(parts_of_model, Told(lambda share: 0.9 * DIVERGENCE, loss))[0] == expected
+
+
+def test_a_run_with_much_to_learn_keeps_the_usual_size(parts_of_model):
+    harmless = Told(lambda share: 0.0)
+    assert choose(parts_of_model, harmless, UNSETTLED + 0.01)[0] == DEFAULT_RATIO
+    assert choose(parts_of_model, harmless, UNSETTLED - 0.01)[0] == SIZES[0]
+
+
+def test_nothing_measured_nothing_said(parts_of_model):
+    assert choose(parts_of_model, KeptBatches(parts_of_model[3])) == (None, "")
+    without_scores = Told(lambda share: 0.0)
+    without_scores.effect = lambda layers, factors: Effect(1.0, None)
+    assert choose(parts_of_model, without_scores) == (None, "")
+
+
+@pytest.mark.parametrize("bound", [0.001, 0.05, 0.3])
+def test_a_bound_on_the_loss_holds_on_the_kept_batches(parts_of_model, bound):
+    layers, spectra, parts, model = parts_of_model
+    g = torch.Generator().manual_seed(1)
+    for _ in range(60):  # a loss worth the name
+        x = torch.randn(32, WIDTH, generator=g)
+        loss = model(x=x, labels=x[:, :CLASSES].argmax(-1))["loss"]
+        model.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.sub_(0.3 * p.grad)
+    parts = {name: decompose(layer.weight.detach()) for name, layer in layers.items()}
+    spectra = {name: LayerSpectrum(WIDTH, WIDTH, None, d.spectrum, 1.0) for name, d in parts.items()}
+    kept = KeptBatches(model)
+    kept.start()
+    for _ in range(4):
+        x = torch.randn(32, WIDTH, generator=g)
+        model(x=x, labels=x[:, :CLASSES].argmax(-1))
+    kept.stop()
+    size, _ = choose((layers, spectra, parts, model), kept, max_loss_increase=bound)
+
+    def rise(ratio):
+        plan = plan_ranks(spectra, CuttlefishConfig(rank_multiple=1, target_ratio=ratio))
+        cut = {name: rough_cut(parts[name], rank) for name, rank in plan.items()}
+        before = kept.effect(layers, {}).loss
+        return kept.effect(layers, cut).loss / before - 1
+
+    assert rise(size) <= bound or size == BOUNDED_SIZES[-1]
+    smaller = [s for s in BOUNDED_SIZES if s < size]
+    assert not smaller or rise(smaller[-1]) > bound

@@ -1,0 +1,122 @@
+"""Kept batches: what a cut does to loss and outputs, and a model that is afterwards as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_cuttlefish import factorize
+from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.layers.dense import dense_weight
+from hf_cuttlefish.maths.factors import Factors
+from hf_cuttlefish.measure.kept import BATCHES, KeptBatches
+from tiny_models import BY_NAME, RANK
+
+
+@pytest.fixture
+def model():
+    return BY_NAME["bert"].build().train()
+
+
+def factors_of(layers):
+    """Plain truncated SVDs."""
+    found = {}
+    for name, layer in layers.items():
+        u, s, v = torch.linalg.svd(dense_weight(layer).detach().double(), full_matrices=False)
+        root = s[:RANK].sqrt()
+        found[name] = Factors((root[:, None] * v[:RANK]).float(), (u[:, :RANK] * root).float())
+    return found
+
+
+def train(model, kept, count=6):
+    torch.manual_seed(3)
+    kept.start()
+    for _ in range(count):
+        model(**BY_NAME["bert"].inputs()).loss.backward()
+        model.zero_grad()
+    kept.stop()
+
+
+def test_the_last_batches_of_training_are_kept(model):
+    kept = KeptBatches(model)
+    train(model, kept)
+    with torch.no_grad():
+        model(**BY_NAME["bert"].inputs())
+    assert len(kept) == BATCHES
+
+
+def test_the_effect_is_that_of_the_factorized_model(model):
+    kept, layers = KeptBatches(model), find_targets(model)
+    train(model, kept)
+    pairs = factors_of(layers)
+    before, effect = kept.effect(layers, {}), kept.effect(layers, pairs)
+    small = copy.deepcopy(model)
+    factorize(small, dict.fromkeys(layers, RANK), factors=pairs)
+    small.eval()
+    losses, divergences = [], []
+    with torch.no_grad():
+        for kwargs, _ in kept._kept:
+            new, old = small(**kwargs), model.eval()(**kwargs)
+            losses.append(float(new.loss))
+            p, q = old.logits.log_softmax(-1), new.logits.log_softmax(-1)
+            divergences.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    assert effect.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert effect.divergence == pytest.approx(sum(divergences) / len(divergences), rel=1e-3)
+    assert effect.loss != pytest.approx(before.loss, rel=1e-3)
+    assert before.divergence == 0
+
+
+def test_the_model_is_as_it_was(model):
+    kept, layers = KeptBatches(model), find_targets(model)
+    hooks = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
+    train(model, kept)
+    next(iter(layers.values())).eval()  # a mode of its own, as of a frozen part
+    modes, weights = [m.training for m in model.modules()], copy.deepcopy(model.state_dict())
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    kept.effect(layers, factors_of(layers))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in model.modules()] == modes
+    assert {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()} == hooks
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_hooks_go_even_when_a_forward_fails(model):
+    kept, layers = KeptBatches(model), find_targets(model)
+    train(model, kept)
+    wrong = {name: Factors(f.down[:, :-1], f.up) for name, f in factors_of(layers).items()}
+    kept.effect(layers, {})
+    with pytest.raises(RuntimeError):
+        kept.effect(layers, wrong)
+    assert not any(m._forward_hooks for m in model.modules())
+    assert model.training
+
+
+def test_the_state_goes_round(model):
+    kept, layers = KeptBatches(model), find_targets(model)
+    train(model, kept)
+    again = KeptBatches(model)
+    again.load_state_dict(kept.state_dict())
+    assert len(again) == len(kept)
+    assert again.effect(layers, {}) == kept.effect(layers, {})
+
+
+def test_a_model_without_scores_has_no_divergence():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return {"loss": self.a(x).square().mean()}
+
+    model = Plain()
+    kept = KeptBatches(model)
+    kept.start()
+    model(x=torch.ones(2, 8))
+    kept.stop()
+    effect = kept.effect({"a": model.a}, factors_of({"a": model.a}))
+    assert effect.divergence is None
+    assert effect.loss > 0
