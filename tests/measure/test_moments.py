@@ -197,8 +197,12 @@ def test_state_dict_round_trip_goes_on_exactly():
             m.metric, other.moments()[name].metric
         )
     assert other.mean_loss() == whole.mean_loss()
-    with pytest.raises(ValueError, match="no target layer"):
-        MomentCollector(model, {"wide": model.wide}).load_state_dict(half.state_dict())
+    fewer = MomentCollector(model, {"wide": model.wide})
+    fewer.load_state_dict(half.state_dict())  # the others have been excluded since
+    assert set(fewer.sums) == {"wide"}
+    elsewhere = {key.replace("/wide/", "/elsewhere/"): value for key, value in half.state_dict().items()}
+    with pytest.raises(ValueError, match="'elsewhere', which is no target layer"):
+        fewer.load_state_dict(elsewhere)
 
 
 def test_hooks_are_gone_after_stop_and_nothing_random_is_drawn():

@@ -301,7 +301,7 @@ BAD: dict[str, tuple[Callable[[Any], Any] | None, Any, type[Exception], str]] = 
         ValueError,
         f"{QUERY}.weight is computed from other",
     ),
-    "quantized config": (quantized_config, PLAN, ValueError, r"the model is quantized \(gptq\)"),
+    "quantized config": (quantized_config, PLAN, ValueError, r"the model is quantized \(gptq: classifier.qweight\)"),
     "already factorized": (
         lambda m: factorize(m, {QUERY: 2}),
         PLAN,

@@ -263,7 +263,13 @@ def as_before(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """`snapshot` without the hooks that gather statistics, which end with the switch however it comes out."""
     before = snapshot(model, optimizer)
     before["hooks"] = [
-        (name, table, [h for h in hooks if "hf_cuttlefish" not in f"{h!r} {getattr(h, '__module__', None)}"] if isinstance(hooks, list) else hooks)
+        (
+            name,
+            table,
+            [h for h in hooks if "hf_cuttlefish" not in f"{h!r} {getattr(h, '__module__', None)}"]
+            if isinstance(hooks, list)
+            else hooks,
+        )
         for name, table, hooks in before["hooks"]
     ]
     return before
