@@ -1,4 +1,18 @@
-"""Cuttlefish for Hugging Face: a smaller and faster transformer out of the same fine-tuning run (arXiv 2305.02538)."""
+"""Cuttlefish for Hugging Face: a smaller and faster transformer out of the same fine-tuning run (arXiv 2305.02538).
+
+In the order in which data flows, and in which packages may import each other:
+
+    maths      pure functions: stable ranks, factors, an optimizer's moments
+    layers     dense layers, the low-rank one, sharded tensors
+    measure    what is seen of a run; changes nothing
+    decide     when, where, how much; a plan comes out
+    patch      the one place that changes a model or an optimizer
+    engines    what trains the model; one file an engine
+    saving     folders that load, checkpoints that resume
+    report     lines, tables, cards and plots
+    switch, cuttlefish, trainer, callback    the switch, the run, what Trainer knows, its door
+    cli        the command
+"""
 
 from __future__ import annotations
 

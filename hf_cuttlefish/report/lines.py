@@ -11,8 +11,8 @@ from torch import nn
 from ..config import CuttlefishConfig
 from ..decide.left import FROZEN, UNSEEN, left_frozen
 from ..decide.plan import RankPlan
-from ..decide.rules import DEFAULT_RATIO
 from ..decide.schedule import Schedule
+from ..decide.size import SIZES
 from ..decide.tables import short_count
 from ..layers.low_rank import low_rank_layers
 from ..layers.parts import numel
@@ -167,4 +167,6 @@ def _size(config: CuttlefishConfig) -> str:
         return f"at the ranks of rule {config.rank_rule!r}"
     if config.max_loss_increase is not None:
         return f"as far as the training loss rises by at most {config.max_loss_increase:.0%}"
-    return f"to {config.target_ratio or DEFAULT_RATIO:.0%} of their size"
+    if config.target_ratio is not None:
+        return f"to {config.target_ratio:.0%} of their size"
+    return f"to {SIZES[0]:.0%} to {SIZES[-1]:.0%} of their size, by what is measured then"

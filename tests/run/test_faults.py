@@ -266,7 +266,7 @@ def as_before(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         (
             name,
             table,
-            [h for h in hooks if "hf_cuttlefish" not in f"{h!r} {getattr(h, '__module__', None)}"]
+            [h for h in hooks if "hf_cuttlefish" not in f"{h!r} {getattr(h[1], '__module__', None)}"]
             if isinstance(hooks, list)
             else hooks,
         )
@@ -292,7 +292,15 @@ def check_switched(model: Any, optimizer: torch.optim.Optimizer, cuttlefish: Cut
     assert model.config.quantization_config["ranks"] == dict(cuttlefish.plan)
     held = [id(p) for g in optimizer.param_groups for p in g["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
-    assert {id(p) for p in optimizer.state} == set(held)
+    # Where the trial of the optimizer on a miniature fails, factors begin afresh, and the report says so.
+    if "state carried for 12 of 12 layers" in cuttlefish.report.optimizer:
+        assert {id(p) for p in optimizer.state} == set(held)
+    else:
+        assert {id(p) for p in optimizer.state} < set(held) and cuttlefish.report.optimizer
+
+
+ON_A_COPY = ("patch/rehearsal.py", "patch/miniature.py")
+"""They try things on a miniature: an error there is an answer, and not one of the switch."""
 
 
 def places() -> list[tuple[tuple[str, int], int]]:
@@ -314,7 +322,7 @@ def few_objects():
 
 def test_an_error_anywhere_in_the_switch_changes_all_or_nothing(few_objects, caplog):
     """The first and the last time that each function of ours is called; then training goes on, full rank or low rank."""
-    found = places()
+    found = [one for one in places() if EVERY_LINE or one[0][0] not in ON_A_COPY]
     assert {name for (name, _), _ in found} >= {
         "cuttlefish.py", "switch.py", "measure/watch.py", "measure/moments.py", "maths/factors.py", "decide/ranks.py", "decide/plan.py",
         "layers/low_rank.py", "engines/base.py", "engines/around.py", "patch/edits.py", "patch/modules.py", "patch/optimizer.py",
@@ -363,6 +371,8 @@ def test_ctrl_c_anywhere_in_the_switch_leaves_a_model_that_is_one_or_the_other(f
             ("cuttlefish.py", "switch.py", "patch/", "engines/", "layers/low_rank.py", "processes.py")
         ):
             continue  # the others only work things out
+        if place[0] in ON_A_COPY:
+            continue
         model, optimizer, cuttlefish = before_the_switch("continue", model)
         before = as_before(model, optimizer)
         try:
