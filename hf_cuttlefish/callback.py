@@ -22,7 +22,7 @@ def _of_run(name: str, otherwise: Any = None) -> Any:
 
 
 class CuttlefishCallback(TrainerCallback, ExportableState):
-    """Watch the stable ranks, switch in the middle of the run, train on low rank: `Trainer(callbacks=[CuttlefishCallback()])`.
+    """Watch the stable ranks, switch in the middle of the run, train on low rank.
 
         trainer = Trainer(model, args, train_dataset=data, callbacks=[CuttlefishCallback()])
         trainer.train()
@@ -115,9 +115,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             trainer.save_statistics(args, state, run.statistics_state())
         model: nn.Module | None = run.model
         if self._is_due:
-            # The engine cannot be edited: the checkpoint just saved takes the switch, and the run is to go on from there.
             full_rank = self._full_rank or run.state_dict()
-            self._is_due = run.switch_in_checkpoint(folder)
+            self._is_due = run.switch_in_checkpoint(folder)  # the engine cannot be edited: the run goes on from there
             if self._is_due:
                 self._full_rank = full_rank  # the model here stays as it was, and so does what is saved with it
                 if state.is_world_process_zero:
@@ -127,7 +126,6 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         trainer.write_card(folder, model, state, self.report)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """For the cards of what is saved from here on."""
         if kwargs.get("model") is not None:
             remember(kwargs["model"], metrics=metrics, report=self.report)
 
