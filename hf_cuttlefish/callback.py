@@ -130,7 +130,6 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             remember(kwargs["model"], metrics=metrics, report=self.report)
 
     def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Before an upload of the output folder: modelling file and card lie in it, too."""
         trainer.prepare_push(args, kwargs.get("model"), state, self.report)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
