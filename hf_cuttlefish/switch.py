@@ -161,7 +161,7 @@ def plan_and_factors(
     loss = collector.mean_loss() if collector is not None else None
     left = left_frozen(layers, config)
     if collector is not None:
-        left |= left_unseen(layers, config, statistics)
+        left = left_unseen(layers, config, statistics) | left
     spectra, parts = _decompose_all(layers, config, statistics, initial, keep, left)
     if flow is not None and config.rank_rule == "loss":
         sizes = {name: s.in_features + s.out_features for name, s in spectra.items()}

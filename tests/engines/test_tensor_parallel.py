@@ -113,7 +113,7 @@ def test_an_error_loses_nothing(trained):
         ("speed", "objective is 'speed'"),
         ("data parallel", "data parallelism besides"),
         ("experts", "expert parallelism"),
-        ("packed", "mlp.gate_proj.weight is divided by tensor parallelism as"),
+        ("packed", "mlp.gate_proj.weight is sharded by tensor parallelism as"),
         ("style", "in the style 'replicated_with_grad_allreduce'"),
         ("save_only_model", "save_only_model is True"),
         ("dense into factors", "factorized at another rank"),
