@@ -50,18 +50,7 @@ def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> di
     for name in lost_when_saved(model, candidates):
         del candidates[name]
     if config.target_modules == "all-linear":
-        inside = _block_names(model)
-        # A layer with one input or output (the gate of a shared expert) has no rank at which it would be smaller.
-        chosen = {
-            name: module
-            for name, module in candidates.items()
-            if name in inside and min(dense_weight(module).shape) > 1
-        }
-        if not chosen:
-            raise ValueError(
-                "target_modules='all-linear' finds no nn.Linear or Conv1D inside a repeated block of "
-                f"{type(model).__name__}: {_why_none(model)}"
-            )
+        chosen = _all_linear(model, candidates)
     else:
         chosen = _matching(model, candidates, config.target_modules, "target_modules")
     if config.exclude_modules:
@@ -73,16 +62,36 @@ def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> di
         if not any(matches(pattern, name) for name in chosen):
             raise ValueError(f"rank_pattern {pattern!r} matches none of the target layers; {_closest(pattern, chosen)}")
     for name, module in chosen.items():
-        for pattern, rank in config.rank_pattern.items():
-            if matches(pattern, name):
-                out_features, in_features = dense_weight(module).shape
-                check_rank(rank, in_features, out_features, name)
-                break
-        if is_quantized(module.weight):
-            raise TypeError(
-                f"{name} holds {module.weight.dtype} weights: a quantized layer cannot be factorized; exclude it"
-            )
+        _check_target(name, module, config)
     return chosen
+
+
+def _all_linear(model: nn.Module, candidates: dict[str, DenseLayer]) -> dict[str, DenseLayer]:
+    """The candidates inside a repeated block; raises ValueError where there are none."""
+    inside = _block_names(model)
+    # A layer with one input or output (the gate of a shared expert) has no rank at which it would be smaller.
+    chosen = {
+        name: module for name, module in candidates.items() if name in inside and min(dense_weight(module).shape) > 1
+    }
+    if not chosen:
+        raise ValueError(
+            "target_modules='all-linear' finds no nn.Linear or Conv1D inside a repeated block of "
+            f"{type(model).__name__}: {_why_none(model)}"
+        )
+    return chosen
+
+
+def _check_target(name: str, module: DenseLayer, config: CuttlefishConfig) -> None:
+    """Raises ValueError for a rank of rank_pattern that the layer cannot have, TypeError for a quantized layer."""
+    for pattern, rank in config.rank_pattern.items():
+        if matches(pattern, name):
+            out_features, in_features = dense_weight(module).shape
+            check_rank(rank, in_features, out_features, name)
+            break
+    if is_quantized(module.weight):
+        raise TypeError(
+            f"{name} holds {module.weight.dtype} weights: a quantized layer cannot be factorized; exclude it"
+        )
 
 
 def matches(pattern: str, name: str) -> bool:
