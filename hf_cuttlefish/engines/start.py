@@ -39,8 +39,12 @@ def start(
         engine = find_engine(model, optimizer, can_restart)
         processes = engine.processes
         if not low_rank_layers(engine.model):  # else nothing will be changed, so anything is fine
-            layers = _targets(engine, config, scheduler)
-            engine.check(layers, config, can_restart)
+            layers = _targets(engine, config)
+            engine.check(
+                layers, config, can_restart
+            )  # first: DeepSpeed's optimizer is none that can be asked for its rate
+            if config.learning_rate_scale not in (None, 1):
+                check_can_scale(engine.optimizer, scheduler)
     except Exception as caught:
         error = caught
     processes.agree(error)
@@ -50,14 +54,12 @@ def start(
     return engine or Engine(model, optimizer), layers
 
 
-def _targets(engine: Engine, config: CuttlefishConfig, scheduler: Any) -> dict[str, nn.Module]:
+def _targets(engine: Engine, config: CuttlefishConfig) -> dict[str, nn.Module]:
     check_free(engine.model)
     layers: dict[str, nn.Module] = dict(find_targets(engine.model, config))
     for name, layer in layers.items():
         if is_meta(layer):
             raise ValueError(f"{name} is on the meta device: load the weights before training")
-    if config.learning_rate_scale not in (None, 1):
-        check_can_scale(engine.optimizer, scheduler)
     return layers
 
 
