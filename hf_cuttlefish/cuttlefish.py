@@ -22,6 +22,7 @@ from .layers.sizes import count_parameters
 from .measure.moments import steps_in
 from .measure.watch import Watch
 from .patch.learning_rate import check_can_scale
+from .patch.low_rank_phase import LowRankPhase
 from .patch.report import FactorizationReport
 from .processes import Processes, ProcessLostError
 from .report import lines
@@ -91,6 +92,7 @@ class Cuttlefish:
         self._looked_again = self._saw_state = False
         self.engine, layers = start(model, optimizer, self.config, total_steps, scheduler, can_restart)
         self.watch = Watch(self.engine.model, layers, self.engine, self.config)
+        self.phase = LowRankPhase(self.watch)
         if not layers:
             self._finish("the model is already factorized")
             self._say(logging.INFO, "%s", lines.already_factorized(self.model))
@@ -118,9 +120,10 @@ class Cuttlefish:
             return False  # Accelerate's optimizer has not stepped: this was a micro-batch
         self.global_step += 1
         self._check_engine()
-        if (times := self.watch.keep_pace(self.global_step)) and not self.restarts:
-            self._say(logging.WARNING, "%s", lines.slower(*times, next(self.model.parameters()).device.type))
+        self.watch.keep_pace(self.global_step)
         if self.finished:
+            if (found := self.phase.step(self)) is not None:
+                self._say(*lines.low_rank_phase(found))
             return False
         if self.config.learning_rate_scale not in (None, 1):
             check_can_scale(self.engine.optimizer, self.scheduler)  # a scheduler may have been made since
@@ -143,9 +146,8 @@ class Cuttlefish:
                 accelerator.save_state(folder); cuttlefish.switch_in_checkpoint(folder)
 
         All processes must call it. False where there is no switch, for the reason in `reason`: the checkpoint is as it was.
-        Trainer's trainer_state.json has been renamed; to write that of the low-rank phase is left to the caller, as the last
-        act. Without one (`accelerator.save_state`) the checkpoint is whole; keep `state_dict()` for the run that goes on.
-        A checkpoint of the same step that is saved once more can be exchanged once more.
+        Trainer's trainer_state.json has been renamed; the caller writes that of the low-rank phase, as the last act. Without
+        one (`accelerator.save_state`) the checkpoint is whole; keep `state_dict()`. Saved once more, it can be exchanged once more.
 
         Raises as `step`.
         """
@@ -167,6 +169,7 @@ class Cuttlefish:
     def close(self) -> None:
         """Remove all hooks. `end` does so too; this is for a run that is given up without a word."""
         self.watch.stop()
+        self.phase.stop()
 
     def end(self) -> None:
         """Call when training ends: removes the hooks, says what came of it, and warns if the model in hand is not factorized."""
@@ -217,8 +220,7 @@ class Cuttlefish:
     def logs(self) -> dict[str, float]:
         """What a tracker shows of the run, as in `accelerator.log({"loss": ..., **cuttlefish.logs()}, step=...)`.
 
-        The mean stable rank, if there was a check since the last call, the model's parameters, and the step of the switch once
-        there was one. The Trainer callback adds the same to each log. All ranks, layer by layer, are in `history`.
+        The mean stable rank after a check (each layer's is in `history`), the parameters, the step of the switch if there was one.
         """
         switch = {} if self.switch_step is None else {"switch_step": self.switch_step}
         return {**self.watch.logs(), "parameters": count_parameters(self.model), **switch}
@@ -234,9 +236,7 @@ class Cuttlefish:
         return RunState(*where, *found, self.config.to_dict(), schedule.statistics_needed, measured).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], statistics: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Go on where `state_dict` was taken. The model must hold that checkpoint's weights already.
-
-        Before the switch a run may go on with another config than it began with.
+        """Go on where `state_dict` was taken, before the switch under any config. The model must hold that checkpoint's weights.
 
         Args:
             statistics: what `statistics_state` gave then (asked for on the main process only); without it the gathering

@@ -9,8 +9,11 @@ Each run has a process of its own and the device to itself; random weights, stat
 from __future__ import annotations
 
 import argparse
+import cProfile
 import itertools
 import json
+import logging
+import pstats
 import subprocess
 import sys
 import tempfile
@@ -47,9 +50,14 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.25, help="target_ratio of Cuttlefish")
     parser.add_argument("--out", type=Path, default=Path("runs/end_to_end.json"))
     parser.add_argument("--time-limit", type=float, default=540.0, help="seconds after which no run is begun")
+    parser.add_argument("--profile", action="store_true", help="print where the switch spends its time")
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        logging.getLogger("hf_cuttlefish").setLevel(logging.INFO)
+        if arguments.profile:
+            profile_switch()
         print("RECORD " + json.dumps(run(**json.loads(arguments.one))))
         return
     records, began = [], time.time()
@@ -59,17 +67,45 @@ def main() -> None:
                 if time.time() - began > arguments.time_limit:
                     break
                 job = {"case": case, "mode": mode, "method": method, "steps": arguments.steps, "ratio": arguments.ratio}
-                records.append(_in_a_process(job))
+                records.append(_in_a_process(job, arguments.profile))
                 print({k: v for k, v in records[-1].items() if k != "report"}, flush=True)
                 arguments.out.parent.mkdir(parents=True, exist_ok=True)
                 arguments.out.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
-def _in_a_process(job: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.end_to_end", "--one", json.dumps(job)]
+def _in_a_process(job: dict[str, Any], profile: bool = False) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.end_to_end",
+        "--one",
+        json.dumps(job),
+        *(["--profile"] if profile else []),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RECORD ")), None)
-    return {**job, "error": done.stderr[-1500:]} if line is None else json.loads(line.removeprefix("RECORD "))
+    if profile:
+        print("\n".join(text for text in done.stdout.splitlines() if text and not text.startswith("RECORD ")))
+    told = [text for text in done.stderr.splitlines() if text.startswith("Cuttlefish") and "a step takes" in text]
+    if line is None:
+        return {**job, "error": done.stderr[-1500:]}
+    return {**json.loads(line.removeprefix("RECORD ")), "told": told}
+
+
+def profile_switch() -> None:
+    """Print where the switch spends its time, by function; the device is waited for where the switch itself waits."""
+    from hf_cuttlefish import Cuttlefish
+
+    switch = Cuttlefish._switch
+
+    def profiled(self: Any, *given: Any) -> Any:
+        with cProfile.Profile() as profile:
+            done = switch(self, *given)
+        pstats.Stats(profile).sort_stats("cumulative").print_stats(60)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+        return done
+
+    Cuttlefish._switch = profiled  # type: ignore[method-assign]
 
 
 def run(case: str, mode: str, method: str, steps: int, ratio: float) -> dict[str, Any]:
@@ -87,10 +123,13 @@ def run(case: str, mode: str, method: str, steps: int, ratio: float) -> dict[str
     ids = torch.randint(5, 30000, (rows * 8, length), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": int(i[0]) % 2} for i in ids]
     ends: list[float] = []
+    gathered: list[bool] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
+            run = ours.cuttlefish
+            gathered.append(run is not None and run.watch.is_gathering)
 
     on_gpu = torch.cuda.is_available()
     settings = TrainingArguments(
@@ -119,6 +158,8 @@ def run(case: str, mode: str, method: str, steps: int, ratio: float) -> dict[str
     seconds = time.perf_counter() - began
     gaps = [1000 * (b - a) for a, b in itertools.pairwise(ends)]
     at = ours.switch_step or len(gaps)
+    plain = [gap for gap, was in zip(gaps[5:at], gathered[5:at], strict=False) if not was]
+    during = [gap for gap, was in zip(gaps[:at], gathered[:at], strict=False) if was]
     report = ours.report
     return {
         "case": case,
@@ -126,10 +167,13 @@ def run(case: str, mode: str, method: str, steps: int, ratio: float) -> dict[str
         "method": method,
         "steps": steps,
         "seconds": seconds,
-        "ms_before": _middle(gaps[at // 3 : at // 2]),
+        "ms_before": _middle(plain),
+        "ms_gathering": _middle(during[1:]),
+        "gathering_steps": len(during),
         "ms_after": _middle(gaps[-len(gaps) // 4 :]) if ours.switch_step else None,
         "switch_step": ours.switch_step,
         "switch_seconds": report.seconds if report is not None else None,
+        "tried": None if ours.cuttlefish is None else ours.cuttlefish.phase.tried,
         "parameters": None if report is None else [report.parameters_before, report.parameters_after],
         "peak_memory": torch.cuda.max_memory_allocated() if on_gpu else None,
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",

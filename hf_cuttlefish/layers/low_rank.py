@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
 from ..maths.factors import factor_weight
 from .dense import DENSE_TYPES, DenseLayer, check_layer, check_rank, dense_origin, dense_weight
+
+
+class Form(Protocol):
+    """Another form of running (`multiplied`); what is saved, merged and seen by hooks does not change."""
+
+    def weight_and_bias(self, layer: LowRankLinear) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """What a layer is to run with as one product, or None for the pair."""
 
 
 class LowRankLinear(nn.Module):
@@ -32,6 +40,9 @@ class LowRankLinear(nn.Module):
     Raises:
         ValueError: rank or origin outside their range.
     """
+
+    form: Form | None = None
+    """Set on a layer while a forward of its model runs in another form."""
 
     def __init__(
         self,
@@ -108,6 +119,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
+        if self.form is not None and (made := self.form.weight_and_bias(self)) is not None:
+            return functional.linear(x, *made)
         return self.up(self.down(x))
 
     @property

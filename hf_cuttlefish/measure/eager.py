@@ -19,6 +19,12 @@ def run_eagerly(on: bool) -> None:
         torch.compiler.set_stance("force_eager" if on else "default")
 
 
+def has_compiled() -> bool:
+    """Whether torch has compiled anything in this process."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return utils is not None and bool(utils.counters["frames"])
+
+
 @contextlib.contextmanager
 def eagerly() -> Iterator[None]:
     """Compiled models run uncompiled inside."""

@@ -40,8 +40,9 @@ class Pace:
             self.after.append(now - last)
 
     def mark(self) -> None:
-        """The step that has just ended was the one of the switch."""
-        self._is_after, self._last = True, None
+        """The step that has just ended was the one of the switch, or another after which steps take another time."""
+        self._is_after, self._last, self._passed = True, None, 0
+        self.after.clear()
 
     def pause(self) -> None:
         """What comes before the next step (an evaluation, a save) does not count."""

@@ -103,9 +103,12 @@ class Watch:
             handle.remove()
         return float(batches.pending) * self.engine.peers.size
 
-    def keep_pace(self, step: int) -> tuple[float, float] | None:
-        """A step has ended. Seconds a step before the switch and after it, once, if they have become more than 5% longer."""
+    def keep_pace(self, step: int) -> None:
+        """A step has ended."""
         self.pace.step(counts=not self.is_gathering and step > 2)
+
+    def slower(self) -> tuple[float, float] | None:
+        """Seconds a step before the switch and after it, once, if they have become more than 5% longer."""
         times = self.pace.compare() if self.pace.is_known else None
         if times is not None:
             self.pace = Pace()

@@ -17,6 +17,7 @@ from ..decide.tables import short_count
 from ..layers.low_rank import low_rank_layers
 from ..layers.parts import numel
 from ..layers.sizes import count_parameters
+from ..patch.low_rank_phase import Found
 
 
 class Run(Protocol):
@@ -105,16 +106,34 @@ def not_converged(config: CuttlefishConfig, step: int) -> str:
     )
 
 
-def slower(before: float, after: float, device: str) -> str:
-    """Steps take longer in the low-rank phase. before, after: seconds a step."""
+def low_rank_phase(found: Found) -> tuple[int, str]:
+    """(level, line): the form of running that was chosen, or that steps have become slower, why, and what to do."""
+    if found.tried is not None:
+        return logging.INFO, _form(found.tried, bool(found.waits_for_host))
+    before, after = found.slower or (0.0, 0.0)
     told = f"Cuttlefish: a step takes {1000 * after:.3g} ms, and took {1000 * before:.3g} ms before the switch. "
-    if device == "cuda":
-        return told + (
-            "Without compilation the host launches kernels one by one, and pairs need more of them. Set torch_compile=True and "
-            "torch_compile_mode='reduce-overhead' and pad to fixed lengths (docs/fast-on-a-gpu.md), use larger batches, or "
-            "objective='speed', which keeps dense what gets slower."
-        )
-    return told + "Use larger batches, or objective='speed', which keeps dense what gets slower."
+    instead = "larger batches, or objective='speed', which keeps dense what gets slower."
+    if found.device != "cuda":
+        return logging.WARNING, f"{told}Use {instead}"
+    if found.waits_for_host is False:
+        why = "The device sets the pace: at these shapes pairs take it longer than dense layers."
+        return logging.WARNING, f"{told}{why} Use {instead}"
+    why = "The host launches kernels one by one, and the device waits for it."
+    return logging.WARNING, f"{told}{why} {FASTER}; or use {instead}"
+
+
+FASTER = (
+    "torch_compile=True with torch_compile_mode='reduce-overhead' and fixed lengths takes the host out, for dense training as well "
+    "(docs/fast-on-a-gpu.md)"
+)
+
+
+def _form(tried: Mapping[str, float], waits_for_host: bool) -> str:
+    words = {"multiplied": "multiplied out", "pairs": "as pairs"}
+    best = min(tried, key=lambda name: tried[name])
+    times = " and ".join(f"{ms:.3g} ms {words[name]}" for name, ms in tried.items())
+    told = f"Cuttlefish: a step takes {times}, so the low-rank layers run {words[best]} from here on"
+    return f"{told}: the host, not the device, sets the pace. {FASTER}." if waits_for_host else f"{told}."
 
 
 def statistics_lost(step: int) -> str:

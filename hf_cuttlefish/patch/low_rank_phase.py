@@ -1,0 +1,168 @@
+"""The low-rank phase: run in the form that is quickest here, and say what a step takes where it has become slower."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..decide.schedule import Schedule
+from ..measure.eager import has_compiled
+from ..measure.watch import Watch
+from .running import RunMultiplied
+
+WARM, TRIED = 3, 6
+"""Steps in each form of running: first ones that do not count, and those that are timed."""
+LEAST = 4 * 2 * (WARM + TRIED)
+"""With fewer steps to come nothing is tried."""
+BACKLOG = 0.3
+"""Where the device is behind by more than this share of a step when the host has launched all, it sets the pace."""
+
+
+class Run(Protocol):
+    """What is asked of a run."""
+
+    schedule: Schedule
+    global_step: int
+    switch_step: int | None
+
+    @property
+    def engine(self) -> Any: ...
+    @property
+    def restarts(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is to say of the low-rank phase.
+
+    Attributes:
+        waits_for_host: whether the host sets the pace; None where it is not known. device: "cuda", "cpu", ...
+        tried: form of running -> milliseconds a step, where one was chosen.
+        slower: seconds a step before the switch and after it, where it has become slower.
+    """
+
+    waits_for_host: bool | None
+    device: str
+    tried: Mapping[str, float] | None = None
+    slower: tuple[float, float] | None = None
+
+
+class LowRankPhase:
+    """What happens in the steps after the switch.
+
+        phase = LowRankPhase(watch); ...; found = phase.step(run); ...; phase.stop()
+
+    On a GPU without compilation the host may set the pace, and pairs launch more than dense layers. So the model runs some steps
+    in each form, multiplied out (`layers.multiplied`) and as pairs, and stays with the quicker one.
+
+    Attributes:
+        tried: form -> milliseconds a step; empty where nothing was tried. multiplied: the form, while it is on or being tried.
+        waits_for_host: whether the host sets the pace; None where it is not known.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+        self.tried: dict[str, float] = {}
+        self.multiplied: RunMultiplied | None = None
+        self.waits_for_host: bool | None = None
+        self._section: _Section | None = None
+        self._has_begun = False
+
+    def step(self, run: Run) -> Found | None:
+        """A step has ended in which no switch was to come any more; what there is to say."""
+        if run.switch_step is None or run.restarts:
+            return None
+        if not self._has_begun:
+            self._has_begun = True
+            self._begin(run.engine, run.schedule.total_steps - run.global_step)
+        device = next(run.engine.model.parameters()).device.type
+        if self._section is not None:
+            return Found(self.waits_for_host, device, self.tried) if self._try() else None
+        slower = self.watch.slower()
+        return None if slower is None else Found(self.waits_for_host, device, slower=slower)
+
+    def stop(self) -> None:
+        """Pairs again: the run has ended."""
+        if self.multiplied is not None:
+            self.multiplied.stop()
+        self._section = None
+
+    def _begin(self, engine: Any, left: int) -> None:
+        if left >= LEAST and can_try(engine):
+            form = RunMultiplied(engine.model)
+            if form.start():
+                self.multiplied, self._section = form, _Section()
+
+    def _try(self) -> bool:
+        """Time the form that is on; then try the next one, or choose. Whether that was done."""
+        section, form = self._section, self.multiplied
+        if section is None or form is None or not section.step():
+            return False
+        self.tried["multiplied" if form.is_on else "pairs"] = 1000 * section.seconds
+        if form.is_on:
+            form.stop()
+            self._section, self.waits_for_host = _Section(), section.waits_for_host
+            return False
+        if self.tried["multiplied"] < self.tried["pairs"]:
+            form.start()
+        else:
+            self.multiplied, self.waits_for_host = None, section.waits_for_host
+        self._section = None
+        self.watch.pace.mark()
+        return True
+
+
+def can_try(engine: Any) -> bool:
+    """Whether the host may set the pace, and one process holds the whole model."""
+    parameter = next(engine.model.parameters())
+    alone = engine.processes.size == 1 and engine.holds_whole_weights and not engine.fixed
+    return parameter.device.type == "cuda" and alone and not has_compiled() and not _is_checkpointed(engine.model)
+
+
+def _is_checkpointed(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+class _Section:
+    """Some steps in one form: the first ones warm up, the others are timed from a synchronization to the next one."""
+
+    def __init__(self) -> None:
+        self._gaps: list[float] = []
+        self._count = 0
+        self._last = 0.0
+        self._wait = 0.0
+
+    def step(self) -> bool:
+        """A step has ended; whether it was the last one."""
+        self._count += 1
+        if self._count == WARM:
+            _synchronize()
+        elif self._count > WARM:
+            self._gaps.append(time.perf_counter() - self._last)
+        if len(self._gaps) == TRIED:
+            began = time.perf_counter()
+            _synchronize()
+            self._wait = time.perf_counter() - began
+            return True
+        self._last = time.perf_counter()
+        return False
+
+    @property
+    def seconds(self) -> float:
+        """A step: the median of the host's, so that an evaluation among them does not count, and what the device was behind."""
+        return median(self._gaps) + self._wait / TRIED
+
+    @property
+    def waits_for_host(self) -> bool:
+        return self._wait < BACKLOG * self.seconds
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,219 @@
+"""Multiplied out: the same outputs and gradients as pairs, fewer kernels, and pairs wherever it cannot be."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_cuttlefish import LowRankLinear, factorize
+from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.layers.low_rank import low_rank_layers
+from hf_cuttlefish.layers.multiplied import MOST_BYTES, in_batches
+from hf_cuttlefish.patch.running import RunMultiplied
+
+
+def make_bert(**changes: Any) -> Any:
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 60,
+    }
+    return BertForSequenceClassification(BertConfig(**sizes | changes))
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(0)
+    bert = make_bert().double().eval()
+    factorize(bert, {name: 2 + 2 * (i % 3) for i, name in enumerate(find_targets(bert))})
+    return bert.train()
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, 60, (4, 8), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids[:, 0] % 2}
+
+
+def no_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def gradients(model: Any, **autocast: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(autocast)):
+        out = model(**batch())
+    out.loss.backward()
+    return out.logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_outputs_and_gradients_are_those_of_pairs(model: Any) -> None:
+    no_dropout(model)
+    pairs, wanted = gradients(model)
+    form = RunMultiplied(model)
+    assert form.start()
+    found, gradient = gradients(model)
+    torch.testing.assert_close(found, pairs, rtol=1e-10, atol=1e-12)
+    for name, value in wanted.items():
+        torch.testing.assert_close(gradient[name], value, rtol=1e-9, atol=1e-12)
+    form.stop()
+    assert torch.equal(gradients(model)[0], pairs)
+
+
+def test_even_ranks_take_the_short_way_to_the_same_end(model: Any) -> None:
+    layers = [LowRankLinear(6, 5, 3).double() for _ in range(3)]
+    (one,) = in_batches(layers)
+    x = torch.randn(7, 6, dtype=torch.float64)
+    wanted = [layer(x) for layer in layers]
+    one.open()
+    torch.testing.assert_close([layer(x) for layer in layers], wanted)
+    torch.autograd.gradcheck(lambda w: layers[1](w), x.clone().requires_grad_())
+    one.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_it_differs_by_rounding_alone(model: Any, dtype: torch.dtype) -> None:
+    layers = [LowRankLinear(64, 48, rank) for rank in (8, 16)]
+    (one,) = in_batches(layers)
+    x = torch.randn(32, 64, requires_grad=True)
+    exact = layers[0](x).detach()
+    one.open()
+    with torch.autocast("cpu", dtype=dtype):
+        y = layers[0](x)
+    one.close()
+    assert y.dtype == dtype
+    assert float((y.detach().float() - exact).norm() / exact.norm()) < 0.01
+    y.float().sum().backward()
+    assert layers[0].down.weight.grad.dtype == torch.float32
+    assert layers[1].down.weight.grad is None  # it did not run
+
+
+class Count(TorchDispatchMode):
+    """Operations that launch something, by name; views launch nothing."""
+
+    VIEWS = ("view", "t", "transpose", "unsqueeze", "expand", "detach", "alias", "slice", "select", "unbind", "split")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in self.VIEWS and "view" not in name:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def launches(model: Any) -> int:
+    with Count() as count:
+        gradients(model, on=True)
+    return count.found.total()
+
+
+def test_it_launches_less_than_dense_layers_do() -> None:
+    torch.manual_seed(0)
+    model = make_bert(num_hidden_layers=6).train()
+    dense = launches(model)
+    factorize(model, dict.fromkeys(find_targets(model), 8))
+    pairs = launches(model)
+    form = RunMultiplied(model)
+    form.start()
+    multiplied = launches(model)
+    assert multiplied < dense < pairs
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_run_as_pairs(model: Any, reentrant: bool) -> None:
+    no_dropout(model)
+    _, wanted = gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    RunMultiplied(model).start()
+    _, found = gradients(model)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_a_checkpoint_of_ones_own_is_seen() -> None:
+    layers = nn.ModuleList([LowRankLinear(6, 6, 2) for _ in range(2)])
+    (one,) = in_batches(list(layers))
+    x = torch.randn(3, 6, requires_grad=True)
+    one.open()
+    y = checkpoint(layers[0], x, use_reentrant=False)
+    one.close()
+    y.sum().backward()
+    assert layers[0].up.weight.grad is not None
+
+
+def test_adapters_and_hooks_on_factors_are_heard(model: Any) -> None:
+    form, called = RunMultiplied(model), []
+    form.start()
+    layer = next(iter(low_rank_layers(model).values()))
+    handle = layer.down.register_forward_hook(lambda *_: called.append(1))
+    model(**batch())
+    assert called
+    handle.remove()
+    model(**batch())
+    assert len(called) == 1
+
+
+def test_hooks_of_the_layer_itself_fire(model: Any) -> None:
+    RunMultiplied(model).start()
+    called: list[int] = []
+    next(iter(low_rank_layers(model).values())).register_forward_hook(lambda *_: called.append(1))
+    model(**batch())
+    assert called == [1]
+
+
+def test_nothing_stays_behind_when_a_forward_fails(model: Any) -> None:
+    RunMultiplied(model).start()
+    with pytest.raises(AttributeError):
+        model(input_ids="wrong")
+    assert all("form" not in layer.__dict__ for layer in low_rank_layers(model).values())
+
+
+def test_a_copy_runs_by_itself(model: Any) -> None:
+    no_dropout(model)
+    RunMultiplied(model).start()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(0.5)
+    wanted, found = gradients(model)[0], gradients(twin)[0]
+    assert not torch.equal(wanted, found)
+    assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
+
+
+def test_compiled_code_runs_pairs(model: Any) -> None:
+    no_dropout(model)
+    pairs, wanted = gradients(model)
+    RunMultiplied(model).start()
+    compiled = torch.compile(model, backend="eager")
+    found, _ = gradients(compiled)
+    torch.testing.assert_close(found, pairs)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, wanted[name])
+    torch._dynamo.reset()
+
+
+def test_batches_are_bounded_by_bytes() -> None:
+    with torch.device("meta"):
+        assert in_batches([LowRankLinear(4, 4, 2) for _ in range(3)]) == []
+    layers = [LowRankLinear(8, 8, 2) for _ in range(3)] + [LowRankLinear(8, 8, 2, bias=False), LowRankLinear(8, 4, 2)]
+    (one,) = in_batches(layers)
+    assert len(one.layers) == 3
+    frozen = [LowRankLinear(8, 8, 2).requires_grad_(False) for _ in range(2)]
+    assert in_batches(frozen) == []
+    large = [LowRankLinear(4096, 4096, 1) for _ in range(5)]
+    assert [len(b.layers) * 4096 * 4096 * 2 <= MOST_BYTES for b in in_batches(large)] == [True, True]
