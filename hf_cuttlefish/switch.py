@@ -19,8 +19,8 @@ from .decide.speed import keep_faster
 from .engines.around import check_not_wrapped
 from .engines.base import Engine, Layers
 from .engines.find import check_is_free
-from .layers.dense import dense_weight
-from .maths.factors import Decomposition, Factors, LayerMoments, cut, decompose
+from .layers.kinds import dense_weight, kind_of
+from .maths.factors import Decomposition, Factors, Moments, cut, decompose
 from .measure.kept import KeptBatches
 from .measure.moments import MomentCollector
 from .measure.shapes import FlowRecorder
@@ -39,7 +39,7 @@ def factorize(
     plan: Mapping[str, int],
     optimizer: Any = None,
     *,
-    statistics: Mapping[str, LayerMoments] | None = None,
+    statistics: Mapping[str, Moments] | None = None,
     factors: Mapping[str, Factors] | None = None,
     optimizer_state: str = "carry",
 ) -> FactorizationReport:
@@ -164,7 +164,7 @@ def plan_and_factors(
         left = left_unseen(layers, config, statistics) | left
     spectra, parts = _decompose_all(layers, config, statistics, initial, keep, left)
     if flow is not None and config.rank_rule == "loss":
-        sizes = {name: s.in_features + s.out_features for name, s in spectra.items()}
+        sizes = {name: s.rank_size for name, s in spectra.items()}
         prices = rank_prices(flow.groups(), sizes, bool(flow.compiled))
         spectra = {name: replace(s, price=prices[name]) for name, s in spectra.items()}
     notes: list[str] = []
@@ -191,7 +191,7 @@ def plan_and_factors(
 def _decompose_all(
     layers: Layers,
     config: CuttlefishConfig,
-    statistics: dict[str, LayerMoments],
+    statistics: dict[str, Moments],
     initial: Mapping[str, float],
     keep: str,
     left: Collection[str],
@@ -204,9 +204,10 @@ def _decompose_all(
     parts: dict[str, Decomposition] = {}
     shapes_only = needs_no_weights(config, statistics)
     for name, layer in layers.items():
-        n_out, n_in = dense_weight(layer).shape
+        kind = kind_of(layer)
+        n_out, n_in = kind.size
         if shapes_only or name in left:
-            spectra[name] = LayerSpectrum(n_in, n_out, initial_stable_rank=initial.get(name))
+            spectra[name] = LayerSpectrum(n_in, n_out, initial_stable_rank=initial.get(name), count=kind.count)
             continue
         spectra[name], d = spectrum_of(name, layer, config, statistics.pop(name, None), initial.get(name))
         if keep == "none":
@@ -227,10 +228,10 @@ def share(
     for name, rank in plan.items():
         weight = dense_weight(layers[name])
         exact = torch.promote_types(weight.dtype, torch.float32)
-        m, n = weight.shape
-        shapes: dict[str, tuple[int, ...]] = {"down": (rank, n), "up": (m, rank)}
+        *stack, m, n = weight.shape
+        shapes: dict[str, tuple[int, ...]] = {"down": (*stack, rank, n), "up": (*stack, m, rank)}
         if name in shifted:
-            shapes["bias_shift"] = (m,)
+            shapes["bias_shift"] = (*stack, m)
         parts = {}
         for part, shape in shapes.items():
             parts[part] = torch.empty(shape, dtype=exact, device=weight.device)

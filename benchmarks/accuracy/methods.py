@@ -15,7 +15,7 @@ from hf_cuttlefish.decide.plan import RankDecision, break_even_rank
 from hf_cuttlefish.decide.ranks import plan_ranks
 from hf_cuttlefish.decide.rules import LayerSpectrum, allowed_rank, random_matrix_scale
 from hf_cuttlefish.decide.targets import find_targets
-from hf_cuttlefish.layers.dense import dense_weight
+from hf_cuttlefish.layers.kinds import dense_weight
 from hf_cuttlefish.layers.low_rank import LowRankLinear, low_rank_layers
 from hf_cuttlefish.maths import factors
 from hf_cuttlefish.maths.factors import GRADIENT_DAMPING, INPUT_DAMPING, Decomposition, LayerMoments, cut, decompose

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_cuttlefish.layers.dense import dense_weight
+from hf_cuttlefish.layers.kinds import dense_weight
 from hf_cuttlefish.layers.low_rank import LowRankLinear, low_rank_layers
 from hf_cuttlefish.patch.structure import restructure
 

@@ -18,7 +18,7 @@ from ..config import CuttlefishConfig
 from ..decide.plan import RankPlan
 from ..decide.ranks import estimate_ranks
 from ..decide.targets import find_targets
-from ..maths.factors import LayerMoments
+from ..maths.factors import Moments
 from ..measure.gathering import gather_statistics
 from ..patch.structure import QUANT_METHOD
 from ..report.drawing import check_matplotlib, figure_path
@@ -183,7 +183,7 @@ def _rows(options: argparse.Namespace) -> Any:
 
 def _statistics(
     model: Any, options: argparse.Namespace, config: CuttlefishConfig, rows: Any = None, names: list[str] | None = None
-) -> dict[str, LayerMoments] | None:
+) -> dict[str, Moments] | None:
     """Statistics of the target layers (or the named ones) from the data; None without data."""
     if options.data is None:
         return None

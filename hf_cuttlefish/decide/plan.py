@@ -27,7 +27,10 @@ def break_even_rank(in_features: int, out_features: int) -> int:
 
 @dataclass(frozen=True)
 class RankDecision:
-    """One layer's line in a plan. `rank` is None where the layer stays dense, and `reason` says why."""
+    """One layer's line in a plan. `rank` is None where the layer stays dense, and `reason` says why.
+
+    count: how many matrices of that size the weight is, all cut at that rank.
+    """
 
     in_features: int
     out_features: int
@@ -35,6 +38,7 @@ class RankDecision:
     reason: str
     stable_rank: float | None = None
     predicted_loss_increase: float | None = None
+    count: int = 1
 
     @property
     def full_rank(self) -> int:
@@ -46,11 +50,17 @@ class RankDecision:
 
     @property
     def parameters_before(self) -> int:
-        return self.in_features * self.out_features
+        return self.count * self.in_features * self.out_features
 
     @property
     def parameters_after(self) -> int:
-        return self.parameters_before if self.rank is None else self.rank * (self.in_features + self.out_features)
+        if self.rank is None:
+            return self.parameters_before
+        return self.count * self.rank * (self.in_features + self.out_features)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `count` only where the weight is a stack of matrices."""
+        return {k: v for k, v in asdict(self).items() if k != "count" or v != 1}
 
 
 @dataclass(eq=False)
@@ -74,7 +84,7 @@ class RankPlan(Mapping[str, int]):
                 raise TypeError(
                     f"decisions must hold a RankDecision for {name}, got {d!r:.80}; {{name: rank}} can be given to factorize as it is"
                 )
-            for size in (d.in_features, d.out_features):
+            for size in (d.in_features, d.out_features, d.count):
                 if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= LARGEST_SIZE:
                     raise ValueError(f"{name} has the size {size!r}: sizes are whole numbers from 1 to {LARGEST_SIZE}")
             for field_name in ("stable_rank", "predicted_loss_increase"):
@@ -115,7 +125,7 @@ class RankPlan(Mapping[str, int]):
             "rule": self.rule,
             "notes": list(self.notes),
             "predicted_loss_increase": self.predicted_loss_increase,
-            "layers": {name: asdict(d) for name, d in self.decisions.items()},
+            "layers": {name: d.to_dict() for name, d in self.decisions.items()},
         }
 
     def to_json(self, path: str | Path | None = None) -> str:

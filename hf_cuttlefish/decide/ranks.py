@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..config import CuttlefishConfig
-from ..layers.dense import check_rank, dense_weight
-from ..maths.factors import Decomposition, LayerMoments, decompose
+from ..layers.dense import check_rank
+from ..layers.kinds import dense_weight, kind_of
+from ..maths.factors import Decomposition, LayerMoments, Moments, decompose
 from ..maths.stable_ranks import stable_rank
 from .plan import RankDecision, RankPlan
 from .rules import RULES, LayerSpectrum, allowed_rank, dropped_loss
@@ -19,7 +20,7 @@ def estimate_ranks(
     model: nn.Module,
     config: CuttlefishConfig | None = None,
     *,
-    statistics: Mapping[str, LayerMoments] | None = None,
+    statistics: Mapping[str, Moments] | None = None,
     initial_stable_ranks: Mapping[str, float] | None = None,
     training_loss: float | None = None,
 ) -> RankPlan:
@@ -46,12 +47,15 @@ def estimate_ranks(
     spectra = {}
     shapes_only = needs_no_weights(config, statistics)
     for name, layer in layers.items():
-        n_out, n_in = dense_weight(layer).shape
+        kind = kind_of(layer)
+        (n_out, n_in), stack = kind.size, kind.count
         moments = (statistics or {}).get(name)
         initial = (initial_stable_ranks or {}).get(name)
         if rank_by_hand(name, config) is not None or shapes_only:
             measured = None if layer.weight.is_meta else _measured(name, layer)
-            spectra[name] = LayerSpectrum(n_in, n_out, initial_stable_rank=initial, measured_stable_rank=measured)
+            spectra[name] = LayerSpectrum(
+                n_in, n_out, initial_stable_rank=initial, measured_stable_rank=measured, count=stack
+            )
         else:
             spectra[name] = spectrum_of(name, layer, config, moments, initial)[0]
     return plan_ranks(spectra, config, training_loss)
@@ -59,18 +63,18 @@ def estimate_ranks(
 
 def _measured(name: str, layer: nn.Module) -> float:
     try:
-        return float(stable_rank(dense_weight(layer)))
+        return float(stable_rank(dense_weight(layer)).mean())
     except ValueError as error:
         raise ValueError(f"{name} cannot be factorized: {error}") from error
 
 
-def needs_no_weights(config: CuttlefishConfig, statistics: Mapping[str, LayerMoments] | None) -> bool:
+def needs_no_weights(config: CuttlefishConfig, statistics: Mapping[str, Moments] | None) -> bool:
     """Whether the rule looks at nothing but shapes."""
     return config.rank_rule == "ratio" or (config.rank_rule == "loss" and not statistics)
 
 
 def spectrum_of(
-    name: str, layer: nn.Module, config: CuttlefishConfig, moments: LayerMoments | None, initial: float | None
+    name: str, layer: nn.Module, config: CuttlefishConfig, moments: Moments | None, initial: float | None
 ) -> tuple[LayerSpectrum, Decomposition]:
     """The spectrum of one layer in the metric that the rule works in, and the decomposition behind it.
 
@@ -84,11 +88,12 @@ def spectrum_of(
         d = decompose(weight, moments if in_loss else None)
     except ValueError as error:
         raise ValueError(f"{name} cannot be factorized: {error}") from error
-    n_out, n_in = weight.shape
-    spectrum = d.spectrum.cpu()
+    n_out, n_in = weight.shape[-2:]
+    spectrum, count = d.spectrum.cpu(), kind_of(layer).count
     if in_loss and moments is not None:
-        return LayerSpectrum(n_in, n_out, None, spectrum, moments.tokens, initial), d
-    return LayerSpectrum(n_in, n_out, spectrum, None, 1.0, initial), d
+        tokens = moments.tokens if isinstance(moments, LayerMoments) else 1.0
+        return LayerSpectrum(n_in, n_out, None, spectrum, tokens, initial, count=count), d
+    return LayerSpectrum(n_in, n_out, spectrum, None, 1.0, initial, count=count), d
 
 
 def plan_ranks(
@@ -124,6 +129,7 @@ def plan_ranks(
             reason,
             s.stable_rank,
             dropped_loss(s, rank) if rank is not None else 0.0,
+            s.count,
         )
     known = all(s.loss_spectrum is not None for s in by_rule.values()) and bool(by_rule)
     total = sum(d.predicted_loss_increase or 0.0 for d in decisions.values()) if known else None

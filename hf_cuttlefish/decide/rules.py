@@ -46,6 +46,7 @@ class LayerSpectrum:
         tokens: tokens of an example that reach the loss through this layer.
         initial_stable_rank: of the weights that the run started from, or None.
         measured_stable_rank: of W, where its singular values were not worked out, or None.
+        count: how many matrices the weight is; the spectra are then the root of the sum of their squares.
         price: of one unit of rank, in any currency that is the same for all layers (measured time); None: m + n parameters.
     """
 
@@ -57,6 +58,17 @@ class LayerSpectrum:
     initial_stable_rank: float | None = None
     price: float | None = None
     measured_stable_rank: float | None = None
+    count: int = 1
+
+    @property
+    def size(self) -> int:
+        """Numbers of the weight."""
+        return self.count * self.in_features * self.out_features
+
+    @property
+    def rank_size(self) -> int:
+        """Numbers that one unit of rank has."""
+        return self.count * (self.in_features + self.out_features)
 
     @property
     def full_rank(self) -> int:
@@ -221,9 +233,9 @@ class _Thresholds:
 
     def __init__(self, spectra: Spectra, multiple: int) -> None:
         self._spectra, self._multiple = spectra, multiple
-        self._size = sum(s.in_features * s.out_features for s in spectra.values())
+        self._size = sum(s.size for s in spectra.values())
         self._scores = {
-            n: (s.loss_spectrum.square() * (s.tokens / 2 / (s.price or s.in_features + s.out_features))).tolist()  # type: ignore[union-attr]
+            n: (s.loss_spectrum.square() * (s.tokens / 2 / (s.price or s.rank_size))).tolist()  # type: ignore[union-attr]
             for n, s in spectra.items()
         }
         self.levels = sorted({v for values in self._scores.values() for v in values if v > 0})
@@ -231,10 +243,7 @@ class _Thresholds:
     def ranks(self, threshold: float) -> dict[str, float]:
         """Wanted ranks: the directions above the threshold, but no less than the floor."""
         needs = {n: _count_above(self._scores[n], threshold) for n in self._spectra}
-        kept = sum(
-            min(needs[n] * (s.in_features + s.out_features), s.in_features * s.out_features)
-            for n, s in self._spectra.items()
-        )
+        kept = sum(min(needs[n] * s.rank_size, s.size) for n, s in self._spectra.items())
         even = RANK_FLOOR * kept / self._size
         return {
             n: max(1.0, needs[n], even * break_even_rank(s.in_features, s.out_features))
@@ -247,8 +256,7 @@ class _Thresholds:
         for n, need in self.ranks(threshold).items():
             s = self._spectra[n]
             rank, _ = allowed_rank(need, s.in_features, s.out_features, self._multiple)
-            size = s.in_features * s.out_features
-            kept += size if rank is None else rank * (s.in_features + s.out_features)
+            kept += s.size if rank is None else rank * s.rank_size
             increase += 0.0 if rank is None else dropped_loss(s, rank) or 0.0
         return kept / self._size, increase
 

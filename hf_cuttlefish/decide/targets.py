@@ -6,21 +6,23 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import regex  # type: ignore[import-untyped]  # re, with a time limit; transformers brings it
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import CuttlefishConfig
-from ..layers.dense import DENSE_TYPES, DenseLayer, check_rank, dense_weight, is_quantized
-from ..layers.low_rank import LowRankLinear
+from ..layers.dense import check_rank, is_quantized
+from ..layers.kinds import KINDS, find_layers, is_dense, kind_of, labels
+from ..layers.low_rank import LowRankLayer, low_rank_layers
 
 PATTERN_SECONDS = 1.0
 """A regular expression that takes longer on one name is refused."""
 
 
-def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> dict[str, DenseLayer]:
+def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> dict[str, nn.Module]:
     """The layers to watch and to factorize: module name -> nn.Linear or Conv1D, in the order of `named_modules`.
 
     "all-linear" takes every nn.Linear and Conv1D inside a repeated block (a child of an nn.ModuleList, or of an
@@ -66,29 +68,31 @@ def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> di
     return chosen
 
 
-def _all_linear(model: nn.Module, candidates: dict[str, DenseLayer]) -> dict[str, DenseLayer]:
+def _all_linear(model: nn.Module, candidates: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """The candidates inside a repeated block; raises ValueError where there are none."""
     inside = _block_names(model)
     # A layer with one input or output (the gate of a shared expert) has no rank at which it would be smaller.
     chosen = {
-        name: module for name, module in candidates.items() if name in inside and min(dense_weight(module).shape) > 1
+        name: module
+        for name, module in candidates.items()
+        if name in inside and kind_of(module).is_linear and min(kind_of(module).size) > 1
     }
     if not chosen:
         raise ValueError(
-            "target_modules='all-linear' finds no nn.Linear or Conv1D inside a repeated block of "
+            f"target_modules='all-linear' finds no {labels(linear=True)} inside a repeated block of "
             f"{type(model).__name__}: {_why_none(model)}"
         )
     return chosen
 
 
-def _check_target(name: str, module: DenseLayer, config: CuttlefishConfig) -> None:
+def _check_target(name: str, module: nn.Module, config: CuttlefishConfig) -> None:
     """Raises ValueError for a rank of rank_pattern that the layer cannot have, TypeError for a quantized layer."""
     for pattern, rank in config.rank_pattern.items():
         if matches(pattern, name):
-            out_features, in_features = dense_weight(module).shape
+            out_features, in_features = kind_of(module).size
             check_rank(rank, in_features, out_features, name)
             break
-    if is_quantized(module.weight):
+    if is_quantized(cast(torch.Tensor, module.weight)):
         raise TypeError(
             f"{name} holds {module.weight.dtype} weights: a quantized layer cannot be factorized; exclude it"
         )
@@ -139,20 +143,20 @@ def skipped_parameters(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, DenseLayer]]:
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Layers of a class that can be factorized, in no head, whose weight is their own and no (output) embedding."""
     prefix = _base_prefix(model)
     banned = {id(m) for m in _embeddings(model)}
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     tied = _tied_names(model)
-    inner = {id(child) for m in model.modules() if isinstance(m, LowRankLinear) for child in m.children()}
-    for name, module in model.named_modules():
-        if not isinstance(module, DenseLayer) or type(module) not in DENSE_TYPES.values():
+    inner = {id(child) for m in model.modules() if isinstance(m, LowRankLayer) for child in m.children()}
+    for name, module in find_layers(model):
+        if not is_dense(module) or kind_of(module).why_dense():
             continue
         if id(module) in banned or id(module) in inner:
             continue
         weight = module._parameters.get("weight")  # None where weight_norm or pruning computes it
-        if weight is None or owners[id(weight)] > 1 or f"{name}.weight" in tied:
+        if weight is None or owners[id(weight)] > 1 or f"{name}{kind_of(module).weight_key}" in tied:
             continue
         if name and (not prefix or name.startswith(prefix + ".")):
             yield name, module
@@ -219,8 +223,8 @@ def _base_prefix(model: nn.Module) -> str:
 
 
 def _matching(
-    model: nn.Module, candidates: dict[str, DenseLayer], wanted: str | list[str], field: str
-) -> dict[str, DenseLayer]:
+    model: nn.Module, candidates: dict[str, nn.Module], wanted: str | list[str], field: str
+) -> dict[str, nn.Module]:
     def hit(pattern: str, name: str, is_regex: bool) -> bool:
         return _is_match(pattern, name) if is_regex else name == pattern or name.endswith("." + pattern)
 
@@ -281,10 +285,10 @@ def _closest(pattern: str, names: Iterable[str]) -> str:
 
 
 def _why_none(model: nn.Module) -> str:
-    done = sum(isinstance(m, LowRankLinear) for m in model.modules())
+    done = len(low_rank_layers(model))
     if done:
         return f"{done} layers are already factorized"
-    dense = tuple(DENSE_TYPES.values())
+    dense = tuple(kind.dense for kind in KINDS.values())
     kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, dense) and type(m) not in dense})
     if kinds:
         return f"its layers are of the classes {', '.join(kinds)}, which may compute something else and stay dense"

@@ -138,7 +138,7 @@ class SendState(Edit):
             return
         state = inner_optimizer(self.engine.optimizer).state
         for pair in low_rank_layers(self.engine.model).values():
-            for parameter in (pair.down.weight, pair.up.weight):
+            for parameter in pair.factors:
                 for _, value in sorted(state.get(parameter, {}).items()):
                     if hasattr(value, "ndim") and value.ndim > 0:
                         processes.broadcast_(value)

@@ -19,8 +19,8 @@ from torch import nn
 
 from ..config import CuttlefishConfig
 from ..decide.plan import RankPlan
-from ..layers.dense import DenseLayer, dense_origin
-from ..layers.low_rank import LowRankLinear
+from ..layers.kinds import kind_of
+from ..layers.low_rank import LowRankLayer
 from ..layers.parts import is_empty_between_uses, shape_of
 from ..maths.factors import Factors
 from ..maths.projection import project, unknown_state
@@ -138,7 +138,7 @@ class DeepSpeed(RestartEngine):
         """What ZeRO-3 loads tells no shapes, and the structure is fixed."""
         if not is_empty_between_uses(next(layer.parameters())):
             return False
-        if isinstance(layer, LowRankLinear) is (part == "dense"):
+        if isinstance(layer, LowRankLayer) is (part == "dense"):
             kinds = ("dense", "factorized") if part == "dense" else ("factorized", "dense")
             raise ValueError(
                 f"{name} is {kinds[0]} in the checkpoint and {kinds[1]} in the model, whose parameters DeepSpeed ZeRO-3 has sharded: "
@@ -229,12 +229,12 @@ class DeepSpeedCheckpoint(LowRankCheckpoint):
                 if parameter is None or id(parameter) in seen:
                     continue
                 seen.add(id(parameter))
-                if not isinstance(twin, LowRankLinear):
+                if not isinstance(twin, LowRankLayer):
                     yield parameter, [cast(nn.Parameter, twin._parameters[part])], None
                 elif part == "bias":
-                    yield parameter, [twin.up.bias], None
+                    yield parameter, [cast(nn.Parameter, twin.bias)], None
                 else:
-                    yield parameter, [cast(nn.Parameter, twin.down.weight), cast(nn.Parameter, twin.up.weight)], name
+                    yield parameter, list(twin.factors), name
 
     @torch.no_grad()
     def _fill(self, engine: Any, model: nn.Module, exact: dict[str, Factors], report: FactorizationReport) -> None:
@@ -248,7 +248,7 @@ class DeepSpeedCheckpoint(LowRankCheckpoint):
         shifts = {
             id(layer.bias): exact[name].bias_shift
             for name in self.plan
-            if (layer := cast(DenseLayer, self.engine.model.get_submodule(name))).bias is not None
+            if (layer := self.engine.model.get_submodule(name)).bias is not None
         }
         for old, new, layer_name in self._pairs(model):
             self.processes.agree()  # one that has failed meanwhile would not answer
@@ -259,10 +259,9 @@ class DeepSpeedCheckpoint(LowRankCheckpoint):
                 values = [weight if shift is None else weight + shift.to(weight)]
                 states = [state]
             else:
-                factors = exact[layer_name]
-                values = [factors.down.to(weight), factors.up.to(weight)]
-                transposed = dense_origin(self.engine.model.get_submodule(layer_name)) == "Conv1D"
-                states = list(project(state, values[0], values[1], transposed)) if state else [{}, {}]
+                factors, kind = exact[layer_name], kind_of(self.engine.model.get_submodule(layer_name))
+                values = [t.to(weight) for t in kind.tensors(factors)]
+                states = list(project(state, values[0], values[1], kind)) if state else [{}, {}]
             for parameter, value, own in zip(new, values, states, strict=True):
                 second.write(parameter, value, own)
         report.optimizer = f"{type(self.engine.zero.optimizer).__name__} (DeepSpeed): {self._outcome(carry)}"

@@ -24,8 +24,8 @@ from torch import nn
 
 from ..config import CuttlefishConfig
 from ..decide.plan import RankPlan
-from ..layers.dense import DENSE_TYPES, dense_origin
-from ..layers.low_rank import LowRankLinear
+from ..layers.kinds import is_dense, kind_of
+from ..layers.low_rank import LowRankLayer
 from ..maths.factors import Factors
 from ..maths.projection import project, unknown_state
 from ..patch.modules import carry_out, make_change
@@ -219,8 +219,8 @@ def _inside(module: nn.Module) -> nn.Module:
 def check_structure(model: nn.Module, names: Iterable[str]) -> None:
     """Raises ValueError unless weights of these names, about to be loaded, have the factorized layers that the model has."""
     here = {".".join(part for part in n.split(".") if part not in INSIDE): m for n, m in model.named_modules()}
-    own = {name for name, module in here.items() if isinstance(module, LowRankLinear)}
-    could = {name for name, module in here.items() if name in own or type(module) in DENSE_TYPES.values()}
+    own = {name for name, module in here.items() if isinstance(module, LowRankLayer)}
+    could = {name for name, module in here.items() if name in own or is_dense(module)}
     given = set(names)
     loaded = {name for name in could if {f"{name}.down.weight", f"{name}.up.weight"} <= given}
     if own != loaded:
@@ -297,8 +297,8 @@ class FSDP1Checkpoint(LowRankCheckpoint):
             name, _, part = key.rpartition(".")
             new = self._names(key)
             if name in exact and part == "weight":
-                transposed = dense_origin(self.engine.model.get_submodule(name)) == "Conv1D"
-                yield from zip(new, project(state, exact[name].down, exact[name].up, transposed), strict=True)
+                kind = kind_of(self.engine.model.get_submodule(name))
+                yield from zip(new, project(state, *kind.tensors(exact[name]), kind), strict=True)
             else:
                 yield new[0], state
 

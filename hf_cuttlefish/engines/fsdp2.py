@@ -17,8 +17,8 @@ from torch import distributed as dist
 from torch import nn
 
 from ..config import CuttlefishConfig
-from ..layers.dense import DENSE_TYPES
-from ..layers.low_rank import LowRankLinear
+from ..layers.kinds import KINDS
+from ..layers.low_rank import LowRankLayer
 from ..layers.parts import is_sharded, whole
 from ..maths.factors import Factors
 from ..patch.edits import Edit
@@ -81,9 +81,10 @@ class FSDP2(ShardedEngine):
                 raise ValueError("fully_shard offloads weights to the CPU (CPUOffloadPolicy), which is not supported")
 
     def _check_layers(self, layers: Layers) -> None:
+        dense = tuple(kind.dense for kind in KINDS.values())
         for name, module in self.model.named_modules():
             in_a_block = any(part.isdigit() for part in name.split("."))
-            if in_a_block and is_fully_sharded(module) and isinstance(module, tuple(DENSE_TYPES.values())):
+            if in_a_block and is_fully_sharded(module) and isinstance(module, dense):
                 raise ValueError(
                     f"fully_shard was called on {name} itself, where it can't be exchanged: call it on the blocks that hold "
                     "the layers"
@@ -165,18 +166,18 @@ class PlaceShards(Edit):
 
     def __init__(self, places: dict[int, tuple[Any, Any]]) -> None:
         self._places = places
-        self._made: list[tuple[Any, Any, list[Any], Any, nn.Linear]] = []
+        self._made: list[tuple[Any, Any, list[Any], Any, nn.Module]] = []
         self._before: list[tuple[Any, list[Any]]] = []
         self._moved: list[tuple[Any, Any, Any, Any]] = []
 
-    def place(self, layer: nn.Module, pair: LowRankLinear) -> None:
+    def place(self, layer: nn.Module, pair: LowRankLayer) -> None:
         """Shard the parameters of a pair as those of the layer that it stands for are. The groups are not changed yet."""
         from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
 
         group, entry = self._places[id(layer.weight)]
         new: list[Any] = []
         for part in ("down", "up"):
-            child: nn.Linear = getattr(pair, part)
+            child: nn.Module = getattr(pair, part)
             made = FSDPParam(
                 cast(nn.Parameter, child.weight),
                 ParamModuleInfo(child, "weight"),

@@ -20,8 +20,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from ..config import CuttlefishConfig
 from ..decide.files import replaced
 from ..decide.plan import RankPlan
-from ..layers.dense import dense_origin
-from ..layers.low_rank import LowRankLinear
+from ..layers.low_rank import LowRankLayer, LowRankLinear
 from ..layers.parts import is_sharded, whole
 from ..maths.factors import Factors
 from ..maths.projection import project, unknown_state
@@ -99,7 +98,7 @@ class TensorParallel(RestartEngine):
         for name, layer in layers.items():
             style = self.root.style(name)
             check_style(name, style)
-            if is_sharded(layer.weight) and (style is None or dense_origin(layer) != "Linear"):
+            if is_sharded(layer.weight) and (style is None or type(layer) is not nn.Linear):
                 raise ValueError(
                     f"{name}.weight is sharded, and no rule of tp_plan is for an nn.Linear of this name: exclude this layer"
                 )
@@ -130,7 +129,7 @@ class TensorParallel(RestartEngine):
         if root is None:
             return
         for name, (old, new) in changes.items():
-            if not isinstance(new, LowRankLinear) or isinstance(old, LowRankLinear):
+            if not isinstance(new, LowRankLinear) or isinstance(old, LowRankLayer):
                 raise ValueError(
                     f"{name} is factorized at another rank than the weights to be loaded, or they are dense, and its factors are "
                     "sharded by tensor parallelism: load these weights with from_pretrained"

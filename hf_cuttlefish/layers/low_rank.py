@@ -1,9 +1,9 @@
-"""The low-rank layer: two small linear maps in the place of one large one."""
+"""The low-rank layer: two small maps in the place of a large one; and the linear one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import nn
@@ -12,7 +12,60 @@ from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
 from ..maths.factors import factor_weight
-from .dense import DENSE_TYPES, DenseLayer, check_layer, check_rank, dense_origin, dense_weight
+from .dense import check_rank
+from .parts import shape_of
+
+ORIGINS: dict[str, type[nn.Linear | Conv1D]] = {"Linear": nn.Linear, "Conv1D": Conv1D}
+"""Dense classes of a `LowRankLinear`, by its `origin`."""
+
+
+class LowRankLayer(nn.Module):
+    """What stands for a dense layer: a child `down` and a child `up`, each with its factor as `weight`.
+
+    Attributes:
+        origin: the word of the dense layer's kind in `layers.kinds.KINDS`. rank: inner size.
+        in_features, out_features: of the matrix that this one stands for, or of each of a stack of `count` matrices.
+        child_classes: of `down` and `up`; anything else was put there by somebody else (an adapter).
+    """
+
+    down: nn.Module
+    up: nn.Module
+    origin: str
+    count: int = 1
+    child_classes: ClassVar[tuple[type[nn.Module], type[nn.Module]]] = (nn.Linear, nn.Linear)
+
+    def to_dense(self) -> nn.Module:
+        """The dense layer of the class this one came from, with the factors' product (computed in fp32 or better)."""
+        raise NotImplementedError
+
+    def product(self) -> torch.Tensor:
+        """up @ down, (out_features, in_features), computed in fp32 or better and returned in the factors' dtype."""
+        raise NotImplementedError
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The Parameters of `down` and `up`."""
+        return cast(nn.Parameter, self.down.weight), cast(nn.Parameter, self.up.weight)
+
+    @property
+    def rank(self) -> int:
+        """Inner size of the pair."""
+        raise NotImplementedError
+
+    @property
+    def in_features(self) -> int:
+        """Of the matrix that this one stands for."""
+        raise NotImplementedError
+
+    @property
+    def out_features(self) -> int:
+        """Of the matrix that this one stands for."""
+        raise NotImplementedError
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """Of `up`: the dense layer's own Parameter, or None."""
+        return cast("nn.Parameter | None", getattr(self.up, "bias", None))
 
 
 class Form(Protocol):
@@ -22,7 +75,7 @@ class Form(Protocol):
         """What a layer is to run with as one product, or None for the pair."""
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(LowRankLayer):
     """y = up(down(x)) + bias, in the place of an `nn.Linear` (or GPT-2's `Conv1D`) of (out_features, in_features).
 
     `down` maps in_features -> rank without a bias, `up` maps rank -> out_features and holds the bias. Both are ordinary
@@ -56,14 +109,14 @@ class LowRankLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_rank(rank, in_features, out_features)
-        if origin not in DENSE_TYPES:
-            raise ValueError(f"origin is {origin!r}: it must be one of {sorted(DENSE_TYPES)}")
+        if origin not in ORIGINS:
+            raise ValueError(f"origin is {origin!r}: it must be one of {sorted(ORIGINS)}")
         self.origin = origin
-        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.down: nn.Linear = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up: nn.Linear = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
-    def from_linear(cls, linear: DenseLayer, rank: int) -> LowRankLinear:
+    def from_linear(cls, linear: nn.Linear | Conv1D, rank: int) -> LowRankLinear:
         """The best rank-`rank` stand-in of a dense layer (plain SVD, sqrt of the singular values on both sides).
 
         The bias is the same Parameter object; dtype, device, requires_grad and training mode are kept.
@@ -72,6 +125,8 @@ class LowRankLinear(nn.Module):
             TypeError: `linear` is no nn.Linear or Conv1D, or the rank is no whole number.
             ValueError: rank out of range, or weights that are quantized, not finite or on the meta device.
         """
+        from .kinds import check_layer, dense_weight  # whose table names this class
+
         check_layer(linear)
         weight = dense_weight(linear)
         check_rank(rank, weight.shape[1], weight.shape[0])
@@ -80,28 +135,29 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def standing_for(
-        cls, linear: DenseLayer, down: torch.Tensor | None, up: torch.Tensor | None, rank: int = 0
+        cls, linear: nn.Linear | Conv1D, down: torch.Tensor | None, up: torch.Tensor | None, rank: int = 0
     ) -> LowRankLinear:
         """A layer with the given factors, down (rank, in) and up (out, rank), and everything else taken from `linear`.
 
         With no factors (then `rank` is needed) the weights are NaN until they are loaded: what is forgotten shows.
         """
-        weight, bias = dense_weight(linear), linear.bias
-        out_features, in_features = weight.shape
+        origin = next(word for word, dense in ORIGINS.items() if type(linear) is dense)
+        shape, weight = shape_of(linear.weight), linear.weight
+        out_features, in_features = shape[::-1] if origin == "Conv1D" else shape
         rank = down.shape[0] if down is not None else rank
-        layer = cls(in_features, out_features, rank, False, dense_origin(linear), device="meta", dtype=weight.dtype)
+        layer = cls(in_features, out_features, rank, False, origin, device="meta", dtype=weight.dtype)
         for child, value in ((layer.down, down), (layer.up, up)):
             data = torch.empty(child.weight.shape, dtype=weight.dtype, device=weight.device)
             data.fill_(torch.nan) if value is None else data.copy_(value)
-            child.weight = nn.Parameter(data, requires_grad=linear.weight.requires_grad)
-        layer.up.bias = bias
+            child.weight = nn.Parameter(data, requires_grad=weight.requires_grad)
+        layer.up.bias = linear.bias
         return layer.train(linear.training)
 
-    def to_dense(self) -> DenseLayer:
+    def to_dense(self) -> nn.Linear | Conv1D:
         """The dense layer of the class this one came from, with the factors' product (computed in fp32 or better)."""
         weight = self.product()
         if self.origin == "Conv1D":
-            dense: DenseLayer = Conv1D.__new__(Conv1D)
+            dense: nn.Linear | Conv1D = Conv1D.__new__(Conv1D)
             nn.Module.__init__(dense)
             dense.nf, dense.nx = self.out_features, self.in_features
             weight = weight.T.contiguous()
@@ -147,11 +203,6 @@ class LowRankLinear(nn.Module):
         if torch.compiler.is_compiling():  # the compiler drops a product of which nothing but the dtype is used
             return _multiply(self.up.weight, self.down.weight)
         return _Product(self.up.weight, self.down.weight)
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """Of `up`: the dense layer's own Parameter, or None."""
-        return self.up.bias
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -206,6 +257,6 @@ def _multiply(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         return up @ down
 
 
-def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+def low_rank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
     """The factorized layers of a model by name, each once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}

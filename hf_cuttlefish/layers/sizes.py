@@ -8,14 +8,16 @@ from typing import Any
 
 from torch import nn
 
+from .kinds import layer_at
 from .parts import numel
 
 
 def count_parameters(model: nn.Module, names: set[str] | None = None) -> int:
-    """Number of parameters, each counted once; only those under the given module names if any are given."""
+    """Number of parameters, each counted once; only those under the given names of modules and layers if any are given."""
     if names is None:
         return sum(numel(p) for p in model.parameters())
-    found = {id(p): numel(p) for name in names for p in model.get_submodule(name).parameters()}
+    modules = [layer_at(model, name) or model.get_submodule(name) for name in names]
+    found = {id(p): numel(p) for module in modules for p in module.parameters()}
     return sum(found.values())
 
 

@@ -18,6 +18,7 @@ the plain truncated SVD (Eckart and Young 1936).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,9 +71,16 @@ class LayerMoments:
         return cls(signal, outer, level, mean, tokens)
 
 
+Moments = LayerMoments | Sequence[LayerMoments | None]
+"""Of one weight, or one for each matrix of a stack (None: nothing was seen of it)."""
+
+
 @dataclass(frozen=True)
 class Factors:
-    """down (r, n) and up (m, r) with W ~ up @ down, and bias_shift (m,) to be added to the bias (None: nothing)."""
+    """down (r, n) and up (m, r) with W ~ up @ down, and bias_shift (m,) to be added to the bias (None: nothing).
+
+    Of a stack of matrices all have one dimension more, in front.
+    """
 
     down: torch.Tensor
     up: torch.Tensor
@@ -87,6 +95,8 @@ class Decomposition:
         spectrum: singular values of K^T W L, falling, (min(m, n),), float64.
         up: (m, k), down: (k, n): the product of the first r columns and rows is the best approximation of rank r.
         mean: (n,) or None; mapped_mean: W mu, (m,).
+
+    Of a stack of matrices all but the spectrum have one dimension more, in front; the spectrum is what a rank costs all of them.
     """
 
     spectrum: torch.Tensor
@@ -97,22 +107,26 @@ class Decomposition:
 
     def shortened(self, rank: int, dtype: torch.dtype, device: torch.device | str | None = None) -> Decomposition:
         """Only what a cut at `rank` or less needs, in another dtype or place; below break-even no larger than the weight."""
-        up = self.up[:, :rank].to(device=device, dtype=dtype, copy=True)
-        down = self.down[:rank].to(device=device, dtype=dtype, copy=True)
+        up = self.up[..., :rank].to(device=device, dtype=dtype, copy=True)
+        down = self.down[..., :rank, :].to(device=device, dtype=dtype, copy=True)
         return Decomposition(
             self.spectrum.to(device=device or self.spectrum.device), up, down, self.mean, self.mapped_mean
         )
 
 
-def decompose(weight: torch.Tensor, moments: LayerMoments | None = None) -> Decomposition:
+def decompose(weight: torch.Tensor, moments: Moments | None = None) -> Decomposition:
     """Singular values and vectors of K^T W L, from the eigenvectors of its smaller Gram matrix in float64.
 
     Args:
-        weight: (m, n), finite. moments: None for the plain spectrum of W.
+        weight: (m, n), finite, or a stack (count, m, n). moments: None for the plain spectrum of W.
 
     Raises:
         ValueError: weight or moments not finite, or of shapes that do not fit.
     """
+    if weight.ndim == 3 and 0 not in weight.shape:
+        return _decompose_stack(weight, moments)
+    if moments is not None and not isinstance(moments, LayerMoments):
+        raise ValueError(f"{len(moments)} moments were given for one matrix")
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"a weight to factorize has two dimensions and is not empty, got shape {tuple(weight.shape)}")
     if not torch.isfinite(weight).all():
@@ -149,24 +163,49 @@ def decompose(weight: torch.Tensor, moments: LayerMoments | None = None) -> Deco
     return Decomposition(spectrum, up, down, mean, None if mean is None else w @ mean)
 
 
+def _decompose_stack(weights: torch.Tensor, moments: Moments | None) -> Decomposition:
+    """Each matrix of a stack; they are cut at one rank, so the spectrum is the root of the sum of their squares.
+
+    A matrix counts by the tokens that it saw, so that the spectrum's own are 1.
+    """
+    if isinstance(moments, LayerMoments) or (moments is not None and len(moments) != len(weights)):
+        raise ValueError(f"a stack of {len(weights)} matrices needs as many moments")
+    each = [None] * len(weights) if moments is None else list(moments)
+    parts = [decompose(w, m) for w, m in zip(weights, each, strict=True)]
+    squares = [p.spectrum.square() * (1.0 if m is None else m.tokens) for p, m in zip(parts, each, strict=True)]
+    mean = mapped = None
+    if any(p.mean is not None for p in parts):
+        w = weights.detach().double()
+        means = [w.new_zeros(w.shape[2]) if p.mean is None else p.mean for p in parts]
+        mapped = torch.stack([w_i @ mu for w_i, mu in zip(w, means, strict=True)])
+        mean = torch.stack(means)
+    up, down = torch.stack([p.up for p in parts]), torch.stack([p.down for p in parts])
+    return Decomposition(torch.stack(squares).sum(0).sqrt(), up, down, mean, mapped)
+
+
 def cut(d: Decomposition, rank: int) -> Factors:
     """The best factors of the given rank, balanced (see `balance`), in float64.
 
     Raises ValueError unless 1 <= rank <= the number of columns kept in `d`.
     """
     f = rough_cut(d, rank, torch.float64)
+    if f.up.ndim == 3:
+        ups, downs = zip(*map(balance, f.up, f.down), strict=True)
+        return Factors(torch.stack(downs), torch.stack(ups), f.bias_shift)
     up, down = balance(f.up, f.down)
     return Factors(down, up, f.bias_shift)
 
 
 def rough_cut(d: Decomposition, rank: int, dtype: torch.dtype = torch.float32) -> Factors:
     """As `cut`, but not balanced: cheap, and the product is the same. Raises as it does."""
-    if not 1 <= rank <= d.up.shape[1]:
-        raise ValueError(f"rank is {rank}: it must lie between 1 and {d.up.shape[1]}")
-    up, down = d.up[:, :rank].to(dtype), d.down[:rank].to(dtype)
+    if not 1 <= rank <= d.up.shape[-1]:
+        raise ValueError(f"rank is {rank}: it must lie between 1 and {d.up.shape[-1]}")
+    up, down = d.up[..., :rank].to(dtype), d.down[..., :rank, :].to(dtype)
     shift = None
     if d.mean is not None and d.mapped_mean is not None:
-        shift = d.mapped_mean.to(up) - up @ (down @ d.mean.to(up))
+        mean = d.mean.to(up)
+        kept = up @ (down @ mean) if up.ndim == 2 else (up @ (down @ mean.unsqueeze(-1))).squeeze(-1)
+        shift = d.mapped_mean.to(up) - kept
     return Factors(down, up, shift)
 
 

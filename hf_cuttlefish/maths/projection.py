@@ -10,7 +10,7 @@ factors of unit length: m_U = m V^T / |V|.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,60 +56,110 @@ def unknown_state(state: Iterable[str], kinds: Mapping[str, str] = KINDS) -> lis
     return [k for k in state if k not in kinds]
 
 
+class Layout:
+    """How a weight and its two factors lie in their parameters. Here each is a matrix, its last dimensions taken as one.
+
+        Layout().matrix(torch.ones(8, 3, 2, 2)).shape  # (8, 12)
+
+    A kind of layer whose parameters lie in another way says so (`layers.kind.Kind`).
+    """
+
+    def matrix(self, tensor: torch.Tensor, part: str = "dense") -> torch.Tensor:
+        """A tensor of the shape of one parameter ("dense", "down", "up") as (out, in), or a stack (count, out, in); a view if it can be."""
+        return tensor.flatten(1)
+
+    def tensor(self, matrix: torch.Tensor, part: str, shape: Sequence[int]) -> torch.Tensor:
+        """The way back: a matrix (or a stack) in the shape of the parameter."""
+        return matrix.reshape(tuple(shape))
+
+    def dense_shape(self, down: torch.Tensor, up: torch.Tensor) -> tuple[int, ...]:
+        """Shape of the weight that stands where these two factors, as they lie in their parameters, take its place."""
+        return (len(up), *down.shape[1:])
+
+
+PLAIN = Layout()
+
+
 @torch.no_grad()
 def project(
     state: Mapping[str, Any],
     down: torch.Tensor,
     up: torch.Tensor,
-    transposed: bool = False,
+    layout: Layout = PLAIN,
     kinds: Mapping[str, str] = KINDS,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state of a pair's two factors, down and up, from that of the weight whose place they take.
 
     Args:
-        state: of the weight (m, n), or of its transpose where `transposed` (Conv1D); tensors whole.
-        down: (r, n). up: (m, r). kinds: state name -> kind, as in `KINDS`; other names are left out.
+        state: of the weight, in the shape of its parameter; tensors whole.
+        down, up: in the shapes of their parameters, (r, n) and (m, r) of a linear layer.
+        layout: how these lie in their parameters. kinds: state name -> kind, as in `KINDS`; other names are left out.
     """
-    down, up = down.detach().float(), up.detach().float()
-    for_down: dict[str, Any] = {}
-    for_up: dict[str, Any] = {}
+    factors = {"down": down.detach().float(), "up": up.detach().float()}
+    shape = layout.dense_shape(down, up)
+    new: dict[str, dict[str, Any]] = {"down": {}, "up": {}}
     for key, value in state.items():
         kind = kinds.get(key)
         if kind == "scalar" or not isinstance(value, torch.Tensor):
-            for_down[key], for_up[key] = _copied(value), _copied(value)
+            found = {part: _copied(value) for part in factors}
         elif kind == "parameter":
-            for_down[key], for_up[key] = down.clone(), up.clone()
+            found = {part: factor.clone() for part, factor in factors.items()}
         elif kind == "rounding":
-            for_down[key], for_up[key] = torch.zeros_like(down), torch.zeros_like(up)
+            found = {part: torch.zeros_like(factor) for part, factor in factors.items()}
         elif kind in ("linear", "square", "normalized"):
-            dense = as_matrix(value, (len(up), down.shape[1]), transposed).float()
-            left, right = (up.square(), down.square()) if kind == "square" else (up, down)
-            if kind == "normalized":
-                left, right = left / left.norm(dim=0), right / right.norm(dim=1, keepdim=True)
-            for_down[key], for_up[key] = left.mT @ dense, dense @ right.mT
-        if kind in ("parameter", "rounding", "linear", "square", "normalized") and isinstance(value, torch.Tensor):
-            for new in (for_down, for_up):
-                new[key] = (new[key].flatten() if value.ndim == 1 else new[key]).to(value.dtype)
+            found = _by_gradient(value, shape, factors, layout, kind)
+        else:
+            continue
+        for part, one in found.items():
+            if isinstance(value, torch.Tensor) and kind != "scalar":
+                one = (one.flatten() if value.ndim == 1 else one).to(value.dtype)
+            new[part][key] = one
     for names in FACTORED_PAIRS:
         if all(name in state and kinds.get(name) == "factored" for name in names):
-            row, column = (state[name].float().flatten() for name in names)
-            dense = torch.outer(row / row.mean().clamp_min(torch.finfo(torch.float32).tiny), column)
-            dense = dense.mT if transposed else dense
-            keep = state[names[0]].ndim == 2
-            for new, moment in ((for_down, up.square().mT @ dense), (for_up, dense @ down.square().mT)):
+            row, column = (state[name].float() for name in names)
+            keep = row.ndim == len(shape)
+            dense = _outer(row.squeeze(-1), column.squeeze(-2)) if keep else _outer(row, column)
+            for part, moment in _by_gradient(dense, shape, factors, layout, "square").items():
                 for name, dim in zip(names, (-1, -2), strict=True):
-                    new[name] = moment.mean(dim, keepdim=keep).to(state[name].dtype)
-    for new, parameter in ((for_down, down), (for_up, up)):
-        if isinstance(new.get("RMS"), float):
-            new["RMS"] = float(parameter.square().mean().sqrt())
-    return for_down, for_up
+                    new[part][name] = moment.mean(dim, keepdim=keep).to(state[name].dtype)
+    for part, factor in factors.items():
+        if isinstance(new[part].get("RMS"), float):
+            new[part]["RMS"] = float(factor.square().mean().sqrt())
+    return new["down"], new["up"]
 
 
-def as_matrix(value: torch.Tensor, shape: tuple[int, ...], transposed: bool = False) -> torch.Tensor:
-    """State of a weight (m, n) in that shape: it may be flat, several matrices in one, or of the transpose (Conv1D)."""
-    held = shape[::-1] if transposed else shape
-    matrix = value.view(held) if value.ndim == 1 else value
-    return matrix.mT if transposed else matrix
+def _by_gradient(
+    value: torch.Tensor, shape: Sequence[int], factors: Mapping[str, torch.Tensor], layout: Layout, kind: str
+) -> dict[str, torch.Tensor]:
+    """What follows the gradients of the two factors, G V^T and U^T G, each in the shape of its parameter.
+
+    Args:
+        value: of the weight's shape, flat, or several in one (in dimensions that stand before). kind: "linear", "square" or "normalized".
+    """
+    value = as_matrix(value, tuple(shape)).float()
+    more = value.shape[: value.ndim - len(shape)]
+    if more:
+        each = [_by_gradient(v, shape, factors, layout, kind) for v in value.flatten(0, len(more) - 1)]
+        return {p: torch.stack([e[p] for e in each]).unflatten(0, more) for p in factors}
+    dense = layout.matrix(value)
+    left, right = layout.matrix(factors["up"], "up"), layout.matrix(factors["down"], "down")
+    if kind == "square":
+        left, right = left.square(), right.square()
+    if kind == "normalized":
+        left, right = left / left.norm(dim=-2, keepdim=True), right / right.norm(dim=-1, keepdim=True)
+    found = {"down": left.mT @ dense, "up": dense @ right.mT}
+    return {part: layout.tensor(matrix, part, factors[part].shape) for part, matrix in found.items()}
+
+
+def _outer(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """row column^T / mean(row), of the last two dimensions."""
+    tiny = torch.finfo(torch.float32).tiny
+    return (row / row.mean(-1, keepdim=True).clamp_min(tiny)).unsqueeze(-1) * column.unsqueeze(-2)
+
+
+def as_matrix(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """State of a weight in that weight's shape: it may be flat, or several in one."""
+    return value.view(shape) if value.ndim == 1 else value
 
 
 def _copied(value: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ..maths.factors import LayerMoments
+from ..maths.factors import Moments
 from .moments import MomentCollector
 
 
@@ -27,7 +27,7 @@ def gather_statistics(
     layers: Mapping[str, nn.Module],
     tokens: int = 1024,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> dict[str, LayerMoments]:
+) -> dict[str, Moments]:
     """Moments of layers over the batches, for `estimate_ranks` and `factorize`; the model does not change.
 
         statistics = gather_statistics(model, batches, find_targets(model))

@@ -6,13 +6,13 @@ import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from ..layers.dense import dense_weight
+from ..layers.kinds import kind_of
 from ..maths.factors import Factors
 from .eager import eagerly
 
@@ -146,21 +146,9 @@ def _log_probabilities(output: Any, labels: Any) -> list[torch.Tensor]:
 def _standing_in(layers: Mapping[str, nn.Module], factors: Mapping[str, Factors]) -> Iterator[None]:
     """Let the layers answer as their factors would, without touching the model's structure."""
     handles: list[Any] = []
-
-    def answer(f: Factors) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
-            x = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
-            like, bias = dense_weight(module), cast(torch.Tensor | None, module.bias)
-            if f.bias_shift is not None and bias is not None:
-                bias = bias + f.bias_shift.to(bias)
-            y = functional.linear(functional.linear(x, f.down.to(like)), f.up.to(like), bias)
-            return y.to(output.dtype)
-
-        return hook
-
     try:
         for name, f in factors.items():
-            handles.append(layers[name].register_forward_hook(answer(f), with_kwargs=True))
+            handles.append(kind_of(layers[name]).standing_in(f))
         yield
     finally:
         for handle in handles:

@@ -19,13 +19,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..layers.dense import dense_origin, dense_weight
+from ..layers.kinds import dense_weight, kind_of, layer_at
 from ..layers.parts import is_empty_between_uses, whole
-from ..maths.factors import LayerMoments
+from ..maths.factors import LayerMoments, Moments
 from ..processes import Processes
 from .batches import Batches
 from .eager import run_eagerly
-from .taps import Tap
+from .taps import ForwardTap, Tap
 
 
 class MomentCollector:
@@ -76,8 +76,15 @@ class MomentCollector:
         self._handles += self.batches.hooks(self.model, self._is_here)
         for name, layer in self._running.items():
             for key, hook in list(layer._forward_hooks.items()):
-                if isinstance(hook, Tap):  # of a run that ended in an exception
+                if isinstance(hook, (Tap, ForwardTap)):  # of a run that ended in an exception
                     del layer._forward_hooks[key]
+            kind = kind_of(self.layers[name])
+            if (own := kind.tap(name, self)) is not None:
+                self._handles += own
+                continue
+            if not kind.takes_gradients:
+                self._handles.append(layer.register_forward_hook(ForwardTap(self, name), with_kwargs=True))
+                continue
             tap = Tap(self, name)
             self._handles.append(layer.register_forward_hook(tap, with_kwargs=True))
             if is_empty_between_uses(layer.weight):
@@ -96,12 +103,15 @@ class MomentCollector:
         self.steps += 1
         self.batches.step()
 
-    def moments(self) -> dict[str, LayerMoments]:
-        """The moments of all layers that gathered something usable (finite, not empty), by name, in fp32 on their device."""
+    def moments(self) -> dict[str, Moments]:
+        """The moments of all layers that gathered something usable (finite, not empty), by name, in fp32 on their device.
+
+        Of a stack of matrices a list, with None for a matrix that gathered nothing usable.
+        """
         found = {name: self.moments_of(name) for name in self.sums}
         return {name: moments for name, moments in found.items() if moments is not None}
 
-    def moments_of(self, name: str) -> LayerMoments | None:
+    def moments_of(self, name: str) -> Moments | None:
         """The moments of one layer; None if it gathered nothing usable."""
         s = self.sums.get(name)
         if s is None:
@@ -109,13 +119,17 @@ class MomentCollector:
         # A loss divided by the number of accumulation steps is larger than what backward saw.
         seen = self.batches
         unscale = (seen.count / self.steps / self.processes if self.steps and seen.is_accumulated else 1.0) ** 2
-        examples, count = float(seen.total), float(s["count"])
-        if count <= 0 or examples <= 0 or not all(bool(torch.isfinite(v).all()) for v in s.values()):
-            return None
+        examples, layer = float(seen.total), self.layers[name]
+        kind = kind_of(layer)
+        if not kind.takes_gradients:
+            return kind.moments(s, examples)
         norms = float(seen.norms)
         if norms > 0:
             unscale *= float(seen.squares) / norms
-        return _finish(self.layers[name], s, count, examples, unscale)
+        if s["count"].ndim == 0:
+            return _finish(layer, s, examples, unscale)
+        each = [_finish(layer, {k: v[i] for k, v in s.items()}, examples, unscale) for i in range(kind.count)]
+        return each if any(moments is not None for moments in each) else None
 
     def mean_loss(self) -> float | None:
         """Mean of the losses that the model's forward returned meanwhile (per example); None if it returns none."""
@@ -134,7 +148,7 @@ class MomentCollector:
     def load_state_dict(self, flat: Mapping[str, torch.Tensor]) -> None:
         """Reads what `state_dict` gave; layers that are no longer gathered are left out. Raises ValueError if it is not whole."""
         sums: dict[str, dict[str, torch.Tensor]] = {}
-        known = {name for name, _ in self.model.named_modules()}
+        known = {name for name, _ in (*self.model.named_modules(), *self.model.named_parameters())}
         for key, value in flat.items():
             if key.startswith("sums/"):
                 name, _, part = key.removeprefix("sums/").rpartition("/")
@@ -165,7 +179,7 @@ class MomentCollector:
         self.processes = processes.size
         device = dense_weight(next(iter(self.layers.values()))).device
         for name in self.layers:
-            for _, value in sorted(self._sums_of(name).items()):  # loaded sums are in another order than new ones
+            for _, value in sorted(self.sums_of(name).items()):  # loaded sums are in another order than new ones
                 processes.sum_(value)
                 if not processes.is_main:
                     value.zero_()
@@ -185,7 +199,8 @@ class MomentCollector:
         if not getattr(model, "_is_replica", False):
             return True
         name, layer = next(iter(self.layers.items()))
-        return model.get_submodule(name).weight.device == layer.weight.device
+        there = layer_at(model, name)
+        return there is not None and there.weight.device == layer.weight.device
 
     def is_mine(self, name: str, module: nn.Module) -> bool:
         """Whether a module with our hook is the layer, or the replica of it that stands where it is."""
@@ -194,7 +209,7 @@ class MomentCollector:
             return module is layer
         return type(module) is type(layer) and module.weight.device == layer.weight.device
 
-    def _sums_of(self, name: str) -> dict[str, torch.Tensor]:
+    def sums_of(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self.sums:
             device = dense_weight(self.layers[name]).device
             self.sums[name] = {
@@ -204,20 +219,55 @@ class MomentCollector:
 
     def weight_of(self, name: str) -> torch.Tensor:
         """The weight that a layer computes with now, (m, n)."""
-        weight = whole(cast(torch.Tensor, self._running[name].weight))
-        return weight.T if dense_origin(self.layers[name]) == "Conv1D" else weight
+        return kind_of(self.layers[name]).matrix(whole(cast(torch.Tensor, self._running[name].weight)))
 
     def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        m, n = dense_weight(self.layers[name]).shape
+        kind = kind_of(self.layers[name])
+        if not kind.takes_gradients:
+            return kind.sums()
+        (m, n), stack = kind.size, () if kind.count == 1 else (kind.count,)
         k = min(m, n)
-        return {"signal": (k, k), "metric": (k, k), "x": (n,), "count": (), "other": (), "y": (m,)}
+        shapes = {"signal": (k, k), "metric": (k, k), "x": (n,), "count": (), "other": (), "y": (m,)}
+        return {name: (*stack, *shape) for name, shape in shapes.items()}
 
     @torch.no_grad()
     def add(
         self, name: str, x: torch.Tensor, y: torch.Tensor | None, g: torch.Tensor, stride: int, weight: torch.Tensor
     ) -> None:
-        """Add a sample of tokens: inputs x (t, n), outputs y (t, m) where m <= n, output gradients g (t, m); weight (m, n)."""
-        s = self._sums_of(name)
+        """Add a sample of tokens: inputs x (t, n), outputs y (t, m) where m <= n, output gradients g (t, m); weight (m, n).
+
+        Of a stack each has its `count` in front.
+        """
+        s = self.sums_of(name)
+        if weight.ndim == 2:
+            self._add(s, x, y, g, stride, weight)
+            return
+        for i, matrix in enumerate(weight):
+            self.add_to(name, i, x[i], None if y is None else y[i], g[i], stride, matrix)
+
+    @torch.no_grad()
+    def add_to(
+        self,
+        name: str,
+        at: int,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        g: torch.Tensor,
+        stride: int,
+        weight: torch.Tensor,
+    ) -> None:
+        """As `add`, for the matrix numbered `at` of a stack, which sees tokens of its own."""
+        self._add({k: v[at] for k, v in self.sums_of(name).items()}, x, y, g, stride, weight)
+
+    def _add(
+        self,
+        s: dict[str, torch.Tensor],
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        g: torch.Tensor,
+        stride: int,
+        weight: torch.Tensor,
+    ) -> None:
         with torch.autocast(device_type=weight.device.type, enabled=False):
             g = g.float() * (self.batches.terms / self.batches.loss_scale)
             finite = torch.isfinite(g).all()  # an overflow step under fp16 is left out whole, without asking the device
@@ -249,10 +299,12 @@ def steps_in(flat: Mapping[str, torch.Tensor]) -> int:
     return int(flat["steps"])
 
 
-def _finish(
-    layer: nn.Module, s: dict[str, torch.Tensor], count: float, examples: float, unscale: float
-) -> LayerMoments:
-    m, n = dense_weight(layer).shape
+def _finish(layer: nn.Module, s: dict[str, torch.Tensor], examples: float, unscale: float) -> LayerMoments | None:
+    """The moments of one matrix from its sums; None where they are of nothing, or not finite."""
+    count = float(s["count"])
+    if count <= 0 or examples <= 0 or not all(bool(torch.isfinite(v).all()) for v in s.values()):
+        return None
+    m, n = kind_of(layer).size
     has_bias = layer.bias is not None
     mean = s["x"] / count
     if m <= n:

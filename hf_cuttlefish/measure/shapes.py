@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers.dense import dense_weight
-from ..layers.low_rank import LowRankLinear
+from ..layers.kinds import kind_of
+from ..layers.low_rank import LowRankLayer
 from .eager import run_eagerly
 
 TIMED_STEPS = 3
@@ -196,8 +196,8 @@ class FlowRecorder:
 
 
 def _any_weight(layer: nn.Module) -> torch.Tensor:
-    return layer.up.weight if isinstance(layer, LowRankLinear) else layer.weight  # type: ignore[return-value]
+    return layer.factors[1] if isinstance(layer, LowRankLayer) else layer.weight  # type: ignore[return-value]
 
 
 def _out_features(layer: nn.Module) -> int:
-    return layer.out_features if isinstance(layer, LowRankLinear) else dense_weight(layer).shape[0]
+    return kind_of(layer).size[0]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..layers.dense import dense_weight
+from ..layers.kinds import dense_weight, kind_of
 
 if TYPE_CHECKING:
     from .moments import MomentCollector
@@ -26,7 +26,7 @@ class Tap:
 
     def keep_weight(self, module: nn.Module, args: tuple) -> None:
         """Before the forward, under ZeRO-3: it is whole only now, and the gradient comes before it is gathered again."""
-        m, n = dense_weight(module).shape
+        m, n = kind_of(module).size
         if torch.is_grad_enabled() and m > n:
             self._weight = dense_weight(module)
 
@@ -46,14 +46,16 @@ class Tap:
             output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         seen = collector.batches
         seen.called(len(given))
-        m, n = dense_weight(collector.layers[name]).shape
-        x = given.detach().reshape(-1, given.shape[-1])
-        stride = -(-len(x) // collector.max_tokens) if len(x) else 1
+        kind = kind_of(collector.layers[name])
+        m, n = kind.size
+        tokens = kind.features_last(output).shape[:-1].numel()
+        stride = -(-tokens // collector.max_tokens) if tokens else 1
         first = (seen.count + 1) % stride  # other tokens in each batch, and no random number drawn
-        x = collector.whole_flow(name, x[first::stride].clone(), "input")
+        pick = slice(first, None, stride)
+        x = collector.whole_flow(name, kind.rows(given.detach(), "input", pick).clone(), "input")
         y = None
         if m <= n:
-            y = output.detach().reshape(-1, output.shape[-1])[first::stride]
+            y = kind.rows(output.detach(), "output", pick)
             y = collector.whole_flow(name, y.clone() if stride > 1 else y, "output")
 
         number, rows = seen.number, seen.rows
@@ -62,9 +64,23 @@ class Tap:
         def arrived(grad: torch.Tensor) -> None:
             seen.arrived()
             grad = collector.whole_flow(name, grad.detach(), "output")
-            by = seen.factors(number, grad, rows)[first::stride, None]
+            by = seen.factors(number, kind.features_last(grad), rows)[pick, None]
             weight = collector.weight_of(name) if kept is None else kept
-            collector.add(name, x, y, grad.reshape(-1, m)[first::stride].float() * by, stride, weight)
+            collector.add(name, x, y, kind.rows(grad, "output", pick).float() * by, stride, weight)
 
         output.register_hook(arrived)
         return output.clone()
+
+
+class ForwardTap:
+    """Forward hook of a layer whose kind takes no gradients: it adds to the sums what it sees in training forwards."""
+
+    def __init__(self, collector: MomentCollector, name: str) -> None:
+        self.collector, self.name = collector, name
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        given = next((t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)), None)
+        if given is None or not torch.is_grad_enabled() or not self.collector.is_mine(self.name, module):
+            return
+        with torch.no_grad():
+            kind_of(self.collector.layers[self.name]).see(self.collector.sums_of(self.name), given.detach())

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..layers.low_rank import LowRankLinear
+from ..layers.low_rank import LowRankLinear, low_rank_layers
 from .eager import eagerly
 from .shapes import FlowRecorder, Group
 
@@ -259,7 +259,7 @@ def time_inference(
     Args:
         inputs: keyword arguments of the model's forward, or positional ones, on its device.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    layers = low_rank_layers(model)
     flow = FlowRecorder(model, layers, inference=True)
     training = [module for module in model.modules() if module.training]
     flow.start()

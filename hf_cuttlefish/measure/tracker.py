@@ -44,7 +44,17 @@ class StableRankTracker:
         self._rows.clear()
 
     def measure(self, weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Stable rank of each weight (m, n), by name; NaN where a weight is not finite. One device synchronization a group."""
+        """Stable rank of each weight (m, n), by name; NaN where a weight is not finite. One device synchronization a group.
+
+        Of a stack (count, m, n) the mean over its matrices.
+        """
+        stacks = {name: len(weight) for name, weight in weights.items() if weight.ndim == 3}
+        if stacks:
+            single = {n: w for n, w in weights.items() if n not in stacks}
+            single |= {f"{n}[{i}]": weights[n][i] for n, count in stacks.items() for i in range(count)}
+            found = self.measure(single)
+            means = {n: sum(found[f"{n}[{i}]"] for i in range(count)) / count for n, count in stacks.items()}
+            return {name: means[name] if name in stacks else found[name] for name in weights}
         groups: dict[tuple[torch.Size, torch.dtype, torch.device], list[str]] = {}
         for name, weight in weights.items():
             groups.setdefault((weight.shape, weight.dtype, weight.device), []).append(name)
@@ -54,13 +64,13 @@ class StableRankTracker:
             most = 1 if device.type == "cpu" else max(1, CHUNK // (BLOCK * COLD_STEPS * sum(shape)))
             for chunk in _chunks(names, most):
                 pending.append((chunk, self._measure_group(chunk, [weights[n].detach() for n in chunk])))
-        found: dict[str, float] = {}
+        ranks: dict[str, float] = {}
         for names, values in pending:
             for name, (total, top) in zip(names, values.tolist(), strict=True):
                 # Outside this range fp32 loses squares of the entries; NaN lies outside every range.
                 safe = SMALLEST < total < LARGEST and top > 0
-                found[name] = max(1.0, total / top) if safe else _carefully(weights[name])
-        return {name: found[name] for name in weights}
+                ranks[name] = max(1.0, total / top) if safe else _carefully(weights[name])
+        return {name: ranks[name] for name in weights}
 
     @torch.no_grad()
     def _measure_group(self, names: list[str], weights: list[torch.Tensor]) -> torch.Tensor:

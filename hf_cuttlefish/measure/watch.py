@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..config import CuttlefishConfig
-from ..layers.dense import dense_weight
+from ..layers.kinds import dense_weight, kind_of
 from ..processes import Processes
 from .batches import Batches
 from .heading import Heading
@@ -116,7 +116,7 @@ class Watch:
 
     def width(self) -> int:
         """Rows of the widest moment: the largest min(m, n) of the layers."""
-        return max((min(dense_weight(layer).shape) for layer in self.layers.values()), default=0)
+        return max((min(kind_of(layer).size) for layer in self.layers.values()), default=0)
 
     def forget(self) -> None:
         """The next check starts cold, as it will in a run resumed from here."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..layers.parts import part_like, whole
-from ..maths.projection import KINDS, project, unknown_state
+from ..maths.projection import KINDS, PLAIN, Layout, project, unknown_state
 from .miniature import new_state, own_state
 from .optimizer_parts import has_shape, is_packed, plain
 from .rehearsal import Verdict
@@ -24,15 +24,15 @@ class FactorParameters:
     """One dense weight and the pair that takes its place.
 
     Attributes:
-        weight: the dense Parameter, (m, n), or (n, m) where `transposed` (Conv1D).
-        down: (r, n), up: (m, r), new Parameters.
+        weight: the dense Parameter. down, up: new Parameters.
+        layout: how these lie in their parameters.
     """
 
     name: str
     weight: nn.Parameter
     down: nn.Parameter
     up: nn.Parameter
-    transposed: bool = False
+    layout: Layout = PLAIN
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def project_pair(
     """
     packed = [key for key, value in old.items() if is_packed(value)]
     held = {k: _whole(v, gather) if isinstance(v, torch.Tensor) else v for k, v in old.items()}
-    new = project(held, gather(pair.down), gather(pair.up), pair.transposed, kinds)
+    new = project(held, gather(pair.down), gather(pair.up), pair.layout, kinds)
     for state, parameter in zip(new, (pair.down, pair.up), strict=True):
         if packed and of is not None:
             own = of.own(pair.weight, parameter)

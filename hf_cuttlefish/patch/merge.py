@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ..layers.dense import is_quantized
-from ..layers.low_rank import LowRankLinear, low_rank_layers
+from ..layers.kinds import kind_of
+from ..layers.low_rank import LowRankLayer, low_rank_layers
 from ..measure.timing import slower_layers, time_inference
 from ..measure.timing import table as timing_table
 from .structure import write_structure
@@ -41,29 +42,29 @@ def merge_layers(
     if not layers:
         raise ValueError(f"{type(model).__name__} has no factorized layer to merge")
     if "" in layers:
-        raise ValueError("this is a LowRankLinear and not a model that holds some: use layer.to_dense()")
+        raise ValueError(f"this is a {type(model).__name__} and not a model that holds some: use layer.to_dense()")
     check_mergeable(layers)
     if where == "slower":
         layers = _slower(model, layers, example_inputs)
-    swap(model, {id(layer): keep_hooks(layer, layer.to_dense()) for layer in layers.values()})
+    swap(model, {id(layer): kind_of(keep_hooks(layer, layer.to_dense())).seat for layer in layers.values()})
     write_structure(model)
     return model
 
 
-def check_mergeable(layers: Mapping[str, LowRankLinear]) -> None:
+def check_mergeable(layers: Mapping[str, LowRankLayer]) -> None:
     """Raises ValueError, naming the layer, for factors that are quantized or hold an adapter."""
     for name, layer in layers.items():
-        for child in (layer.down, layer.up):
-            if is_quantized(child.weight):
+        for child, own in zip((layer.down, layer.up), layer.child_classes, strict=True):
+            if is_quantized(cast(torch.Tensor, child.weight)):
                 raise ValueError(f"the factors of {name} are quantized, and have no product: merge before quantizing")
-            if not isinstance(child, nn.Linear):
+            if not isinstance(child, own):
                 raise ValueError(
                     f"a factor of {name} is a {type(child).__name__}, and what it adds would be lost: with PEFT call "
                     "merge_and_unload() first"
                 )
 
 
-def _slower(model: nn.Module, layers: Mapping[str, LowRankLinear], inputs: Any) -> dict[str, LowRankLinear]:
+def _slower(model: nn.Module, layers: Mapping[str, LowRankLayer], inputs: Any) -> dict[str, LowRankLayer]:
     """The layers that are faster dense, with a log line that says so."""
     rows = time_inference(model, inputs)
     if not rows:

@@ -13,11 +13,12 @@ from torch import nn
 
 from ..decide.plan import RankDecision, RankPlan
 from ..decide.targets import lost_when_saved, skipped_parameters
-from ..layers.dense import DenseLayer, check_layer, check_rank, dense_origin, dense_weight
-from ..layers.low_rank import LowRankLinear, low_rank_layers
-from ..layers.parts import numel, part_like, whole
+from ..layers.dense import bias_of, check_rank
+from ..layers.kinds import check_layer, dense_weight, find_layers, kind_of, layer_at
+from ..layers.low_rank import LowRankLayer, low_rank_layers
+from ..layers.parts import numel, part_like, shape_of, whole
 from ..layers.sizes import block_containers, count_parameters
-from ..maths.factors import Factors, LayerMoments, cut, decompose
+from ..maths.factors import Factors, Moments, cut, decompose
 from ..processes import Processes
 from .edits import Edit, commit
 from .factor_state import FactorParameters
@@ -43,8 +44,8 @@ class Change:
     optimizer: Any
     optimizer_state: str
     plan: RankPlan
-    layers: dict[str, DenseLayer]
-    pairs: dict[str, LowRankLinear]
+    layers: dict[str, nn.Module]
+    pairs: dict[str, LowRankLayer]
     shifts: dict[str, torch.Tensor | None]
     report: FactorizationReport
     gather: Callable[[torch.Tensor], torch.Tensor] = whole
@@ -56,9 +57,8 @@ class Change:
             FactorParameters(
                 name,
                 cast(nn.Parameter, layer.weight),
-                cast(nn.Parameter, self.pairs[name].down.weight),
-                cast(nn.Parameter, self.pairs[name].up.weight),
-                transposed=dense_origin(layer) == "Conv1D",
+                *self.pairs[name].factors,
+                layout=kind_of(layer),
             )
             for name, layer in self.layers.items()
         ]
@@ -78,10 +78,10 @@ def make_change(
     plan: Mapping[str, int],
     optimizer: Any = None,
     *,
-    statistics: Mapping[str, LayerMoments] | None = None,
+    statistics: Mapping[str, Moments] | None = None,
     factors: Mapping[str, Factors] | None = None,
     optimizer_state: str = "carry",
-    place: Callable[[DenseLayer, LowRankLinear], None] | None = None,
+    place: Callable[[nn.Module, LowRankLayer], None] | None = None,
     gather: Callable[[torch.Tensor], torch.Tensor] = whole,
 ) -> Change:
     """Work a switch out; nothing is changed.
@@ -102,7 +102,7 @@ def make_change(
     check_free(model)
     if optimizer is not None:
         check_holds(optimizer, {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()})
-    pairs: dict[str, LowRankLinear] = {}
+    pairs: dict[str, LowRankLayer] = {}
     shifts: dict[str, torch.Tensor | None] = {}
     # One layer at a time, so that no more than one need be whole.
     for name, layer in layers.items():
@@ -114,7 +114,7 @@ def make_change(
             except ValueError as error:
                 raise ValueError(f"{name} cannot be factorized: {error}") from error
         _check_factors(name, layer, ready, plan[name])
-        pairs[name] = LowRankLinear.standing_for(layer, ready.down, ready.up)
+        pairs[name] = kind_of(layer).stand_in(ready.down, ready.up)
         shifts[name] = ready.bias_shift
         if place is not None:
             place(layer, pairs[name])
@@ -144,26 +144,29 @@ class SwapModules(Edit):
 
     def __init__(self, change: Change) -> None:
         self.change = change
-        self._biases = {n: la.bias.detach().clone() for n, la in change.layers.items() if la.bias is not None}
+        self._biases = {
+            n: bias.detach().clone() for n, la in change.layers.items() if (bias := bias_of(la)) is not None
+        }
         self._grads = [(layer, layer.weight.grad) for layer in change.layers.values()]
 
     @torch.no_grad()
     def apply(self) -> None:
         change = self.change
-        swap(change.model, {id(layer): change.pairs[name] for name, layer in change.layers.items()})
+        swap(change.model, {id(kind_of(layer).seat): change.pairs[name] for name, layer in change.layers.items()})
         for name, layer in change.layers.items():
             keep_hooks(layer, change.pairs[name])
             shift = change.shifts[name]
-            if shift is not None and layer.bias is not None:
-                layer.bias.add_(part_like(shift.to(layer.bias.device, layer.bias.dtype), layer.bias))
+            bias = bias_of(layer)
+            if shift is not None and bias is not None:
+                bias.add_(part_like(shift.reshape(shape_of(bias)).to(bias.device, bias.dtype), bias))
             layer.weight.grad = None
 
     @torch.no_grad()
     def undo(self) -> None:
         change = self.change
-        swap(change.model, {id(change.pairs[name]): layer for name, layer in change.layers.items()})
+        swap(change.model, {id(change.pairs[name]): kind_of(layer).seat for name, layer in change.layers.items()})
         for name, bias in self._biases.items():
-            change.layers[name].bias.copy_(bias)
+            cast(nn.Parameter, bias_of(change.layers[name])).copy_(bias)
         for layer, grad in self._grads:
             layer.weight.grad = grad
 
@@ -171,25 +174,26 @@ class SwapModules(Edit):
         say_lost(self.change.layers, self.change.optimizer)
 
 
-def _check_factors(name: str, layer: DenseLayer, factors: Factors, rank: int) -> None:
-    m, n = dense_weight(layer).shape
-    if factors.down.shape != (rank, n) or factors.up.shape != (m, rank):
+def _check_factors(name: str, layer: nn.Module, factors: Factors, rank: int) -> None:
+    *stack, m, n = dense_weight(layer).shape
+    up, down = (*stack, m, rank), (*stack, rank, n)
+    if factors.down.shape != down or factors.up.shape != up:
         raise ValueError(
             f"the factors of {name} have the shapes {tuple(factors.up.shape)} and {tuple(factors.down.shape)}: "
-            f"rank {rank} of a layer of shape {(m, n)} needs {(m, rank)} and {(rank, n)}"
+            f"rank {rank} of a layer of shape {(*stack, m, n)} needs {up} and {down}"
         )
     parts = [t for t in (factors.down, factors.up, factors.bias_shift) if t is not None]
-    if not all(bool(torch.isfinite(t.to(layer.weight.dtype)).all()) for t in parts):
+    if not all(bool(torch.isfinite(t.to(dense_weight(layer).dtype)).all()) for t in parts):
         raise ValueError(f"the factors of {name} hold NaN or Inf; the model is unchanged")
 
 
-def _validate(model: nn.Module, plan: Mapping[str, int]) -> dict[str, DenseLayer]:
+def _validate(model: nn.Module, plan: Mapping[str, int]) -> dict[str, nn.Module]:
     """The layers of the plan by name, each once. Raises before anything is touched (see `make_change`)."""
     if not isinstance(plan, Mapping):
         raise TypeError(f"plan must be a RankPlan or a dict {{module name: rank}}, got {type(plan).__name__}")
     if not plan:
         raise ValueError("the plan factorizes no layer: every target stays dense, so there is nothing to do")
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False)) | dict(find_layers(model, remove_duplicate=False))
     decisions = plan.decisions if isinstance(plan, RankPlan) else {}
     for name in [*plan, *decisions]:
         if name not in modules:
@@ -197,7 +201,7 @@ def _validate(model: nn.Module, plan: Mapping[str, int]) -> dict[str, DenseLayer
             hint = f"close names: {', '.join(close)}" if close else "look at model.named_modules() for its names"
             raise ValueError(f"the plan names {name!r}, which is no module of {type(model).__name__}; {hint}")
     owners, inner = _owners(model)
-    chosen: dict[str, DenseLayer] = {}
+    chosen: dict[str, nn.Module] = {}
     seen: dict[int, str] = {}
     for name, rank in plan.items():
         module = modules[name]
@@ -211,14 +215,12 @@ def _validate(model: nn.Module, plan: Mapping[str, int]) -> dict[str, DenseLayer
                 "the model is itself a layer, and cannot be replaced in place: use LowRankLinear.from_linear(layer)"
             )
         _check_target(name, module, rank, decisions.get(name), owners)
-        if id(module) in seen:
-            if plan[seen[id(module)]] != rank:
-                raise ValueError(
-                    f"{seen[id(module)]} and {name} are one module, but the plan gives them different ranks"
-                )
+        if (at := id(kind_of(module).seat)) in seen:
+            if plan[seen[at]] != rank:
+                raise ValueError(f"{seen[at]} and {name} are one module, but the plan gives them different ranks")
             continue
-        seen[id(module)] = name
-        chosen[name] = cast(DenseLayer, module)
+        seen[at] = name
+        chosen[name] = module
     if lost := lost_when_saved(model, chosen):
         raise ValueError(
             f"transformers stores {lost[0]} in another layout or under another name than it has in {type(model).__name__}, and "
@@ -235,7 +237,7 @@ def _owners(model: nn.Module) -> tuple[dict[int, set[int]], dict[int, str]]:
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), set()).add(id(module))
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, LowRankLayer):
             inner |= {id(module): name, id(module.down): name, id(module.up): name}
     return owners, inner
 
@@ -245,29 +247,32 @@ def _check_target(
 ) -> None:
     """Raises unless this layer can be factorized at this rank, by itself."""
     check_layer(module, name)
-    out_features, in_features = dense_weight(module).shape
+    kind = kind_of(module)
+    out_features, in_features = kind.size
     check_rank(rank, in_features, out_features, name)
-    if decision is not None and (decision.in_features, decision.out_features) != (in_features, out_features):
+    here = (in_features, out_features, kind.count)
+    if decision is not None and (decision.in_features, decision.out_features, decision.count) != here:
+        there = (decision.out_features, decision.in_features)
+        stacks = f" ({decision.count} and {kind.count} of them)" if decision.count != kind.count else ""
         raise ValueError(
-            f"the plan was written for another model: {name} is ({decision.out_features}, {decision.in_features}) "
-            f"there and ({out_features}, {in_features}) here"
+            f"the plan was written for another model: {name} is {there} there and {(out_features, in_features)} here{stacks}"
         )
     for part in ("weight", "bias"):
         if len(owners.get(id(getattr(module, part)), ())) > 1:
             raise ValueError(f"{name}.{part} is tied to another module, which would change with it: exclude it")
 
 
-def _report(model: nn.Module, plan: RankPlan, layers: Mapping[str, DenseLayer]) -> FactorizationReport:
+def _report(model: nn.Module, plan: RankPlan, layers: Mapping[str, nn.Module]) -> FactorizationReport:
     """Sizes before, and after: each weight of the plan gives way to its two factors."""
-    decided = {id(m): m for m in map(model.get_submodule, plan.decisions)}.values()
+    found = [layer_at(model, name) or model.get_submodule(name) for name in plan.decisions]
+    decided = {id(kind_of(m).seat): m for m in found}.values()
     saved = 0
     for name, layer in layers.items():
-        m, n = dense_weight(layer).shape
-        saved += numel(cast(torch.Tensor, layer.weight)) - plan[name] * (m + n)
+        kind = kind_of(layer)
+        saved += numel(cast(torch.Tensor, layer.weight)) - plan[name] * sum(kind.size) * kind.count
     total = count_parameters(model)
     targets = sum(
-        m.down.weight.numel() + m.up.weight.numel() if isinstance(m, LowRankLinear) else dense_weight(m).numel()
-        for m in decided
+        sum(f.numel() for f in m.factors) if isinstance(m, LowRankLayer) else dense_weight(m).numel() for m in decided
     )
     blocks = count_parameters(model, block_containers(model, plan.decisions))
     skipped = skipped_parameters(model)
@@ -279,6 +284,7 @@ def _report(model: nn.Module, plan: RankPlan, layers: Mapping[str, DenseLayer]) 
 def _as_plan(plan: Mapping[str, int], layers: Mapping[str, nn.Module]) -> RankPlan:
     decisions = {}
     for name, layer in layers.items():
-        out_features, in_features = dense_weight(layer).shape
-        decisions[name] = RankDecision(in_features, out_features, plan[name], "by hand")
+        kind = kind_of(layer)
+        out_features, in_features = kind.size
+        decisions[name] = RankDecision(in_features, out_features, plan[name], "by hand", count=kind.count)
     return RankPlan(decisions)

@@ -55,7 +55,7 @@ def beside_groups(
 
 def has_shape(value: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a state has its weight's shape: as it is, flat, or several in one."""
-    return value.shape[-2:] == weight.shape or (value.ndim == 1 and value.numel() == weight.numel())
+    return value.shape[-weight.ndim :] == weight.shape or (value.ndim == 1 and value.numel() == weight.numel())
 
 
 def kept_elsewhere(optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers.low_rank import low_rank_layers
+from ..layers.low_rank import LowRankLinear
 from ..layers.multiplied import Multiplied, in_batches
 
 
@@ -31,7 +31,7 @@ class RunMultiplied:
 
     def start(self) -> bool:
         """Whether there is something to run in this form; if so, from the next forward on."""
-        self.batches = self.batches or in_batches(list(low_rank_layers(self.model).values()))
+        self.batches = self.batches or in_batches([m for m in self.model.modules() if isinstance(m, LowRankLinear)])
         if self.batches and not self._handles:
             self._handles = [
                 self.model.register_forward_pre_hook(self._open, prepend=True),

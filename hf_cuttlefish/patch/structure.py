@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..layers.dense import DENSE_TYPES, DenseLayer, check_rank, dense_weight, is_quantized
-from ..layers.low_rank import LowRankLinear, low_rank_layers
+from ..layers.dense import check_rank, is_quantized
+from ..layers.kinds import find_layers, is_dense, kind_of
+from ..layers.low_rank import LowRankLayer, low_rank_layers
 from .edits import Edit
 from .surgery import keep_hooks, swap
 
@@ -38,21 +39,21 @@ def restructure(model: nn.Module, ranks: Mapping[str, int | None]) -> Exchanges:
 
 def plan_structure(model: nn.Module, ranks: Mapping[str, int | None]) -> Exchanges:
     """The new modules that `restructure` puts in; nothing is changed. Raises as it does."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False)) | dict(find_layers(model, remove_duplicate=False))
     changes: Exchanges = {}
     seen: set[int] = set()
     for name, rank in ranks.items():
         module = modules.get(name)
         new: nn.Module
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, LowRankLayer):
             if rank == module.rank or id(module) in seen:
                 continue
             dense = module.to_dense()
-            new = dense if rank is None else LowRankLinear.standing_for(dense, None, None, _checked(rank, dense, name))
-        elif isinstance(module, DenseLayer) and type(module) in DENSE_TYPES.values():
+            new = dense if rank is None else kind_of(dense).stand_in(None, None, _checked(rank, dense, name))
+        elif module is not None and is_dense(module):
             if rank is None or id(module) in seen:
                 continue
-            new = LowRankLinear.standing_for(module, None, None, _checked(rank, module, name))
+            new = kind_of(module).stand_in(None, None, _checked(rank, module, name))
         else:
             kind = "there is no such module" if module is None else f"it is a {type(module).__name__}"
             raise ValueError(f"the weights hold factors of {name!r}, but in this {type(model).__name__} {kind}")
@@ -65,7 +66,7 @@ def exchange(model: nn.Module, changes: Exchanges) -> None:
     """Put the new modules in, with the old ones' hooks, and note the structure."""
     for old, new in changes.values():
         keep_hooks(old, new)
-    swap(model, {id(old): new for old, new in changes.values()})
+    swap(model, {id(kind_of(old).seat): kind_of(new).seat for old, new in changes.values()})
     write_structure(model)
 
 
@@ -143,7 +144,7 @@ def _packed(model: nn.Module) -> Iterator[str]:
 
 
 def _checked(rank: int, dense: nn.Module, name: str) -> int:
-    out_features, in_features = dense_weight(dense).shape
+    out_features, in_features = kind_of(dense).size
     check_rank(rank, in_features, out_features, name)
     return rank
 

@@ -7,12 +7,19 @@ from collections.abc import Mapping
 from torch import nn
 
 
-def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
-    """Replace child modules by id, in every place where a module is registered."""
+def swap(model: nn.Module, new: Mapping[int, nn.Module | nn.Parameter]) -> None:
+    """Replace child modules, and parameters, by id, in every place where one is registered; either can take the other's place."""
     for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if child is not None and id(child) in new:
-                parent._modules[child_name] = new[id(child)]
+        for table in (parent._modules, parent._parameters):
+            for name, child in list(table.items()):
+                if child is None or id(child) not in new:
+                    continue
+                replacement = new[id(child)]
+                if isinstance(replacement, nn.Parameter) == (table is parent._parameters):
+                    table[name] = replacement  # type: ignore[assignment]
+                else:
+                    del table[name]
+                    setattr(parent, name, replacement)
 
 
 def keep_hooks(old: nn.Module, new: nn.Module) -> nn.Module:

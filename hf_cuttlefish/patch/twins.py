@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .surgery import swap
+
 
 def copy_tree(
     module: nn.Module,
@@ -65,7 +67,17 @@ def copy_module(module: nn.Module, data: Callable[[nn.Parameter], torch.Tensor])
     return copy_tree(module, change)
 
 
-def with_exchanged(module: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
-    """A module of the same tensors, whose structure and configs are its own, with the modules in `new` exchanged (by id)."""
+def with_exchanged(module: nn.Module, new: Mapping[int, nn.Module | nn.Parameter]) -> nn.Module:
+    """A module of the same tensors, whose structure and configs are its own, with modules exchanged (by id) for what `new` has."""
     configs: dict[int, Any] = {}
-    return copy_tree(module, lambda old, twin: copy_configs(old, twin, configs), known=dict(new))
+
+    def change(old: nn.Module, twin: nn.Module) -> None:
+        copy_configs(old, twin, configs)
+        twin.__dict__["_parameters"] = dict(old._parameters)
+
+    parameters = {key: value for key, value in new.items() if isinstance(value, nn.Parameter)}
+    known = {id(child): child for child in module.modules() if id(child) in parameters}
+    known |= {key: value for key, value in new.items() if isinstance(value, nn.Module)}
+    twin = copy_tree(module, change, known=known)
+    swap(twin, parameters)
+    return twin

@@ -14,10 +14,10 @@ from ..decide.ranks import plan_ranks
 from ..decide.rules import DEFAULT_RATIO, LayerSpectrum
 from ..decide.tables import text_table
 from ..decide.targets import find_targets
-from ..layers.dense import DENSE_TYPES, dense_weight
-from ..layers.low_rank import LowRankLinear, low_rank_layers
+from ..layers.kinds import dense_weight, find_layers, kind_of
+from ..layers.low_rank import LowRankLayer, low_rank_layers
 from ..layers.sizes import count_parameters, group_name
-from ..maths.factors import LayerMoments, decompose
+from ..maths.factors import LayerMoments, Moments, decompose
 from ..maths.stable_ranks import stable_rank
 
 FLOPS_PER_PARAMETER = 2
@@ -153,7 +153,7 @@ def inspect_model(
     model: nn.Module,
     config: CuttlefishConfig | None = None,
     *,
-    statistics: Mapping[str, LayerMoments] | None = None,
+    statistics: Mapping[str, Moments] | None = None,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> Inspection:
     """The rank of each target layer under every rule; of a factorized model, the ranks that it has.
@@ -179,13 +179,15 @@ def inspect_model(
     spectra = {}
     for name in progress(list(layers)):
         weight, moments = dense_weight(layers[name]), (statistics or {}).get(name)
-        m, n = weight.shape
+        m, n = weight.shape[-2:]
         try:
             values = decompose(weight).spectrum.cpu()
             in_loss = None if moments is None else decompose(weight, moments).spectrum.cpu()
         except ValueError as error:
             raise ValueError(f"{name} cannot be factorized: {error}") from error
-        spectra[name] = LayerSpectrum(n, m, values, in_loss, 1.0 if moments is None else moments.tokens)
+        tokens = moments.tokens if isinstance(moments, LayerMoments) else 1.0
+        count = kind_of(layers[name]).count
+        spectra[name] = LayerSpectrum(n, m, values, in_loss, tokens, count=count)
     plans = {}
     for rule in RANK_RULES:
         sized = {} if rule == "loss" else {"target_ratio": None, "max_loss_increase": None}
@@ -207,17 +209,16 @@ def present_plan(model: nn.Module, measure: bool = False) -> RankPlan:
         raise ValueError(f"{type(model).__name__} has no factorized layer")
     groups = {group_name(name) for name in pairs}
     decisions = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
-            m, n, rank = module.out_features, module.in_features, module.rank
-        elif type(module) in DENSE_TYPES.values() and group_name(name) in groups:
-            (m, n), rank = dense_weight(module).shape, None
-        else:
+    for name, module in find_layers(model):
+        rank = module.rank if isinstance(module, LowRankLayer) else None
+        if rank is None and group_name(name) not in groups:
             continue
-        found = None
+        kind, found = kind_of(module), None
         if measure:
-            found = float(stable_rank(dense_weight(module) if rank is None else module.product()))
-        decisions[name] = RankDecision(n, m, rank, "as it is", found)
+            weight = module.product() if isinstance(module, LowRankLayer) else kind.weight
+            found = float(stable_rank(weight).mean())
+        m, n = kind.size
+        decisions[name] = RankDecision(n, m, rank, "as it is", found, count=kind.count)
     return RankPlan(decisions, rule="as it is")
 
 

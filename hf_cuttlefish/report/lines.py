@@ -76,7 +76,10 @@ def end(run: Run) -> tuple[int, str]:
     if run.switch_step is not None and run.restarts:
         return logging.INFO, "Cuttlefish: the factorized model is in the checkpoint of the switch; resume from there."
     if pairs:
-        saved = sum(p.in_features * p.out_features - p.rank * (p.in_features + p.out_features) for p in pairs.values())
+        saved = sum(
+            p.count * (p.in_features * p.out_features - p.rank * (p.in_features + p.out_features))
+            for p in pairs.values()
+        )
         now = count_parameters(run.model)
         return logging.INFO, (
             f"Cuttlefish: the model is factorized, {short_count(now)} of {short_count(now + saved)} parameters "

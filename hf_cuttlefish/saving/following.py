@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ..engines.find import follow_in_optimizer, has_fixed, restructure_under_engines, shard_loaded, takes_as_it_is
-from ..layers.dense import dense_origin, dense_weight
-from ..layers.low_rank import LowRankLinear
+from ..layers.kinds import kind_of, layer_at
+from ..layers.low_rank import LowRankLayer
 from ..patch.structure import write_structure
 from .names import is_layer, rank_of, rename_biases, rename_keys
 
@@ -46,13 +46,14 @@ def _follow(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str,
         name, part = _split(module, key.removeprefix(prefix)) if key.startswith(prefix) else (None, "")
         if name is None:
             continue
-        if has_fixed(name, module.get_submodule(name), part):
+        if has_fixed(name, cast(nn.Module, layer_at(module, name)), part):
             continue
         shapes.setdefault(name, {})[part] = tensor.shape
     wanted: dict[str, int | None] = {}
     for name, parts in shapes.items():
-        rank, layer = _structure(name, parts), module.get_submodule(name)
-        if rank == (layer.rank if isinstance(layer, LowRankLinear) else None):
+        layer = cast(nn.Module, layer_at(module, name))
+        rank = _structure(name, layer, parts)
+        if rank == (layer.rank if isinstance(layer, LowRankLayer) else None):
             continue
         _check_shapes(name, layer, rank, parts)
         wanted[name] = rank
@@ -67,17 +68,22 @@ def _follow(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str,
 
 def _split(module: nn.Module, key: str) -> tuple[str | None, str]:
     """The layer whose weight the key names, and which part: "down", "up" or "dense". (None, "") for any other key."""
-    for part, ending in (("down", ".down.weight"), ("up", ".up.weight"), ("dense", ".weight")):
-        name = key.removesuffix(ending)
+    for part in ("down", "up"):
+        name = key.removesuffix(f".{part}.weight")
         if name != key and is_layer(module, name):
             return name, part
+    for name in (key.removesuffix(".weight"), key):
+        layer = layer_at(module, name)
+        if layer is not None and name + kind_of(layer).weight_key == key:
+            return name, "dense"
     return None, ""
 
 
-def _structure(name: str, parts: Mapping[str, torch.Size]) -> int | None:
+def _structure(name: str, layer: nn.Module, parts: Mapping[str, torch.Size]) -> int | None:
     """The rank that one layer's tensors have, None for dense. Raises ValueError where they contradict each other."""
     ranks = {
-        None if part == "dense" else rank_of(f"{name}.{part}.weight", part, shape) for part, shape in parts.items()
+        None if part == "dense" else rank_of(layer, f"{name}.{part}.weight", part, shape)
+        for part, shape in parts.items()
     }
     if len(ranks) > 1:
         shapes = {part: tuple(shape) for part, shape in parts.items()}
@@ -87,14 +93,11 @@ def _structure(name: str, parts: Mapping[str, torch.Size]) -> int | None:
 
 def _check_shapes(name: str, layer: nn.Module, rank: int | None, parts: Mapping[str, torch.Size]) -> None:
     """Raises ValueError, before the layer is touched, for tensors that belong to a layer of another size."""
-    if isinstance(layer, LowRankLinear):
-        m, n, transposed = layer.out_features, layer.in_features, layer.origin == "Conv1D"
-    else:
-        (m, n), transposed = dense_weight(layer).shape, dense_origin(layer) == "Conv1D"
-    fitting = {"down": (rank, n), "up": (m, rank), "dense": (n, m) if transposed else (m, n)}
+    kind = kind_of(layer)
+    fitting = kind.shapes(rank or 1)
     for part, shape in parts.items():
         if tuple(shape) != fitting[part]:
-            tensor = f"{name}.weight" if part == "dense" else f"{name}.{part}.weight"
+            tensor = name + kind.weight_key if part == "dense" else f"{name}.{part}.weight"
             raise ValueError(
                 f"{tensor} has the shape {tuple(shape)}, and this model needs {fitting[part]}; nothing is loaded"
             )

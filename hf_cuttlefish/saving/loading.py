@@ -8,7 +8,7 @@ safetensors is read, and no rank is believed before it is held against the layer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..engines.find import extend_parallel_plan, settle_loaded
+from ..layers.kinds import layer_at
 from ..layers.low_rank import low_rank_layers
 from ..patch.structure import QUANT_METHOD, STRUCTURE_VERSION, configs_of, restructure, write_structure
 from .names import DISAGREE, is_layer, rank_of, renamed_keys
@@ -85,7 +86,8 @@ class CuttlefishLoader(HfQuantizer):
         for layer in low_rank_layers(model).values():
             # Until the weights are loaded: the _init_weights of xLSTM and OneFormer fill the bias of every nn.Linear of
             # theirs without asking whether it has one.
-            vars(layer.down)["bias"] = torch.empty(0)
+            if "bias" in layer.down._parameters:
+                vars(layer.down)["bias"] = torch.empty(0)
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
         """Before the model is made parallel: rules for the factors, as transformers asks for."""
@@ -184,7 +186,7 @@ def _check_files(model: nn.Module, ranks: Mapping[str, int], files: Iterable[str
                 name = find(layer)
                 if name is None:
                     continue
-                found = rank_of(key, part, opened.get_slice(key).get_shape())
+                found = rank_of(cast(nn.Module, layer_at(model, name)), key, part, opened.get_slice(key).get_shape())
                 if name not in ranks:
                     raise ValueError(
                         f"the weights hold factors of {name} (rank {found}), and config.json does not say that it is "

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..engines.around import check_not_wrapped, unwrap
+from ..layers.kinds import kind_of
 from ..layers.low_rank import low_rank_layers
 from ..patch.merge import check_mergeable
 from ..patch.structure import write_structure
@@ -62,10 +64,11 @@ def save_merged(
     if os.path.isfile(folder):
         raise NotADirectoryError(f"{os.fspath(folder)} is a file: give a folder")
     check_processing_class(processing_class)
-    dense: dict[int, nn.Module] = {}
+    dense: dict[int, nn.Module | nn.Parameter] = {}
     for layer in layers.values():
-        dense[id(layer)] = twin = layer.to_dense()
-        twin.weight = nn.Parameter(twin.weight.detach().cpu(), requires_grad=False)
+        twin = layer.to_dense()
+        twin.weight = nn.Parameter(cast(torch.Tensor, twin.weight).detach().cpu(), requires_grad=False)
+        dense[id(layer)] = kind_of(twin).seat
     merged = cast(PreTrainedModel, with_exchanged(model, dense))
     write_structure(merged)
     if processing_class is not None:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..decide.targets import conversions
-from ..layers.dense import DENSE_TYPES
-from ..layers.low_rank import LowRankLinear
+from ..layers.kinds import kind_of, layer_at
+from ..layers.low_rank import LowRankLayer
 
 logger = logging.getLogger(__name__)
 
@@ -25,16 +25,18 @@ def rename_biases(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix
     for key in [key for key in state_dict if key.startswith(prefix) and key.endswith(".bias")]:
         name = key.removeprefix(prefix).removesuffix(".bias").removesuffix(".up")
         if is_layer(module, name):
-            new = f"{prefix}{name}{'.up' if isinstance(get_layer(module, name), LowRankLinear) else ''}.bias"
+            new = f"{prefix}{name}{'.up' if is_low_rank(module, name) else ''}.bias"
             if new != key:
                 state_dict[new] = state_dict.pop(key)
 
 
-def rank_of(key: str, part: str, shape: Sequence[int]) -> int:
-    """The rank that a factor of this shape has: (rank, in) for "down", (out, rank) for "up"."""
-    if len(shape) != 2:
-        raise ValueError(f"{key} has the shape {tuple(shape)}: a factor has two dimensions; nothing is loaded")
-    return shape[0 if part == "down" else 1]
+def rank_of(layer: nn.Module, key: str, part: str, shape: Sequence[int]) -> int:
+    """The rank that a factor of this layer has in this shape: (rank, in) for "down" of a linear layer, (out, rank) for "up"."""
+    found, wanted = kind_of(layer).rank_of(part, shape), len(kind_of(layer).shapes(1)[part])
+    if not found:
+        number = {2: "two", 3: "three", 4: "four"}.get(wanted, wanted)
+        raise ValueError(f"{key} has the shape {tuple(shape)}: a factor has {number} dimensions; nothing is loaded")
+    return found
 
 
 def rename_keys(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
@@ -105,23 +107,17 @@ def names_factor(module: nn.Module, key: str) -> bool:
     for ending in (".down.weight", ".up.weight", ".up.bias"):
         if key.endswith(ending):
             return is_layer(module, key.removesuffix(ending))
-    for ending in (".weight", ".bias"):
+    for ending in (".weight", ".bias"):  # of the dense layer
         if key.endswith(ending):
-            return isinstance(get_layer(module, key.removesuffix(ending)), LowRankLinear)
+            return is_low_rank(module, key.removesuffix(ending))
     return False
 
 
 def is_layer(module: nn.Module, name: str) -> bool:
     """Whether there is such a layer under this name."""
-    found = get_layer(module, name)
-    return isinstance(found, LowRankLinear) or type(found) in DENSE_TYPES.values()
+    return layer_at(module, name) is not None
 
 
-def get_layer(module: nn.Module, name: str) -> nn.Module | None:
-    """The module of this name, or None."""
-    for part in name.split("."):
-        found = module._modules.get(part)
-        if found is None:
-            return None
-        module = found
-    return module
+def is_low_rank(module: nn.Module, name: str) -> bool:
+    """Whether the layer of this name is low rank: its bias is that of `up`."""
+    return isinstance(layer_at(module, name), LowRankLayer)

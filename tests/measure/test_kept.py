@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_cuttlefish import factorize
 from hf_cuttlefish.decide.targets import find_targets
-from hf_cuttlefish.layers.dense import dense_weight
+from hf_cuttlefish.layers.kinds import dense_weight
 from hf_cuttlefish.maths.factors import Factors
 from hf_cuttlefish.measure.kept import BATCHES, KeptBatches
 from tiny_models import BY_NAME, RANK

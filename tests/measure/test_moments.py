@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_cuttlefish.layers.dense import dense_weight
+from hf_cuttlefish.layers.kinds import dense_weight
 from hf_cuttlefish.maths.factors import LayerMoments
 from hf_cuttlefish.measure.moments import MomentCollector
 

@@ -1,0 +1,57 @@
+"""Linear layers: nn.Linear, and GPT-2's Conv1D, which holds the same matrix transposed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from ..maths.factors import Factors
+from .kind import Kind
+from .low_rank import LowRankLinear
+from .parts import shape_of
+
+
+class LinearKind(Kind):
+    """nn.Linear: its weight is the matrix."""
+
+    dense: ClassVar[type[nn.Module]] = nn.Linear
+    low_rank = LowRankLinear
+    label = "nn.Linear"
+    is_linear = True
+
+    def stand_in(self, down: torch.Tensor | None, up: torch.Tensor | None, rank: int = 0) -> LowRankLinear:
+        return LowRankLinear.standing_for(cast(nn.Linear, self.layer), down, up, rank)
+
+    def answer(self, x: torch.Tensor, factors: Factors) -> torch.Tensor:
+        like, bias = cast(torch.Tensor, self.layer.weight), cast("torch.Tensor | None", self.layer.bias)
+        if factors.bias_shift is not None and bias is not None:
+            bias = bias + factors.bias_shift.to(bias)
+        return functional.linear(functional.linear(x, factors.down.to(like)), factors.up.to(like), bias)
+
+
+class Conv1DKind(LinearKind):
+    """GPT-2's Conv1D: its weight is the matrix transposed, and so is what an optimizer keeps of it."""
+
+    dense: ClassVar[type[nn.Module]] = Conv1D
+    label = "Conv1D"
+
+    def matrix(self, tensor: torch.Tensor, part: str = "dense") -> torch.Tensor:
+        return tensor.mT if part == "dense" else tensor
+
+    def tensor(self, matrix: torch.Tensor, part: str, shape: Sequence[int]) -> torch.Tensor:
+        return matrix.mT if part == "dense" else matrix
+
+    def dense_shape(self, down: torch.Tensor, up: torch.Tensor) -> tuple[int, ...]:
+        return (down.shape[1], len(up))
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        if isinstance(self.layer, LowRankLinear):
+            m, n = self.layer.out_features, self.layer.in_features
+        else:
+            n, m = shape_of(cast(torch.Tensor, self.layer.weight))
+        return {"dense": (n, m), "down": (rank, n), "up": (m, rank)}
