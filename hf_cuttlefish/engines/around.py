@@ -55,8 +55,8 @@ class Around:
 
     @cached_property
     def wrappers(self) -> list[nn.Module]:
-        """Engines' wrappers among the holders."""
-        return [m for m in self.holders if isinstance(m, DistributedDataParallel) or type(m).__name__ in _REFUSED]
+        """Engines' wrappers among the holders, their subclasses too."""
+        return [m for m in self.holders if isinstance(m, DistributedDataParallel) or _wrapper_kind(m)]
 
     def look_again(self) -> None:
         """Forget what was seen, after letting go of what only waits to be freed."""
@@ -163,9 +163,13 @@ def refuse_wrapper(model: nn.Module) -> None:
     """Raises ValueError, naming the engine and what to do, for a wrapper inside which nothing may be changed."""
     if isinstance(model, nn.DataParallel) and not (is_distributed() and Processes().size > 1):
         return
-    why = _REFUSED.get(type(model).__name__)
-    if why is not None:
-        raise ValueError(f"the model is wrapped by {why}")
+    if kind := _wrapper_kind(model):
+        raise ValueError(f"the model is wrapped by {_REFUSED[kind]}")
+
+
+def _wrapper_kind(module: nn.Module) -> str | None:
+    """The engine's wrapper that a module is, or is a subclass of, by its name in `_REFUSED`."""
+    return next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _REFUSED), None)
 
 
 def is_compiled(model: nn.Module) -> bool:
