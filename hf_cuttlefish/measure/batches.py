@@ -40,6 +40,7 @@ class Batches:
         self._pending: torch.Tensor | float | None = None
         self._is_told = False
         self._weights: dict[int, torch.Tensor] = {}
+        self._spread: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def hooks(self, model: nn.Module, is_here: Callable[[nn.Module], bool]) -> list[Any]:
         """Follow the forwards of the model; returns handles. is_here: whether a module is the model, or its replica here."""
@@ -65,7 +66,7 @@ class Batches:
 
     def called(self, rows: int) -> None:
         """A layer is called. Where the model's own forward is not (a loss of one's own calls its parts), a batch begins here."""
-        if not self._is_told and self._pending is None and not _in_backward():
+        if not self._is_told and self._pending is None and not in_backward():
             self._begin(rows, rows)
 
     def arrived(self) -> None:
@@ -76,6 +77,7 @@ class Batches:
     def step(self) -> None:
         """An optimizer step has ended."""
         self._weights.clear()
+        self._spread.clear()
         self._pending = None
 
     @torch.no_grad()
@@ -102,7 +104,10 @@ class Batches:
             norms = torch.where(weights > 0, weights.pow(-2), 0.0)
             mean = (norms.sum() / norms.square().sum()).sqrt().nan_to_num()
             return mean.expand(tokens)
-        return weights.repeat_interleave(tokens // len(weights))
+        key = number, tokens, len(weights)
+        if key not in self._spread:
+            self._spread[key] = weights.repeat_interleave(tokens // len(weights))
+        return self._spread[key]
 
     def _begin_with(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward of the model: its labels that count, its rows, or the Trainer's number of items."""
@@ -172,7 +177,7 @@ def _cross_entropy_behind(scores: torch.Tensor, grad: torch.Tensor, used: torch.
     return torch.nn.functional.cross_entropy(s, g.argmin(-1))
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether a backward pass is under way, in which a checkpointed block runs once more."""
     current = getattr(torch._C, "_current_graph_task_id", None)
     return current is not None and current() != -1

@@ -20,11 +20,12 @@ import torch
 from torch import nn
 
 from ..layers.kinds import dense_weight, kind_of, layer_at
-from ..layers.parts import is_empty_between_uses, whole
+from ..layers.parts import is_empty_between_uses, is_sharded, whole
 from ..maths.factors import LayerMoments, Moments
 from ..processes import Processes
-from .batches import Batches
+from .batches import Batches, in_backward
 from .eager import run_eagerly
+from .samples import MOST_BYTES, Sample, add_samples, kinds
 from .taps import ForwardTap, Tap
 
 
@@ -63,6 +64,10 @@ class MomentCollector:
         self.processes = 1
         """Over how many processes the batches are summed; see `reduce`."""
         self._handles: list[Any] = []
+        self._waiting: list[tuple[dict[str, torch.Tensor], Sample]] = []
+        self.together: bool | None = None
+        """Whether samples of several layers are added together; None: on a GPU."""
+        self._held_in_parts = any(is_sharded(layer.weight) for layer in self._running.values())
 
     @property
     def running(self) -> bool:
@@ -230,22 +235,26 @@ class MomentCollector:
         shapes = {"signal": (k, k), "metric": (k, k), "x": (n,), "count": (), "other": (), "y": (m,)}
         return {name: (*stack, *shape) for name, shape in shapes.items()}
 
-    @torch.no_grad()
     def add(
-        self, name: str, x: torch.Tensor, y: torch.Tensor | None, g: torch.Tensor, stride: int, weight: torch.Tensor
+        self,
+        name: str,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        g: torch.Tensor,
+        stride: int,
+        weight: torch.Tensor,
+        by: torch.Tensor | None = None,
     ) -> None:
         """Add a sample of tokens: inputs x (t, n), outputs y (t, m) where m <= n, output gradients g (t, m); weight (m, n).
 
-        Of a stack each has its `count` in front.
+        Of a stack each has its `count` in front. by: (t,), what the gradients are multiplied by.
         """
-        s = self.sums_of(name)
         if weight.ndim == 2:
-            self._add(s, x, y, g, stride, weight)
+            self._add_soon(self.sums_of(name), Sample(x, y, g, stride, weight, by))
             return
         for i, matrix in enumerate(weight):
-            self.add_to(name, i, x[i], None if y is None else y[i], g[i], stride, matrix)
+            self.add_to(name, i, x[i], None if y is None else y[i], g[i], stride, matrix, by)
 
-    @torch.no_grad()
     def add_to(
         self,
         name: str,
@@ -255,38 +264,34 @@ class MomentCollector:
         g: torch.Tensor,
         stride: int,
         weight: torch.Tensor,
+        by: torch.Tensor | None = None,
     ) -> None:
         """As `add`, for the matrix numbered `at` of a stack, which sees tokens of its own."""
-        self._add({k: v[at] for k, v in self.sums_of(name).items()}, x, y, g, stride, weight)
+        sums = {k: v[at] for k, v in self.sums_of(name).items()}
+        self._add_soon(sums, Sample(x, y, g, stride, weight, by))
 
-    def _add(
-        self,
-        s: dict[str, torch.Tensor],
-        x: torch.Tensor,
-        y: torch.Tensor | None,
-        g: torch.Tensor,
-        stride: int,
-        weight: torch.Tensor,
-    ) -> None:
-        with torch.autocast(device_type=weight.device.type, enabled=False):
-            g = g.float() * (self.batches.terms / self.batches.loss_scale)
-            finite = torch.isfinite(g).all()  # an overflow step under fp16 is left out whole, without asking the device
-            g = torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) * finite
-            used = (g != 0).any(-1, keepdim=True)
-            x = torch.where(used, x.float(), 0.0)
-            s["x"].add_(x.sum(0), alpha=stride)
-            s["count"].add_(used.sum(), alpha=stride)
-            if y is not None:  # m <= n: covariance of the outputs, moment of the output gradients
-                y = torch.where(used, y.float(), 0.0)
-                s["signal"].addmm_(y.mT, y, alpha=stride)
-                s["metric"].addmm_(g.mT, g, alpha=stride)
-                s["y"].add_(y.sum(0), alpha=stride)
-                s["other"].add_(x.square().sum(), alpha=stride)
-            else:  # m > n: moment of the input gradients, covariance of the inputs
-                h = g @ weight.float()
-                s["signal"].addmm_(h.mT, h, alpha=stride)
-                s["metric"].addmm_(x.mT, x, alpha=stride)
-                s["other"].add_(g.square().sum(), alpha=stride)
+    def _add_soon(self, sums: dict[str, torch.Tensor], sample: Sample) -> None:
+        """At once; on a GPU, where each launch counts, with others: when there are several, or backward ends."""
+        together = sample.x.is_cuda if self.together is None else self.together
+        if not together or not in_backward() or self._held_in_parts:
+            self._add([(sums, sample)])
+            return
+        if not self._waiting:
+            # Not later: the optimizer's step would change the weights.
+            torch.autograd.Variable._execution_engine.queue_callback(self.flush)
+        self._waiting.append((sums, sample))
+        if sum(waiting.nbytes for _, waiting in self._waiting) > MOST_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add all samples that wait."""
+        waiting, self._waiting = self._waiting, []
+        for same in kinds(waiting):
+            self._add(same)
+
+    def _add(self, same: list[tuple[dict[str, torch.Tensor], Sample]]) -> None:
+        scale = self.batches.terms / self.batches.loss_scale
+        add_samples([sums for sums, _ in same], [sample for _, sample in same], scale)
 
 
 _SCALARS = ("batches", "steps", "terms_total", "norms", "squares", "losses")

@@ -64,9 +64,10 @@ class Tap:
         def arrived(grad: torch.Tensor) -> None:
             seen.arrived()
             grad = collector.whole_flow(name, grad.detach(), "output")
-            by = seen.factors(number, kind.features_last(grad), rows)[pick, None]
+            by = seen.factors(number, kind.features_last(grad), rows)[pick]
             weight = collector.weight_of(name) if kept is None else kept
-            collector.add(name, x, y, kind.rows(grad, "output", pick).float() * by, stride, weight)
+            g = kind.rows(grad, "output", pick)
+            collector.add(name, x, y, g.clone() if stride > 1 else g, stride, weight, by)
 
         output.register_hook(arrived)
         return output.clone()

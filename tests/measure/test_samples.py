@@ -1,0 +1,69 @@
+"""Samples of several layers added in one batch: the same sums as one by one, in bounded memory, before the weights move."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.measure import moments
+from hf_cuttlefish.measure.moments import MomentCollector
+from hf_cuttlefish.measure.samples import Sample, add_samples
+
+
+def make_bert() -> Any:
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 60,
+    }
+    return BertForSequenceClassification(BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes))
+
+
+def gather(together: bool, checkpointing: bool | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    model = make_bert().train().to(dtype)
+    if checkpointing is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)  # a weight that has moved would show
+    collector = MomentCollector(model, find_targets(model), max_tokens=12)
+    collector.together = together
+    collector.start()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        ids = torch.randint(5, 60, (4, 8), generator=generator)
+        model(input_ids=ids, labels=ids[:, 0] % 2).loss.backward()
+        assert not collector._waiting
+        optimizer.step()
+        optimizer.zero_grad()
+        collector.step()
+    collector.stop()
+    return collector
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+@pytest.mark.parametrize("most", [2**27, 3000, 0])
+def test_together_is_one_by_one(monkeypatch: pytest.MonkeyPatch, checkpointing: bool | None, most: int) -> None:
+    monkeypatch.setattr(moments, "MOST_BYTES", most)
+    one, all_of_them = gather(False, checkpointing), gather(True, checkpointing)
+    assert set(one.sums) == set(all_of_them.sums) and len(one.sums) == 18
+    for name, sums in one.sums.items():
+        for key, value in sums.items():
+            torch.testing.assert_close(all_of_them.sums[name][key], value, rtol=1e-4, atol=1e-9)
+
+
+def test_an_overflow_in_one_layer_leaves_out_that_layer_alone() -> None:
+    def sample(size: float) -> Sample:
+        return Sample(torch.ones(3, 4), None, torch.full((3, 5), size), 2, torch.ones(5, 4))
+
+    shapes = {"signal": (4, 4), "metric": (4, 4), "x": (4,), "count": (), "other": (), "y": (5,)}
+    sums = [{key: torch.zeros(shape) for key, shape in shapes.items()} for _ in range(2)]
+    add_samples(sums, [sample(1.0), sample(torch.inf)], 0.5)
+    assert float(sums[0]["count"]) == 6 and float(sums[0]["signal"][0, 0]) == 2 * 3 * 2.5**2
+    assert all(float(value.abs().sum()) == 0 for value in sums[1].values())
