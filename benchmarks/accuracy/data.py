@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
 from transformers.utils import logging as transformers_logging
 
 from .packed import unpack
-
-EVALUATION_BATCH = 256
-POOL = 32
-"""Batches whose rows are sorted by length together: little padding, and still another order in every epoch."""
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from .pieces import LENGTH, PieceSplit
+from .splits import ImageSplit, Split, TextSplit
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Task:
     """A data set, the model trained on it and the recipe, the same for all methods.
 
     Attributes:
-        kind: "text" or "image". file: arrays, inside the data folder; None: synthetic.
+        kind: "text", "image" or "pieces" (of text, for a language model). file: arrays, inside the data folder; None: synthetic.
         model: folder of the pretrained model inside the data folder, or None to start from random weights.
         shape: sizes of a model with random weights. image_size: images are resized to it; channels likewise.
         rows: most rows of train, validation and test that are used.
@@ -110,6 +108,7 @@ TASKS: dict[str, Task] = {
         image_size=8,
     ),
     "smoke_text": Task("text", None, None, shape(64, 2, 2), 1e-3, 3, 16, rows=(256, 64, 64)),
+    "smoke_pieces": Task("pieces", None, None, shape(64, 2, 2), 1e-3, 2, 8, rows=(128, 32, 32)),
     "smoke_image": Task(
         "image", None, None, shape(48, 2, 2, patch_size=2), 1e-3, 3, 16, image_size=8, rows=(256, 64, 64)
     ),
@@ -121,87 +120,12 @@ for _data in ("trec", "movie_snippets", "reuters_r8"):
         _task = Task("text", f"mpnet/{_data}.npz", "mpnet/mpnet_base", learning_rate=float(_rate), padding=1)
         TASKS[f"mpnet_{_data}_{_rate}"] = _task
         TASKS[f"mpnet_{_data}_{_rate}_relearn"] = replace(_task, shift_positions=True)
+for _data in ("dialogs", "snippets"):
+    for _rate in ("5e-5", "1e-4"):
+        _file, _model = f"gemma/{_data}.npz", "gemma/gemma_270m"
+        _task = Task("pieces", _file, _model, learning_rate=float(_rate), epochs=2, batch=8, warmup=0.03)
+        TASKS[f"gemma_{_data}_{_rate}"] = _task
 TASKS["fashion_mnist_vit_2e-4"] = replace(TASKS["fashion_mnist_vit"], learning_rate=2e-4)
-
-
-class Split:
-    """Rows of one split on the device; `batches` gives what a model takes, labels among it."""
-
-    def __init__(self, labels: np.ndarray, device: torch.device) -> None:
-        self.labels = torch.from_numpy(labels.astype(np.int64)).to(device)
-        self.lengths = np.zeros(len(labels), dtype=np.int64)
-        self.device = device
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def inputs(self, rows: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
-        """Inputs of the model for these rows, padded to `length`."""
-        raise NotImplementedError
-
-    def epoch(self, batch: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-        """All rows once, in an order that follows from the seed, rows of like length together."""
-        rng = np.random.default_rng(seed)
-        order = rng.permutation(len(self))
-        chunks = []
-        for start in range(0, len(order), batch * POOL):
-            pool = order[start : start + batch * POOL]
-            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
-            chunks += [pool[i : i + batch] for i in range(0, len(pool), batch)]
-        rng.shuffle(chunks)
-        yield from self._take(chunks)
-
-    def batches(self, most_rows: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """All rows once (or the first so many), in large batches, for evaluation."""
-        rows = np.arange(len(self))[:most_rows]
-        rows = rows[np.argsort(self.lengths[rows], kind="stable")]
-        yield from self._take([rows[i : i + EVALUATION_BATCH] for i in range(0, len(rows), EVALUATION_BATCH)])
-
-    def _take(self, chunks: list[np.ndarray]) -> Iterator[dict[str, torch.Tensor]]:
-        if not chunks:
-            return
-        rows = torch.from_numpy(np.concatenate(chunks)).to(self.device)  # one transfer an epoch
-        start = 0
-        for chunk in chunks:
-            part = rows[start : start + len(chunk)]
-            start += len(chunk)
-            yield {**self.inputs(part, int(self.lengths[chunk].max())), "labels": self.labels[part]}
-
-
-class TextSplit(Split):
-    """Texts as token numbers."""
-
-    def __init__(
-        self, tokens: np.ndarray, lengths: np.ndarray, labels: np.ndarray, padding: int, device: torch.device
-    ) -> None:
-        super().__init__(labels, device)
-        self.lengths = -(-lengths.astype(np.int64) // 8) * 8  # few different shapes, and widths that tensor cores like
-        table = np.full((len(lengths), int(self.lengths.max())), padding, dtype=np.int32)
-        table[np.arange(table.shape[1]) < lengths[:, None]] = tokens
-        self.tokens = torch.from_numpy(table).to(device)
-        self.ends = torch.from_numpy(lengths.astype(np.int64)).to(device)
-
-    def inputs(self, rows: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
-        """input_ids and attention_mask, (rows, length)."""
-        mask = torch.arange(length, device=self.device) < self.ends[rows, None]
-        return {"input_ids": self.tokens[rows, :length].long(), "attention_mask": mask.long()}
-
-
-class ImageSplit(Split):
-    """Grey images as bytes; they are resized and normalized batch by batch."""
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, task: Task, white: float, device: torch.device) -> None:
-        super().__init__(labels, device)
-        self.images, self.task, self.white = torch.from_numpy(images).to(device), task, white
-        self.mean = torch.tensor(IMAGE_MEAN if task.channels == 3 else (0.5,), device=device)[:, None, None]
-        self.std = torch.tensor(IMAGE_STD if task.channels == 3 else (0.5,), device=device)[:, None, None]
-
-    def inputs(self, rows: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
-        """pixel_values, (rows, channels, size, size)."""
-        pixels, size = self.images[rows, None].float() / self.white, self.task.image_size
-        if pixels.shape[-1] != size:
-            pixels = functional.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
-        return {"pixel_values": (pixels - self.mean) / self.std}
 
 
 def load(task: Task, folder: Path | None, device: torch.device) -> tuple[dict[str, Split], int]:
@@ -218,6 +142,9 @@ def load(task: Task, folder: Path | None, device: torch.device) -> tuple[dict[st
             arrays = {name: stored[name] for name in stored.files}
     splits: dict[str, Split] = {}
     for split, most in zip(("train", "validation", "test"), task.rows, strict=True):
+        if task.kind == "pieces":
+            splits[split] = PieceSplit(arrays[f"{split}_pieces"][:most], device)
+            continue
         labels = arrays[f"{split}_labels"][:most]
         if task.kind == "text":
             lengths = arrays[f"{split}_lengths"][:most]
@@ -236,6 +163,8 @@ def build(task: Task, classes: int, folder: Path | None) -> nn.Module:
     if task.model is not None:
         source = _in_folder(folder, task.model)
         unpack(source)
+        if task.kind == "pieces":
+            return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         pretrained = AutoModelForSequenceClassification if task.kind == "text" else ViTForImageClassification
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -247,6 +176,8 @@ def build(task: Task, classes: int, folder: Path | None) -> nn.Module:
         return model
     cls = BertForSequenceClassification if task.kind == "text" else ViTForImageClassification
     sizes = dict(task.shape or {})
+    if task.kind == "pieces":
+        return LlamaForCausalLM(LlamaConfig(vocab_size=classes, tie_word_embeddings=True, **sizes))
     if task.kind == "text":
         return cls(BertConfig(vocab_size=200, max_position_embeddings=64, num_labels=classes, **sizes))
     return cls(ViTConfig(image_size=task.image_size, num_channels=task.channels, num_labels=classes, **sizes))
@@ -262,6 +193,8 @@ def _in_folder(folder: Path | None, name: str) -> Path:
 def _synthetic(task: Task) -> dict[str, np.ndarray]:
     """Small random data with something to learn: a marked token, or a bright corner."""
     rng = np.random.default_rng(0)
+    if task.kind == "pieces":
+        return _synthetic_pieces(task, rng)
     arrays: dict[str, np.ndarray] = {"classes": np.array(["0", "1", "2", "3"])}
     for split, rows in zip(("train", "validation", "test"), task.rows, strict=True):
         labels = rng.integers(0, 4, rows or 64).astype(np.uint8)
@@ -277,4 +210,13 @@ def _synthetic(task: Task) -> dict[str, np.ndarray]:
                 image[label // 2 * 4 : label // 2 * 4 + 4, label % 2 * 4 : label % 2 * 4 + 4] += 6
             arrays[f"{split}_images"] = images
         arrays[f"{split}_labels"] = labels
+    return arrays
+
+
+def _synthetic_pieces(task: Task, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Counting in steps that differ from piece to piece."""
+    arrays: dict[str, np.ndarray] = {"classes": np.arange(200)}
+    for split, rows in zip(("train", "validation", "test"), task.rows, strict=True):
+        starts, steps = rng.integers(0, 200, (2, rows or 32, 1))
+        arrays[f"{split}_pieces"] = (starts + steps * np.arange(LENGTH // 8)) % 200
     return arrays

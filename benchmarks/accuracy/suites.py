@@ -50,8 +50,14 @@ SUITES: dict[str, dict[str, Any]] = {
         "budgets": (1 / 5.6,),
         "help": "small ViTs from random weights",
     },
+    "language": {
+        "datasets": tuple(f"gemma_{data}_{rate}" for data in ("dialogs", "snippets") for rate in ("5e-5", "1e-4")),
+        "seeds": 2,
+        "budgets": (1 / 2, 0.7),
+        "help": "a pretrained language model on two texts at two learning rates: perplexity by size, and a control",
+    },
     "smoke": {
-        "datasets": ("smoke_text", "smoke_image"),
+        "datasets": ("smoke_text", "smoke_pieces", "smoke_image"),
         "seeds": 1,
         "budgets": (1 / 3,),
         "help": "every method once, tiny random models and synthetic data; needs no data folder",
@@ -61,7 +67,14 @@ SUITES: dict[str, dict[str, Any]] = {
 
 def runs_of(suite: str, datasets: Sequence[str], seeds: Sequence[int], budgets: Sequence[float]) -> list[Run]:
     """All runs of a suite: seed by seed, so that a suite that is cut short is whole for the seeds it reached."""
-    make = {"choose": _choose, "table": _table, "rates": _rates, "scratch": _scratch, "smoke": _smoke}[suite]
+    make = {
+        "choose": _choose,
+        "table": _table,
+        "rates": _rates,
+        "scratch": _scratch,
+        "language": _language,
+        "smoke": _smoke,
+    }[suite]
     return [run for seed in seeds for dataset in datasets for run in make(dataset, seed, budgets)]
 
 
@@ -114,6 +127,15 @@ def _scratch(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:
     for budget in budgets:
         runs += [Run(dataset, method, budget, seed, group="scratch") for method in ("cuttlefish", "pufferfish", "sifd")]
     return runs
+
+
+def _language(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:
+    runs = [Run(dataset, method, seed=seed, group="language") for method in ("dense", "cuttlefish")]
+    runs += [Run(dataset, "cuttlefish", budget, seed, group="language") for budget in budgets]
+    runs.append(Run(dataset, "cuttlefish", None, seed, {"max_loss_increase": 0.02}, "language"))
+    # Two epochs: `whitened_after`, which waits for whole ones, would come at their end.
+    whitened = {"at": 2 / 3, "metric": "input", "ranks": "uniform", "state": "reset"}
+    return [*runs, Run(dataset, "ablation", min(budgets), seed, whitened, group="language")]
 
 
 def _smoke(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:

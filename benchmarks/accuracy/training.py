@@ -19,15 +19,13 @@ from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.layers.low_rank import low_rank_layers
 from hf_cuttlefish.layers.sizes import block_containers, count_parameters
 
-from .data import TASKS, Split, Task, build, load
+from .data import TASKS, Task, build, load
 from .method import Method
 from .methods import create
 from .run import Run
+from .splits import Split
 
 RECORD_VERSION = 1
-TRAIN_ROWS_MEASURED = 1024
-"""Rows of the training split on which the loss around the switch is measured."""
-
 UNTIMED_STEPS = 3
 """First steps of each phase that are left out of the time per step."""
 
@@ -85,7 +83,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self, split: Split, rows: int | None = None) -> dict[str, float]:
-        """Accuracy and mean loss on (the first rows of) a split, without dropout."""
+        """Accuracy and mean loss, over rows or next tokens, on (the first rows of) a split, without dropout."""
         self.model.eval()
         hits = torch.zeros((), device=self.device)
         loss = torch.zeros((), device=self.device)
@@ -94,6 +92,7 @@ class Training:
             labels = batch.pop("labels")
             with self.autocast():
                 logits = self.model(**batch).logits
+            logits, labels = split.terms(logits, labels)
             hits += (logits.argmax(-1) == labels).sum()
             loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
             count += len(labels)
@@ -160,7 +159,7 @@ def execute(run: Run, folder: Path | None, device: torch.device, rows: int | Non
         "rows": {name: len(split) for name, split in splits.items()},
         "validation": training.evaluate(splits["validation"]),
         "test_split": training.evaluate(splits["test"]) if run.test else None,
-        "train": training.evaluate(train, TRAIN_ROWS_MEASURED),
+        "train": training.evaluate(train, train.measured_rows),
         "switch_step": seen.switch_step,
         "switch_share": None if seen.switch_step is None else seen.switch_step / training.total_steps,
         "around_switch": seen.around,
@@ -255,7 +254,7 @@ def all_batches(train: Split, task: Task, seed: int) -> Iterator[dict[str, torch
 
 def _measure(training: Training, splits: dict[str, Split]) -> dict[str, dict[str, float]]:
     return {
-        "train": training.evaluate(splits["train"], TRAIN_ROWS_MEASURED),
+        "train": training.evaluate(splits["train"], splits["train"].measured_rows),
         "validation": training.evaluate(splits["validation"]),
     }
 

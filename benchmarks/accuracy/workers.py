@@ -86,8 +86,9 @@ def attempt(run: Run, settings: dict[str, Any]) -> tuple[bool, str]:
     record["workers"] = settings["workers"]
     write_json(path, record)
     failure.unlink(missing_ok=True)
-    accuracy = 100 * record["validation"]["accuracy"]
-    return True, f"{run.name}: validation {accuracy:.1f}, kept {record['kept']:.3f}, {time.time() - started:.1f} s"
+    found = record["validation"]
+    told = f"validation {100 * found['accuracy']:.1f} (loss {found['loss']:.4f})"
+    return True, f"{run.name}: {told}, kept {record['kept']:.3f}, {time.time() - started:.1f} s"
 
 
 def default_device() -> str:

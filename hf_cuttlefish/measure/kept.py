@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,10 @@ from torch.nn import functional
 from ..layers.kinds import kind_of
 from ..maths.factors import Factors
 from .eager import eagerly
+from .scores import Scores, scores_of
 
+_NOT_KEPT = ("num_items_in_batch", "fused_lm_head")
+"""The Trainer's number of items: the loss is to be the batch's own mean. TRL's fused head: it gives no scores."""
 BATCHES = 4
 """Batches kept: one reference and three sizes measured are 16 forward passes, about five training steps."""
 
@@ -44,7 +47,7 @@ class KeptBatches:
         self.model = model
         self._kept: deque[tuple[dict[str, Any], tuple[bool, torch.dtype]]] = deque(maxlen=BATCHES)
         self._handle: Any = None
-        self._reference: tuple[list[torch.Tensor], float | None] | None = None
+        self._reference: list[Scores] | None = None
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -63,50 +66,43 @@ class KeptBatches:
     def _keep(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and not args and not getattr(module, "_is_replica", False):
             kind = next(module.parameters()).device.type
-            # Without the Trainer's number of items: the loss is to be the batch's own mean.
-            given = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+            given = {name: value for name, value in kwargs.items() if name not in _NOT_KEPT}
             self._kept.append((given, (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))))
 
     def effect(self, layers: Mapping[str, nn.Module], factors: Mapping[str, Factors]) -> Effect:
         """Loss and outputs with these factors in the places of their layers; with none, of the model as it is."""
         if self._reference is None:
-            self._reference = self._forward()
-        before, loss = self._reference
+            self._reference = list(self._forward())
+        before = [scores.log_probabilities for scores in self._reference]
+        measured = all(old is not None and old.shape[-1] > 1 for old in before) and bool(before)
         if not factors:
-            return Effect(loss, 0.0 if before else None)
-        with _standing_in(layers, factors):
-            after, loss = self._forward()
-        if not before or before[0].shape[-1] < 2:
-            return Effect(loss, None)
+            return Effect(_mean(scores.loss for scores in self._reference), 0.0 if measured else None)
+        losses: list[float | None] = []
         total = count = 0.0
-        for old, new in zip(before, after, strict=True):
-            total += float((old.exp() * (old - new)).sum())
-            count += old.numel() / old.shape[-1]
-        return Effect(loss, total / count if count else None)
+        with _standing_in(layers, factors):
+            for old, scores in zip(before, self._forward(), strict=True):
+                new = scores.log_probabilities
+                losses.append(scores.loss)
+                if old is not None and new is not None:
+                    total += float((old.exp() * (old - new)).sum())
+                    count += len(old)
+        return Effect(_mean(losses), total / count if measured and count else None)
 
     @torch.no_grad()
-    def _forward(self) -> tuple[list[torch.Tensor], float | None]:
-        """Log-probabilities of each batch (none where the model gives no scores), and the mean loss."""
+    def _forward(self) -> Iterator[Scores]:
+        """What the model says of each batch, one after the other: only one is held."""
         modes = [(module, module.training) for module in self.model.modules()]
-        outputs: list[torch.Tensor] = []
-        losses: list[float] = []
         kind = next(self.model.parameters()).device.type
         self.model.eval()
         try:
             with eagerly():
                 for kwargs, (enabled, dtype) in self._kept:
                     with torch.autocast(kind, dtype=dtype, enabled=enabled):
-                        output = self.model(**kwargs)
-                    outputs += _log_probabilities(output, kwargs.get("labels"))
-                    loss = output.get("loss") if hasattr(output, "get") else None
-                    if isinstance(loss, torch.Tensor) and loss.ndim == 0:
-                        losses.append(float(loss))
+                        scores = scores_of(self.model, kwargs)
+                    yield scores
         finally:
             for module, mode in modes:
                 module.training = mode
-        if len(outputs) != len(self._kept):
-            outputs = []
-        return outputs, sum(losses) / len(losses) if losses else None
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The batches as a flat dictionary of tensors on the CPU; a batch that holds anything else is left out."""
@@ -131,15 +127,9 @@ class KeptBatches:
             self._kept.append(({k: v.to(device) for k, v in batch.items()}, (bool(len(mark)), mark.dtype)))
 
 
-def _log_probabilities(output: Any, labels: Any) -> list[torch.Tensor]:
-    """Of the positions that have a label, (positions, classes) in fp32, as a list of one; empty where there are no scores."""
-    logits = output.get("logits") if hasattr(output, "get") else None
-    if not isinstance(logits, torch.Tensor) or logits.ndim < 2 or logits.shape[-1] < 2:
-        return []
-    logits = logits.reshape(-1, logits.shape[-1])
-    if isinstance(labels, torch.Tensor) and labels.numel() == len(logits) and not labels.is_floating_point():
-        logits = logits[labels.reshape(-1) != -100]
-    return [functional.log_softmax(logits.float(), -1)]
+def _mean(losses: Iterable[float | None]) -> float | None:
+    known = [loss for loss in losses if loss is not None]
+    return sum(known) / len(known) if known else None
 
 
 @contextlib.contextmanager
