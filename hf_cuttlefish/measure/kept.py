@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from ..layers.kinds import kind_of
 from ..maths.factors import Factors
