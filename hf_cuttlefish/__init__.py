@@ -100,7 +100,9 @@ def load() -> None:
 
     `import hf_cuttlefish` has done so, except where it is run as the command, whose --help need not wait for them.
     """
+    from .patch.report import FactorizationReport
     from .report.model_card import write_companion_card
+    from .report.story import run_page
     from .saving.companions import keep_companions
     from .saving.doors import open_doors
     from .saving.loading import register
@@ -109,6 +111,7 @@ def load() -> None:
     register()
     complete_created_cards()
     open_doors(keep_companions, write_companion_card)
+    FactorizationReport.page = staticmethod(run_page)
     for name, place in _PLACES.items():
         globals()[name] = getattr(_importlib.import_module(f".{place}", __name__), name)
 

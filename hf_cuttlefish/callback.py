@@ -50,8 +50,16 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
     plan: RankPlan | None = _of_run("plan")
     switch_step: int | None = _of_run("switch_step")
     history: list[dict[str, Any]] = _of_run("history", [])
-    report: FactorizationReport | None = _of_run("report")
     reason: str | None = _of_run("reason")
+
+    @property
+    def report(self) -> FactorizationReport | None:
+        """Of the switch, or None. `report.to_html(path)` tells the run up to now."""
+        run = self.cuttlefish
+        if run is None or run.report is None:
+            return None
+        run.report.known = trainer.known_of(run, None if self._trainer is None else self._trainer[1])
+        return run.report
 
     # --- Trainer's events: (args, state, control, **what it has) ---
 

@@ -25,7 +25,7 @@ from .engines.restart import FULL_RANK_STATE
 from .layers.low_rank import low_rank_layers
 from .patch.report import FactorizationReport
 from .patch.structure import restructure
-from .report.model_card import write_companion_card
+from .report.model_card import auto_class, write_companion_card
 from .saving.checkpoints import STATISTICS_FILE
 from .saving.companions import remember
 from .saving.doors import put_beside
@@ -54,6 +54,12 @@ def trained(args: Any, model: Any, given: Mapping[str, Any]) -> tuple[Any, Any]:
     if isinstance(model, nn.Module) or not isinstance(given.get("st_model"), nn.Module):
         return args, model
     return given.get("st_args", args), given["st_model"]
+
+
+def known_of(run: Cuttlefish, state: TrainerState | None) -> dict[str, Any]:
+    """What the page of a run tells besides its report."""
+    log = [] if state is None else state.log_history
+    return {"history": run.history, "log": log, "seconds": run.watch.seconds, "auto_class": auto_class(run.model)}
 
 
 def loss_factor(args: TrainingArguments, model: nn.Module) -> float:

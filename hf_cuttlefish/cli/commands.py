@@ -11,23 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from .. import __version__
 from ..config import CuttlefishConfig
 from ..decide.plan import RankPlan
 from ..decide.ranks import estimate_ranks
-from ..decide.targets import find_targets
-from ..maths.factors import Moments
-from ..measure.gathering import gather_statistics
 from ..patch.structure import QUANT_METHOD
 from ..report.drawing import check_matplotlib, figure_path
 from ..report.inspection import NOW, inspect_model, present_plan
 from ..report.model_card import write_model_card
 from ..report.plotting import plot_loss, plot_ranks, plot_spectra, plot_stable_ranks
-from ..saving.companions import TOKENIZER, companions, copy_companions, remember
+from ..saving.companions import copy_companions, remember
 from ..saving.merged import save_merged
 from ..switch import factorize as factorize_model
+from .data import read_rows
+from .data import statistics as statistics_of
 from .files import (
     cuttlefish_states,
     load_config,
@@ -36,8 +34,8 @@ from .files import (
     read_plan,
     read_run,
 )
-from .talking import bar, warn
-from .texts import read_texts, text_batches
+from .sizes import compare_sizes
+from .talking import bar
 
 PACKAGES = (
     *("hf-cuttlefish", "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "tokenizers", "numpy"),
@@ -53,11 +51,16 @@ def inspect(options: argparse.Namespace) -> None:
     """The layers of a model, their stable ranks, and the plan that they would get."""
     if options.plot or options.plot_spectra:
         check_matplotlib()
+    if options.ratios:
+        return compare_sizes(options, _config(options))
+    if options.html:
+        raise ValueError("--html is a page of sizes: give --ratios, as in --ratios 0.5 0.33 0.25")
     config = _config(options, target_ratio=options.ratio)
     model = load_model(options.model, options.device)
-    statistics = _statistics(model, options, config)
+    statistics = statistics_of(model, options, config)
     found = inspect_model(model, config, statistics=statistics, progress=bar("layers"))
-    rule = options.rule if options.rule in found.plans else next(iter(found.plans))
+    wanted = options.rule or "loss"
+    rule = wanted if wanted in found.plans else next(iter(found.plans))
     if rule == NOW and (options.plot_spectra or options.save_plan):
         raise ValueError(f"{options.model} is factorized already: there is nothing to plan, and no spectrum to draw")
     plan = found.plans[rule]
@@ -90,9 +93,9 @@ def factorize(options: argparse.Namespace) -> None:
     config = _config(options, rank_rule=rule, target_ratio=options.ratio)
     plan: Any = None if options.plan is None else read_plan(options.plan)
     with output(options) as folder:
-        rows = _rows(options)
+        rows = read_rows(options)
         model = load_model(options.model, options.device)
-        statistics = _statistics(model, options, config, rows, list(plan) if plan is not None else None)
+        statistics = statistics_of(model, options, config, rows, list(plan) if plan is not None else None)
         if plan is None:
             plan = estimate_ranks(model, config, statistics=statistics)
         report = factorize_model(model, plan, statistics=statistics)
@@ -173,35 +176,6 @@ def env(options: argparse.Namespace) -> None:
     for name, value in facts.items():
         shown = "; ".join(value) if isinstance(value, list) else value if value is not None else "-"
         print(f"{name:<22}{shown}")
-
-
-def _rows(options: argparse.Namespace) -> Any:
-    if options.data is None:
-        return None
-    return read_texts(options.data, options.text_column, options.label_column, options.samples)
-
-
-def _statistics(
-    model: Any, options: argparse.Namespace, config: CuttlefishConfig, rows: Any = None, names: list[str] | None = None
-) -> dict[str, Moments] | None:
-    """Statistics of the target layers (or the named ones) from the data; None without data."""
-    if options.data is None:
-        return None
-    rows = rows or _rows(options)
-    # AutoTokenizer makes an empty tokenizer, without a word, where there are no files.
-    files = companions(options.model, fetch=True)
-    if not any(Path(file).match(pattern) for file in files for pattern in TOKENIZER):
-        raise ValueError(
-            f"{options.model} has no tokenizer, so --data of texts cannot be used; for images and the like see "
-            "hf_cuttlefish.measure.gathering.gather_statistics"
-        )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    batches = text_batches(model, tokenizer, rows, options.batch_size, options.max_length)
-    if any(row.label is not None for row in rows) and "labels" not in batches[0]:
-        warn(f"the labels in {options.data} are not used: {type(model).__name__} has no use for them")
-    if names:
-        config = CuttlefishConfig(target_modules=names)
-    return gather_statistics(model, batches, find_targets(model, config), config.statistics_tokens, bar("batches"))
 
 
 def _config(options: argparse.Namespace, **settings: Any) -> CuttlefishConfig:

@@ -41,18 +41,9 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 
-    sub = command("inspect", "show each layer's stable rank, its rank under every rule, and what that would save")
-    _add_model(sub)
-    sub.add_argument(
-        "--ratio", type=_share, metavar="R", help="size for rule 'loss': share of these layers' parameters"
+    _add_inspect(
+        command("inspect", "show each layer's stable rank, its rank under every rule, and what that would save")
     )
-    sub.add_argument(
-        "--rule", choices=RANK_RULES, default="loss", help="rule of the size columns, the plots and the plan"
-    )
-    sub.add_argument("--json", action="store_true", help="print JSON: all numbers of all rules")
-    sub.add_argument("--plot", metavar="FILE", help="draw the ranks as a map of layers by projections")
-    sub.add_argument("--plot-spectra", metavar="FILE", help="draw the spectra, with the ranks marked")
-    sub.add_argument("--save-plan", metavar="FILE", help="write the ranks as JSON, for factorize --plan")
 
     sub = command("factorize", "make a trained model low rank, without training")
     _add_model(sub)
@@ -86,6 +77,32 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_inspect(sub: argparse.ArgumentParser) -> None:
+    _add_model(sub)
+    sub.add_argument(
+        "--ratio", type=_share, metavar="R", help="size for rule 'loss': share of these layers' parameters"
+    )
+    sub.add_argument(
+        "--rule", choices=RANK_RULES, help="rule of the size columns, the plots and the plan (default: loss)"
+    )
+    sub.add_argument(
+        "--ratios",
+        type=_share,
+        nargs="+",
+        metavar="R",
+        help="compare these sizes instead: what each saves and, with --data, what it costs on rows held out",
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON: all numbers of all rules, or of all sizes")
+    sub.add_argument(
+        "--plot", metavar="FILE", help="draw the ranks as a map of layers by projections; with --ratios the sizes"
+    )
+    sub.add_argument(
+        "--html", metavar="FILE", help="with --ratios: write a page with the table, the curves and the ranks"
+    )
+    sub.add_argument("--plot-spectra", metavar="FILE", help="draw the spectra, with the ranks marked")
+    sub.add_argument("--save-plan", metavar="FILE", help="write the ranks as JSON, for factorize --plan")
+
+
 def _add_model(sub: argparse.ArgumentParser) -> None:
     """The model, its target layers, and the data for statistics."""
     sub.add_argument("model", metavar="MODEL", help="folder or hub name")
@@ -106,7 +123,9 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
         help="ranks are multiples of this (default: %(default)s)",
     )
     data = sub.add_argument_group("data", "With texts the ranks and the factors suit what flows through the layers.")
-    data.add_argument("--data", metavar="FILE", help=".csv, .tsv, .jsonl or .json with columns, or lines of text")
+    data.add_argument(
+        "--data", metavar="FILE", help=".csv, .tsv, .jsonl or .json with columns, lines of text, or a folder of images"
+    )
     data.add_argument("--text-column", nargs="+", metavar="NAME", help="one column, or two for pairs (default: text)")
     data.add_argument(
         "--label-column",

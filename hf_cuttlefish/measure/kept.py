@@ -78,7 +78,7 @@ class KeptBatches:
             return Effect(_mean(scores.loss for scores in self._reference), 0.0 if measured else None)
         losses: list[float | None] = []
         total = count = 0.0
-        with _standing_in(layers, factors):
+        with standing_in(layers, factors):
             for old, scores in zip(before, self._forward(), strict=True):
                 new = scores.log_probabilities
                 losses.append(scores.loss)
@@ -132,7 +132,7 @@ def _mean(losses: Iterable[float | None]) -> float | None:
 
 
 @contextlib.contextmanager
-def _standing_in(layers: Mapping[str, nn.Module], factors: Mapping[str, Factors]) -> Iterator[None]:
+def standing_in(layers: Mapping[str, nn.Module], factors: Mapping[str, Factors]) -> Iterator[None]:
     """Let the layers answer as their factors would, without touching the model's structure."""
     handles: list[Any] = []
     try:

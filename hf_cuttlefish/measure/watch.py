@@ -58,6 +58,7 @@ class Watch:
         self.heading: Heading | None = None
         self.kept = KeptBatches(model)
         self.pace = Pace()
+        self.seconds: tuple[float, float] | None = None
         self._first: tuple[Batches, list[Any]] | None = None
         self._tracker = StableRankTracker()
         self._logged_check = -1
@@ -111,7 +112,7 @@ class Watch:
         """Seconds a step before the switch and after it, once, if they have become more than 5% longer."""
         times = self.pace.compare() if self.pace.is_known else None
         if times is not None:
-            self.pace = Pace()
+            self.pace, self.seconds = Pace(), times
         return times if times is not None and times[1] > SLOWER * times[0] else None
 
     def width(self) -> int:

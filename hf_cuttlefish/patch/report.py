@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from ..decide.plan import RankPlan, plan_table
 from ..decide.tables import short_count
@@ -28,6 +29,9 @@ class FactorizationReport:
         TypeError: a count that is no whole number, or another field of the wrong type.
     """
 
+    page: ClassVar[Callable[..., str] | None] = None
+    """Writes the page of `to_html`; the package sets it when it is loaded, since pages come after reports."""
+
     plan: RankPlan
     parameters_before: int
     parameters_after: int
@@ -41,6 +45,7 @@ class FactorizationReport:
     step: int | None = None
 
     def __post_init__(self) -> None:
+        self.known: dict[str, Any] = {}  # what a callback knows of the run besides, for `to_html`
         counts = {f.name: getattr(self, f.name) for f in fields(self) if "parameters" in f.name}
         wrong = [f"{name} {value!r:.80}" for name, value in counts.items() if type(value) is not int or value < 0]
         wrong += [f"step {self.step!r:.80}"] if not isinstance(self.step, int | None) else []
@@ -64,6 +69,33 @@ class FactorizationReport:
         """JSON-ready."""
         result = {k: v for k, v in asdict(self).items() if k != "plan"}
         return {**result, "plan": self.plan.to_dict()}
+
+    def to_html(
+        self,
+        path: str | Path | None = None,
+        *,
+        history: Iterable[Mapping[str, Any]] | None = None,
+        log: Iterable[Mapping[str, Any]] | None = None,
+        seconds: tuple[float, float] | None = None,
+    ) -> str:
+        """A page that tells the run: sizes, speed, loss around the switch, ranks layer by layer, stable ranks, how to load.
+
+            callback.report.to_html("report.html")
+            cuttlefish.report.to_html("report.html", history=cuttlefish.history, log=[{"step": 1, "loss": 0.7}, ...])
+
+        The page stands alone: no script, no font, no file from elsewhere; it needs no other package. `callback.report` knows
+        history, log and seconds already.
+
+        Args:
+            path: file to write; None: the page is only returned. history: as of `Cuttlefish.history`.
+            log: records with `step`, and `loss` or metrics, as `trainer.state.log_history`.
+            seconds: of a training step before the switch and after it.
+        """
+        given = {"history": history, "log": log, "seconds": seconds}
+        facts = {**self.known, **{name: value for name, value in given.items() if value is not None}}
+        if FactorizationReport.page is None:
+            raise RuntimeError("the package is not loaded: import hf_cuttlefish first")
+        return FactorizationReport.page(self, path, **facts)
 
     def headline(self) -> str:
         """One line for the log."""

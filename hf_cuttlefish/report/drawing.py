@@ -96,6 +96,13 @@ def headline(axes: Axes, title: str, note: str) -> None:
         axes.annotate(note, **just_above, color="0.35", fontsize=10)  # type: ignore[arg-type]
 
 
+def quiet_axes(axes: Axes, grid: str = "y") -> None:
+    """No frame at the top and the right, and pale lines behind the data. grid: "x", "y" or "both"."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color="0.9")  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+
+
 def mark_switch(panels: Sequence[Axes], switch_step: int) -> None:
     """A vertical line through all panels where the layers were factorized, labelled in the first."""
     axes = panels[0]

@@ -86,12 +86,7 @@ def model_card(
     task = _task(model)
     numbers = _numbers(metrics or {})
     title = name or type(model).__name__
-    results = [
-        EvalResult(task, dataset, dataset, key, value, metric_name=key)
-        for dataset in datasets
-        for key, value in numbers.items()
-        if task is not None and len(datasets) == 1  # which of several data sets the numbers belong to is not known
-    ]
+    results = _results(task, datasets, numbers)
     data = ModelCardData(
         library_name="transformers",
         base_model=base,
@@ -203,24 +198,9 @@ def _section(
     """Our part of the text, between two marks."""
     before, after = plan.parameters()
     total = count_parameters(model)
-    auto = _AUTO_CLASSES.get(task or "", type(model).__name__)
-    imported, pipeline = (
-        (auto, "") if task is None else (f"{auto}, pipeline", f'\npipe = pipeline("{task}", model=folder)')
-    )
     parts = [
         BEGIN,
-        "## How to load",
-        "```sh\npip install hf-cuttlefish\n```",
-        "```python\n"
-        "import hf_cuttlefish  # first: transformers alone refuses this folder\n"
-        f"from transformers import {imported}\n\n"
-        'folder = "..."  # this folder, or its name on the hub\n'
-        f"model = {auto}.from_pretrained(folder)"
-        f"{pipeline}\n```",
-        f"Without the package, `{auto}.from_pretrained(folder, trust_remote_code=True)` loads it through the file "
-        "`modeling_low_rank.py` in this folder.",
-        "`hf_cuttlefish.merge(model)` turns it into an ordinary dense model, and "
-        "`hf_cuttlefish.save_merged(model, folder)` saves one that loads without the package.",
+        *_how_to_load(model, task),
         "## Size",
         _table(
             ["", "before", "after", ""],
@@ -238,6 +218,27 @@ def _section(
         rows = [[_cell(key), f"{value:.4g}"] for key, value in numbers.items()]
         parts += ["## Results", _table(["metric", "value"], rows)]
     return "\n\n".join([*parts, END])
+
+
+def _how_to_load(model: nn.Module, task: str | None) -> list[str]:
+    auto = auto_class(model)
+    imported, pipeline = (
+        (auto, "") if task is None else (f"{auto}, pipeline", f'\npipe = pipeline("{task}", model=folder)')
+    )
+    return [
+        "## How to load",
+        "```sh\npip install hf-cuttlefish\n```",
+        "```python\n"
+        "import hf_cuttlefish  # first: transformers alone refuses this folder\n"
+        f"from transformers import {imported}\n\n"
+        'folder = "..."  # this folder, or its name on the hub\n'
+        f"model = {auto}.from_pretrained(folder)"
+        f"{pipeline}\n```",
+        f"Without the package, `{auto}.from_pretrained(folder, trust_remote_code=True)` loads it through the file "
+        "`modeling_low_rank.py` in this folder.",
+        "`hf_cuttlefish.merge(model)` turns it into an ordinary dense model, and "
+        "`hf_cuttlefish.save_merged(model, folder)` saves one that loads without the package.",
+    ]
 
 
 def _history(report: FactorizationReport) -> str:
@@ -282,6 +283,18 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
         if not timing and isinstance(value, (int, float)) and not isinstance(value, bool):
             found[short] = float(value)
     return found
+
+
+def _results(task: str | None, datasets: Sequence[str], numbers: Mapping[str, float]) -> list[EvalResult]:
+    """For the front matter; which of several data sets the numbers belong to is not known."""
+    if task is None or len(datasets) != 1:
+        return []
+    return [EvalResult(task, datasets[0], datasets[0], key, value, metric_name=key) for key, value in numbers.items()]
+
+
+def auto_class(model: nn.Module) -> str:
+    """The class whose `from_pretrained` loads such a model."""
+    return _AUTO_CLASSES.get(_task(model) or "", type(model).__name__)
 
 
 def _task(model: nn.Module) -> str | None:

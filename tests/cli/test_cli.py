@@ -127,6 +127,28 @@ def test_inspect_with_data_uses_the_metric_of_the_loss(run, dense, data):
     )  # not spread evenly
 
 
+def test_inspect_compares_sizes(run, dense, data, tmp_path):
+    files = [tmp_path / "sizes.png", tmp_path / "sizes.html"]
+    options = ["--ratios", "0.6", "0.5", "0.3", "--rank-multiple", "1", "--data", data]
+    code, out, err = run("inspect", dense, *options, "--plot", files[0], "--html", files[1])
+    assert code == 0 and err == "" and "measured loss" in out and "Rows held out: 24" in out
+    assert files[0].read_bytes()[:4] == b"\x89PNG" and "<svg" in files[1].read_text()
+    _, out, _ = run("inspect", dense, *options, "--json")
+    found = json.loads(out)
+    assert [round(s["kept"], 1) for s in found["sizes"]] == [0.6, 0.5, 0.3] and found["rows"] == 24
+    assert all(0 <= s["measured"]["accuracy"] <= 1 for s in (found["dense"], *found["sizes"]))
+    code, out, _ = run("inspect", dense, "--ratios", "0.5", "--rank-multiple", "1")
+    assert code == 0 and "No --data" in out
+
+
+def test_inspect_says_what_does_not_go_with_sizes(run, dense, factorized, data, tmp_path):
+    assert_fails(run("inspect", dense, "--ratios", "0.5", "--rule", "energy"), "--rule is of one size")
+    assert_fails(run("inspect", dense, "--ratios", "0.5", "--plot", tmp_path / "p.png"), "give --data")
+    assert_fails(run("inspect", dense, "--html", tmp_path / "p.html"), "give --ratios")
+    assert_fails(run("inspect", dense, "--ratios", "0.5", "--data", data, "--samples", "5"), "holds 5 rows")
+    assert_fails(run("inspect", factorized, "--ratios", "0.5"), "is factorized already")
+
+
 def test_inspect_a_factorized_model_shows_what_it_is(run, factorized, tmp_path):
     code, out, _ = run("inspect", factorized, "--json")
     found = json.loads(out)

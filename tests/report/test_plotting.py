@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from hf_cuttlefish.decide.plan import RankDecision, RankPlan
-from hf_cuttlefish.report import plotting
+from hf_cuttlefish.report import plan_plots
 from hf_cuttlefish.report.plotting import plot_accuracy, plot_loss, plot_ranks, plot_spectra, plot_stable_ranks
 
 KINDS = ("attention.self.query", "attention.output.dense", "output.dense")
@@ -120,7 +120,7 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
 def test_many_layers_stay_legible():
     deep = {f"model.layers.{i}.self_attn.q_proj": 16 + i for i in range(96)}
     axes = plot_ranks(deep).axes[0]
-    assert len(axes.get_yticklabels()) <= plotting.MOST_ROWS and not axes.texts
+    assert len(axes.get_yticklabels()) <= plan_plots.MOST_ROWS and not axes.texts
     figure = plot_spectra({name: [1.0] * 128 for name in deep}, deep)
     bar = figure.axes[-1]
     assert len(bar.get_yticklabels()) <= 12
