@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -221,7 +221,7 @@ def size_curve(
         m, n = spectra[name].out_features, spectra[name].in_features
         most = max(break_even_rank(n, m), rank_by_hand(name, config) or 1)
         parts[name] = found.shortened(
-            min(most, m, n), found.up.dtype if layer.weight.element_size() > 4 else torch.float32
+            min(most, m, n), found.up.dtype if _weight(layer).element_size() > 4 else torch.float32
         )
     plans = [plan_ranks(spectra, replace(config, target_ratio=ratio)) for ratio in ratios]
     # Every size on the same batches.
@@ -229,7 +229,7 @@ def size_curve(
     measured: list[Any] = (
         measure_cuts(model, layers, cuts, held_out, progress) if held_out else [None] * (1 + len(plans))
     )
-    before = sum(layer.weight.numel() for layer in layers.values())
+    before = sum(_weight(layer).numel() for layer in layers.values())
     sizes = _Sizes(count_parameters(model), before, _bytes_of(model), layers)
     points = [sizes.point(plan, found) for plan, found in zip(plans, measured[1:], strict=True)]
     rows = sum(next(len(v) for v in batch.values() if hasattr(v, "__len__")) for batch in held_out)
@@ -250,7 +250,7 @@ class _Sizes:
         after, saved = self.targets, 0
         for name, decision in {} if plan is None else plan.decisions.items():
             less = decision.parameters_before - decision.parameters_after
-            after, saved = after - less, saved + less * self.layers[name].weight.element_size()  # type: ignore[operator]
+            after, saved = after - less, saved + less * _weight(self.layers[name]).element_size()
         return SizePoint(
             after / max(1, self.targets),
             after,
@@ -260,6 +260,10 @@ class _Sizes:
             0.0 if plan is None and measured is not None else None if plan is None else plan.predicted_loss_increase,
             measured,
         )
+
+
+def _weight(layer: nn.Module) -> torch.Tensor:
+    return cast(torch.Tensor, layer.weight)
 
 
 def _bytes_of(model: nn.Module) -> int:
