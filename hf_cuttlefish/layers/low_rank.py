@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
@@ -71,8 +70,8 @@ class LowRankLayer(nn.Module):
 class Form(Protocol):
     """Another form of running (`multiplied`); what is saved, merged and seen by hooks does not change."""
 
-    def weight_and_bias(self, layer: LowRankLinear) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """What a layer is to run with as one product, or None for the pair."""
+    def run(self, layer: LowRankLinear, x: torch.Tensor) -> torch.Tensor | None:
+        """What the layer makes of x, or None where it is to run as a pair."""
 
 
 class LowRankLinear(LowRankLayer):
@@ -175,8 +174,8 @@ class LowRankLinear(LowRankLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if self.form is not None and (made := self.form.weight_and_bias(self)) is not None:
-            return functional.linear(x, *made)
+        if self.form is not None and (y := self.form.run(self, x)) is not None:
+            return y
         return self.up(self.down(x))
 
     @property

@@ -2,17 +2,19 @@
 
 Where the host is slower than the device, what counts is how many kernels are launched, and a pair launches two products where a
 dense layer launches one. Multiplied out together, the layers of one shape launch one product each and a few for all of them,
-and no cast of a weight of their own under autocast: fewer than dense layers do. The device multiplies more, and has the time.
+and no cast of a weight of their own under autocast; those that read one tensor (q, k, v) launch one product together. That is
+fewer than dense layers do. The device multiplies more, and has the time.
 The parameters stay those of the pairs, and so do their gradients: d up = dW down^T, d down = up^T dW.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from .low_rank import LowRankLinear
 
@@ -23,23 +25,25 @@ MOST_BYTES = 2**26
 class Multiplied:
     """Layers of one shape that run multiplied out while their model's forward is under way.
 
-        batch = Multiplied([block.query for block in blocks]); batch.open(); model(**inputs); batch.close()
+        batch = Multiplied([[block.query, block.key] for block in blocks]); batch.open(); model(**inputs); batch.close()
 
     Args:
-        layers: of one shape, dtype and device, all with a bias or none; ranks may differ.
+        groups: layers that read one tensor, all of one shape, dtype and device, and all with a bias or none; ranks may differ.
     """
 
-    def __init__(self, layers: Sequence[LowRankLinear]) -> None:
-        self.layers = list(layers)
-        self._made: dict[tuple[torch.dtype, bool], dict[int, tuple[torch.Tensor, torch.Tensor | None]]] = {}
+    def __init__(self, groups: Iterable[Sequence[LowRankLinear]]) -> None:
+        self.groups = [list(group) for group in groups]
+        self.layers = [layer for group in self.groups for layer in group]
+        self._members = [_Member(self, at, i) for at, group in enumerate(self.groups) for i in range(len(group))]
+        self._made: dict[tuple[torch.dtype, bool], _Made] = {}
         self._layout: _Layout | None = None
 
     def open(self) -> None:
         """A forward of the model begins; layers whose factors are not plain ones run as pairs."""
         self._made.clear()
         if all(_is_plain(child) for layer in self.layers for child in (layer.down, layer.up)):
-            for layer in self.layers:
-                layer.__dict__["form"] = self
+            for layer, member in zip(self.layers, self._members, strict=True):
+                layer.__dict__["form"] = member
 
     def close(self) -> None:
         """The forward has ended: pairs again, and nothing is kept alive."""
@@ -47,60 +51,106 @@ class Multiplied:
         for layer in self.layers:
             layer.__dict__.pop("form", None)
 
-    def weight_and_bias(self, layer: LowRankLinear) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """The weight (out, in) and bias that a layer is to run with, in the precision of autocast; None: as a pair.
+    def run(self, at: int, place: int, layer: LowRankLinear, x: torch.Tensor) -> torch.Tensor | None:
+        """What a layer, that at a place of a group, makes of x (..., in), in the precision of autocast; None: run as a pair.
 
         A checkpointed block runs twice, the second time outside of the model's forward: it runs as pairs both times.
         """
-        if torch.is_grad_enabled():
-            if _saving_is_watched():
-                return None
-        elif layer.training:
+        with_grad = torch.is_grad_enabled()
+        if _saving_is_watched() if with_grad else layer.training:
             return None
-        kind = layer.up.weight.device.type
+        kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.up.weight.dtype
-        key = dtype, torch.is_grad_enabled()
-        if key not in self._made:
-            self._made[key] = self._multiply(dtype)
-        return self._made[key].get(id(layer))
+        made = self._made.get((dtype, with_grad))
+        if made is None:
+            made = self._made[dtype, with_grad] = self._multiply(dtype)
+        return made.run(at, place, x)
 
-    def _multiply(self, dtype: torch.dtype) -> dict[int, tuple[torch.Tensor, torch.Tensor | None]]:
+    def _multiply(self, dtype: torch.dtype) -> _Made:
         downs = [layer.down.weight for layer in self.layers]
         ups = [layer.up.weight for layer in self.layers]
         biases = [layer.up.bias for layer in self.layers if layer.up.bias is not None]
         ranks = [len(down) for down in downs]
         if self._layout is None or self._layout.ranks != ranks or self._layout.device != downs[0].device:
-            self._layout = _Layout(ranks, downs[0].device)
+            self._layout = _Layout(ranks, [len(group) for group in self.groups], downs[0].device)
         made = _Products.apply(self._layout, dtype, *downs, *ups, *biases)
-        count = len(self.layers)
-        held: Sequence[torch.Tensor | None] = made[count:] if biases else [None] * count
-        return {id(la): (w, b) for la, w, b in zip(self.layers, made[:count], held, strict=True)}
+        count = len(self.groups)
+        return _Made(dtype, made[:count], made[count:] or [None] * count)
 
 
-def in_batches(layers: Sequence[LowRankLinear]) -> list[Multiplied]:
-    """Layers in batches of one shape, at most `MOST_BYTES` each; those that are alone, or are not trained, are left out."""
-    kinds: dict[tuple[Any, ...], list[LowRankLinear]] = {}
-    for layer in layers:
-        up, down = layer.up.weight, layer.down.weight
-        if up.requires_grad and down.requires_grad and not up.is_meta:
-            kind = (up.shape[0], down.shape[1], up.dtype, up.device, layer.up.bias is not None)
-            kinds.setdefault(kind, []).append(layer)
+class _Member:
+    """The form of one layer."""
+
+    def __init__(self, batch: Multiplied, at: int, place: int) -> None:
+        self.batch, self.at, self.place = batch, at, place
+
+    def run(self, layer: LowRankLinear, x: torch.Tensor) -> torch.Tensor | None:
+        return self.batch.run(self.at, self.place, layer, x)
+
+
+def in_batches(groups: Iterable[Sequence[nn.Module]]) -> list[Multiplied]:
+    """Low-rank layers, grouped by the tensor that they read, in batches of one shape, at most `MOST_BYTES` each.
+
+    Those that are not linear, not trained, or alone are left out.
+    """
+    kinds: dict[tuple[Any, ...], list[list[LowRankLinear]]] = {}
+    for group in groups:
+        same: dict[tuple[Any, ...], list[LowRankLinear]] = {}
+        for layer in group:
+            if type(layer) is LowRankLinear and layer.up.weight.requires_grad and layer.down.weight.requires_grad:
+                up = layer.up.weight
+                kind = (len(up), layer.down.weight.shape[1], up.dtype, up.device, layer.up.bias is not None)
+                same.setdefault(kind, []).append(layer)
+        for kind, members in same.items():
+            kinds.setdefault(kind, []).append(members)
     found = []
-    for (rows, columns, dtype, _, _), same in kinds.items():
-        most = max(2, MOST_BYTES // (rows * columns * min(2, dtype.itemsize)))
-        parts = [same[i : i + most] for i in range(0, len(same), most)]
-        found += [Multiplied(part) for part in parts if len(part) > 1]
-    return found
+    for (rows, columns, dtype, device, _), members_of_all in kinds.items():
+        most = MOST_BYTES // (rows * columns * min(2, dtype.itemsize))
+        part: list[list[LowRankLinear]] = []
+        for members in members_of_all:
+            if part and sum(map(len, part)) + len(members) > most:
+                found.append(part)
+                part = []
+            part.append(members)
+        if device.type != "meta":
+            found.append(part)
+    return [Multiplied(part) for part in found if sum(map(len, part)) > 1]
+
+
+class _Made:
+    """The weights (and biases) of the groups, multiplied out for one forward, and outputs that members have not asked for yet."""
+
+    def __init__(
+        self, dtype: torch.dtype, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+    ) -> None:
+        self.dtype, self.weights, self.biases = dtype, weights, biases
+        self._held: dict[int, tuple[torch.Tensor, int, dict[int, torch.Tensor]]] = {}
+
+    def run(self, at: int, place: int, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weights[at], self.biases[at]
+        if weight.ndim == 2:
+            return functional.linear(x, weight, bias)
+        # The member that asks first has the outputs of all worked out; the others read the very same tensor.
+        read, version, outputs = self._held.get(at, (None, 0, {}))
+        if read is not x or version != x._version or place not in outputs:
+            outputs = dict(enumerate(_Together.apply(self.dtype, x, weight, bias)))
+            self._held[at] = x, x._version, outputs
+        output = outputs.pop(place)
+        if not outputs:
+            del self._held[at]
+        return output
 
 
 class _Layout:
     """Where the ranks of some layers lie in a stack that has room for the largest of them.
 
     fill: for each row of the stack the row of all ranks one below the other, or one of zeros behind them; keep: the way back.
+    groups: how many layers read one tensor, in their order.
     """
 
-    def __init__(self, ranks: list[int], device: torch.device) -> None:
-        self.ranks, self.device, self.most, self.total = ranks, device, max(ranks), sum(ranks)
+    def __init__(self, ranks: list[int], groups: list[int], device: torch.device) -> None:
+        self.ranks, self.groups, self.device = ranks, groups, device
+        self.most, self.total = max(ranks), sum(ranks)
         self.is_even = len(set(ranks)) == 1
         rows: list[int] = []
         kept: list[int] = []
@@ -135,7 +185,10 @@ class _Layout:
 
 
 class _Products(torch.autograd.Function):
-    """(downs..., ups..., biases...) -> (weights..., biases...) in the dtype asked for; a few kernels for all of them."""
+    """(downs..., ups..., biases...) -> (a weight of each group..., biases...) in the dtype asked for, by a few kernels for all.
+
+    A weight is (m, n), or (members, m, n) of a group; biases alike.
+    """
 
     @staticmethod
     def forward(ctx: Any, layout: _Layout, dtype: torch.dtype, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -146,31 +199,73 @@ class _Products(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         with torch.autocast(layout.device.type, enabled=False):
             down, up = layout.stack(downs, ups, dtype)
-            weights = torch.bmm(up, down).unbind()
-            return (*weights, *(torch.stack(biases).to(dtype).unbind() if biases else ()))
+            together = [torch.bmm(up, down), *([torch.stack(biases).to(dtype)] if biases else [])]
+        return tuple(part[0] if len(part) == 1 else part for stack in together for part in stack.split(layout.groups))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         parameters, layout = ctx.saved_tensors, ctx.layout
-        count = len(layout.ranks)
+        count, groups = len(layout.ranks), len(layout.groups)
         downs, ups, biases = parameters[:count], parameters[count : 2 * count], parameters[2 * count :]
         found: list[torch.Tensor | None] = [None] * len(parameters)
-        used = [i for i, g in enumerate(grads[:count]) if g is not None]
+        # A layer that did not run has no gradient, and not one of zeros.
+        used = [i for i, at in enumerate(_group_of_each(layout.groups)) if grads[at] is not None]
         with torch.autocast(layout.device.type, enabled=False):
             if used:
-                missing = torch.zeros((), dtype=ctx.dtype, device=layout.device).expand(len(ups[0]), downs[0].shape[1])
-                g = torch.stack([missing if grad is None else grad for grad in grads[:count]])
+                g = _joined(grads[:groups], layout.groups, (len(ups[0]), downs[0].shape[1]))
                 down, up = layout.stack(downs, ups, ctx.dtype)
                 for_down = layout.unstack_downs(torch.bmm(up.mT, g).to(downs[0].dtype))
                 for_up = layout.unstack_ups(torch.bmm(g, down.mT).to(ups[0].dtype))
-                for i in used:  # a layer that did not run has no gradient, and not one of zeros
+                for i in used:
                     found[i], found[count + i] = for_down[i], for_up[i]
-            used = [i for i, g in enumerate(grads[count:]) if g is not None]
-            if used:
-                together = torch.stack([grads[count + i] for i in used]).to(biases[0].dtype)  # type: ignore[misc]
-                for i, grad in zip(used, together.unbind(), strict=True):
-                    found[2 * count + i] = grad
+            if used and biases:
+                for_bias = _joined(grads[groups:], layout.groups, (len(ups[0]),)).to(biases[0].dtype).unbind()
+                for i in used:
+                    found[2 * count + i] = for_bias[i]
         return None, None, *found
+
+
+class _Together(torch.autograd.Function):
+    """(x (..., n), weight (members, m, n), bias (members, m) or None) -> the output (..., m) of each member, by one product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, dtype: torch.dtype, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.dtype, ctx.has_bias = dtype, bias is not None
+        ctx.save_for_backward(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(1, -1, x.shape[-1]).to(dtype).expand(len(weight), -1, -1)
+            y = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
+        shape = (*x.shape[:-1], y.shape[-1])
+        # Parts of one storage that are no views of one tensor: models work in place on them (Longformer divides its query).
+        return tuple(part.new_empty(0).set_(part.untyped_storage(), part.storage_offset(), shape) for part in y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            g = torch.cat([grad.reshape(-1, grad.shape[-1]) for grad in grads], -1)  # (tokens, members * m)
+            rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+            for_x = (
+                (g @ weight.reshape(-1, weight.shape[-1])).to(x.dtype).view_as(x) if ctx.needs_input_grad[1] else None
+            )
+            for_bias = g.sum(0).view(weight.shape[:2]) if ctx.has_bias else None
+            return None, for_x, (g.mT @ rows).view_as(weight), for_bias
+
+
+def _group_of_each(groups: Sequence[int]) -> list[int]:
+    return [at for at, size in enumerate(groups) for _ in range(size)]
+
+
+def _joined(grads: Sequence[torch.Tensor | None], groups: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
+    """Gradients of groups one after another, (layers, *shape), zeros where there is none."""
+    like = next(grad for grad in grads if grad is not None)
+    parts = [
+        like.new_zeros(()).expand(size, *shape) if grad is None else grad.reshape(size, *shape)
+        for grad, size in zip(grads, groups, strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def _is_plain(child: nn.Module) -> bool:

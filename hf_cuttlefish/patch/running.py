@@ -9,6 +9,7 @@ from torch import nn
 
 from ..layers.low_rank import LowRankLinear
 from ..layers.multiplied import Multiplied, in_batches
+from ..measure.shapes import FlowRecorder
 
 
 class RunMultiplied:
@@ -16,13 +17,14 @@ class RunMultiplied:
 
         form = RunMultiplied(model); form.start(); model(**inputs).loss.backward(); form.stop()
 
-    The structure stays as it is. It steps aside by itself in compiled code, in replicas of nn.DataParallel, in checkpointed
-    blocks, and for layers whose factors hold adapters or hooks.
+    The structure stays as it is. The first training forward shows which layers read one tensor. It steps aside by itself in
+    compiled code, in replicas of nn.DataParallel, in checkpointed blocks, and for layers whose factors hold adapters or hooks.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.batches: list[Multiplied] = []
+        self.batches: list[Multiplied] | None = None
+        self._flow: FlowRecorder | None = None
         self._handles: list[Any] = []
 
     @property
@@ -30,9 +32,8 @@ class RunMultiplied:
         return bool(self._handles)
 
     def start(self) -> bool:
-        """Whether there is something to run in this form; if so, from the next forward on."""
-        self.batches = self.batches or in_batches([m for m in self.model.modules() if isinstance(m, LowRankLinear)])
-        if self.batches and not self._handles:
+        """Whether there may be something to run in this form; if so, from the next forward but one on."""
+        if _linear_pairs(self.model) and not self._handles:
             self._handles = [
                 self.model.register_forward_pre_hook(self._open, prepend=True),
                 self.model.register_forward_hook(self._close, always_call=True),
@@ -44,15 +45,30 @@ class RunMultiplied:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for batch in self.batches:
+        for batch in self.batches or ():
             batch.close()
 
     def _open(self, module: nn.Module, args: Any) -> None:
-        if module is self.model and not torch.compiler.is_compiling():
-            for batch in self.batches:
-                batch.open()
+        if module is not self.model or torch.compiler.is_compiling():
+            return
+        if self.batches is None:
+            self._flow = FlowRecorder(self.model, _linear_pairs(self.model))
+            self._flow.start()
+        for batch in self.batches or ():
+            batch.open()
 
     def _close(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is self.model and not torch.compiler.is_compiling():
-            for batch in self.batches:
-                batch.close()
+        if module is not self.model or torch.compiler.is_compiling():
+            return
+        if self._flow is not None:
+            self._flow.stop()
+            layers, groups = _linear_pairs(self.model), self._flow.groups()
+            self._flow = None
+            if groups:
+                self.batches = in_batches([[layers[name] for name in group.layers] for group in groups])
+        for batch in self.batches or ():
+            batch.close()
+
+
+def _linear_pairs(model: nn.Module) -> dict[str, LowRankLinear]:
+    return {name: module for name, module in model.named_modules() if type(module) is LowRankLinear}

@@ -58,11 +58,19 @@ def gradients(model: Any, **autocast: Any) -> tuple[torch.Tensor, dict[str, torc
     return out.logits.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
+def run_multiplied(model: Any) -> RunMultiplied:
+    """In this form; a first forward shows what flows."""
+    form = RunMultiplied(model)
+    assert form.start() and form.batches is None
+    model(**batch())
+    assert form.batches
+    return form
+
+
 def test_outputs_and_gradients_are_those_of_pairs(model: Any) -> None:
     no_dropout(model)
     pairs, wanted = gradients(model)
-    form = RunMultiplied(model)
-    assert form.start()
+    form = run_multiplied(model)
     found, gradient = gradients(model)
     torch.testing.assert_close(found, pairs, rtol=1e-10, atol=1e-12)
     for name, value in wanted.items():
@@ -73,7 +81,7 @@ def test_outputs_and_gradients_are_those_of_pairs(model: Any) -> None:
 
 def test_even_ranks_take_the_short_way_to_the_same_end(model: Any) -> None:
     layers = [LowRankLinear(6, 5, 3).double() for _ in range(3)]
-    (one,) = in_batches(layers)
+    (one,) = in_batches([[layer] for layer in layers])
     x = torch.randn(7, 6, dtype=torch.float64)
     wanted = [layer(x) for layer in layers]
     one.open()
@@ -85,7 +93,7 @@ def test_even_ranks_take_the_short_way_to_the_same_end(model: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_it_differs_by_rounding_alone(model: Any, dtype: torch.dtype) -> None:
     layers = [LowRankLinear(64, 48, rank) for rank in (8, 16)]
-    (one,) = in_batches(layers)
+    (one,) = in_batches([[layer] for layer in layers])
     x = torch.randn(32, 64, requires_grad=True)
     exact = layers[0](x).detach()
     one.open()
@@ -99,10 +107,58 @@ def test_under_autocast_it_differs_by_rounding_alone(model: Any, dtype: torch.dt
     assert layers[1].down.weight.grad is None  # it did not run
 
 
-class Count(TorchDispatchMode):
-    """Operations that launch something, by name; views launch nothing."""
+def test_layers_that_read_one_tensor_run_as_one_product(model: Any) -> None:
+    form = run_multiplied(model)
+    assert form.batches is not None
+    assert sorted(len(group) for batch in form.batches for group in batch.groups) == [1] * 6 + [3, 3]
+    query = model.bert.encoder.layer[0].attention.self.query
+    (own,) = [batch for batch in form.batches if query in batch.layers]
+    x, other = torch.randn(2, 5, 16, dtype=torch.float64), torch.randn(3, 16, dtype=torch.float64)
+    key = model.bert.encoder.layer[0].attention.self.key
+    wanted = query(x), key(x), query(other), key(2 * x), query(2 * x)
+    own.open()
+    found = [query(x), key(x), query(other)]
+    found[0].mul_(1.0)  # in place on a part, as Longformer does on its query
+    x.mul_(2)  # in place on what was read: worked out anew
+    found += [key(x), query(x)]
+    own.close()
+    torch.testing.assert_close(found, list(wanted))
+    assert all(y.is_contiguous() for y in found)
 
-    VIEWS = ("view", "t", "transpose", "unsqueeze", "expand", "detach", "alias", "slice", "select", "unbind", "split")
+
+def test_second_derivatives_are_those_of_pairs() -> None:
+    layers = [LowRankLinear(4, 3, 2).double() for _ in range(2)]
+    (one,) = in_batches([layers])
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+
+    def penalty() -> list[torch.Tensor]:
+        y = layers[0](x).square().sum() + layers[1](x).pow(3).sum()
+        (g,) = torch.autograd.grad(y, x, create_graph=True)
+        return list(torch.autograd.grad(g.square().sum(), [p for layer in layers for p in layer.parameters()]))
+
+    wanted = penalty()
+    one.open()
+    torch.testing.assert_close(penalty(), wanted)
+    one.close()
+
+
+class Count(TorchDispatchMode):
+    """Operations that launch something, by name; views and empty memory launch nothing."""
+
+    VIEWS = (
+        "view",
+        "t",
+        "transpose",
+        "unsqueeze",
+        "expand",
+        "detach",
+        "alias",
+        "slice",
+        "select",
+        "unbind",
+        "split",
+        "set_",
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +166,7 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name not in self.VIEWS and "view" not in name:
+        if name not in self.VIEWS and "view" not in name and "empty" not in name:
             self.found[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -127,10 +183,9 @@ def test_it_launches_less_than_dense_layers_do() -> None:
     dense = launches(model)
     factorize(model, dict.fromkeys(find_targets(model), 8))
     pairs = launches(model)
-    form = RunMultiplied(model)
-    form.start()
+    run_multiplied(model)
     multiplied = launches(model)
-    assert multiplied < dense < pairs
+    assert multiplied < 0.8 * dense < dense < pairs
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -140,6 +195,7 @@ def test_checkpointed_blocks_run_as_pairs(model: Any, reentrant: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     RunMultiplied(model).start()
+    gradients(model)
     _, found = gradients(model)
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
@@ -147,7 +203,7 @@ def test_checkpointed_blocks_run_as_pairs(model: Any, reentrant: bool) -> None:
 
 def test_a_checkpoint_of_ones_own_is_seen() -> None:
     layers = nn.ModuleList([LowRankLinear(6, 6, 2) for _ in range(2)])
-    (one,) = in_batches(list(layers))
+    (one,) = in_batches([[layer] for layer in layers])
     x = torch.randn(3, 6, requires_grad=True)
     one.open()
     y = checkpoint(layers[0], x, use_reentrant=False)
@@ -157,8 +213,8 @@ def test_a_checkpoint_of_ones_own_is_seen() -> None:
 
 
 def test_adapters_and_hooks_on_factors_are_heard(model: Any) -> None:
-    form, called = RunMultiplied(model), []
-    form.start()
+    called: list[int] = []
+    run_multiplied(model)
     layer = next(iter(low_rank_layers(model).values()))
     handle = layer.down.register_forward_hook(lambda *_: called.append(1))
     model(**batch())
@@ -169,7 +225,7 @@ def test_adapters_and_hooks_on_factors_are_heard(model: Any) -> None:
 
 
 def test_hooks_of_the_layer_itself_fire(model: Any) -> None:
-    RunMultiplied(model).start()
+    run_multiplied(model)
     called: list[int] = []
     next(iter(low_rank_layers(model).values())).register_forward_hook(lambda *_: called.append(1))
     model(**batch())
@@ -177,7 +233,7 @@ def test_hooks_of_the_layer_itself_fire(model: Any) -> None:
 
 
 def test_nothing_stays_behind_when_a_forward_fails(model: Any) -> None:
-    RunMultiplied(model).start()
+    run_multiplied(model)
     with pytest.raises(AttributeError):
         model(input_ids="wrong")
     assert all("form" not in layer.__dict__ for layer in low_rank_layers(model).values())
@@ -185,7 +241,7 @@ def test_nothing_stays_behind_when_a_forward_fails(model: Any) -> None:
 
 def test_a_copy_runs_by_itself(model: Any) -> None:
     no_dropout(model)
-    RunMultiplied(model).start()
+    run_multiplied(model)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for p in twin.parameters():
@@ -198,7 +254,7 @@ def test_a_copy_runs_by_itself(model: Any) -> None:
 def test_compiled_code_runs_pairs(model: Any) -> None:
     no_dropout(model)
     pairs, wanted = gradients(model)
-    RunMultiplied(model).start()
+    run_multiplied(model)
     compiled = torch.compile(model, backend="eager")
     found, _ = gradients(compiled)
     torch.testing.assert_close(found, pairs)
@@ -209,11 +265,14 @@ def test_compiled_code_runs_pairs(model: Any) -> None:
 
 def test_batches_are_bounded_by_bytes() -> None:
     with torch.device("meta"):
-        assert in_batches([LowRankLinear(4, 4, 2) for _ in range(3)]) == []
+        assert in_batches([[LowRankLinear(4, 4, 2) for _ in range(3)]]) == []
     layers = [LowRankLinear(8, 8, 2) for _ in range(3)] + [LowRankLinear(8, 8, 2, bias=False), LowRankLinear(8, 4, 2)]
-    (one,) = in_batches(layers)
+    (one,) = in_batches([[layer] for layer in layers])
     assert len(one.layers) == 3
     frozen = [LowRankLinear(8, 8, 2).requires_grad_(False) for _ in range(2)]
-    assert in_batches(frozen) == []
+    assert in_batches([frozen]) == []
     large = [LowRankLinear(4096, 4096, 1) for _ in range(5)]
-    assert [len(b.layers) * 4096 * 4096 * 2 <= MOST_BYTES for b in in_batches(large)] == [True, True]
+    assert [len(b.layers) * 4096 * 4096 * 2 <= MOST_BYTES for b in in_batches([[layer] for layer in large])] == [
+        True,
+        True,
+    ]
