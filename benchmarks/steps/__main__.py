@@ -1,0 +1,277 @@
+"""Steps on one GPU, dense and low rank in turn in one process: wall time, the device's own, launches, memory.
+
+    python -m benchmarks.steps --cases bert-base llama-8b --modes eager graphs infer --time-limit 480 --out runs/steps.json
+
+A case has as many blocks as it says: where only the ratio counts, few, for compilation takes long. The optimizer is fused AdamW,
+the precision bf16 autocast, gradients are clipped as by the Trainer, shapes are static. `parts` are milliseconds of forward,
+backward, clipping and the optimizer, each waited for by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+
+from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.layers.kinds import dense_weight
+from hf_cuttlefish.patch.running import RunMultiplied
+
+from ..speed.clock import gpu_time
+from ..speed.forwards import fill, groups_by_input, use_lora, use_shared
+from ..speed.machine import environment
+
+LARGE = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
+LLAMA = {"num_key_value_heads": 8, "num_attention_heads": 32, "vocab_size": 32000, "use_cache": False}
+CASES: dict[str, tuple[str, dict[str, Any], int, int]] = {
+    "tiny": (
+        "bert",
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+        2,
+        8,
+    ),
+    "bert-base-48": ("bert", {}, 32, 48),
+    "bert-base": ("bert", {}, 32, 128),
+    "bert-large": ("bert", LARGE | {"num_hidden_layers": 6}, 64, 128),
+    "bert-large-24": ("bert", LARGE | {"num_hidden_layers": 24}, 64, 128),
+    "vit-large": ("vit", LARGE | {"num_hidden_layers": 6}, 64, 0),
+    "llama-1b": ("llama", LLAMA | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4}, 8, 1024),
+    "llama-8b": ("llama", LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2}, 4, 1024),
+}
+"""Case -> class, sizes, rows of a batch, tokens of a row."""
+ROUNDS, STEPS = 3, 8
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=["tiny"])
+    parser.add_argument(
+        "--variants", nargs="+", default=["dense", "pairs 0.25", "multiplied 0.25"], help="'pairs 0.4', ..."
+    )
+    parser.add_argument(
+        "--modes", nargs="+", choices=["eager", "graphs", "compiled", "infer", "infer-graphs"], default=["eager"]
+    )
+    parser.add_argument("--infer-rows", nargs="+", type=int, default=[1, 64])
+    parser.add_argument("--rank-multiple", type=int, default=8)
+    parser.add_argument("--time-limit", type=float, default=540.0, help="seconds after which nothing more is begun")
+    parser.add_argument("--out", type=Path, default=Path("runs/steps.json"))
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    began = time.time()
+    records: list[dict[str, Any]] = []
+    for case in arguments.cases:
+        for mode in arguments.modes:
+            rows_of = arguments.infer_rows if mode.startswith("infer") else [CASES[case][2]]
+            for rows in rows_of:
+                if time.time() - began > arguments.time_limit:
+                    break
+                records += run(case, mode, rows, arguments.variants, device, began + arguments.time_limit)
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                found = {"environment": environment(device), "records": records, "seconds": time.time() - began}
+                arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def run(
+    case: str, mode: str, rows: int, variants: list[str], device: torch.device, until: float
+) -> list[dict[str, Any]]:
+    """All variants of a case in one mode, in turn; a line of each is printed."""
+    jobs: dict[str, Job] = {}
+    first: dict[str, float] = {}
+    for variant in variants:
+        if jobs and time.time() > until:
+            break
+        began = time.perf_counter()
+        try:
+            jobs[variant] = job = Job(case, variant, mode, rows, device)
+            for _ in range(3):
+                job.step()
+            job.wait()
+        except Exception as error:
+            jobs.pop(variant, None)
+            print(case, mode, variant, repr(error)[:300], flush=True)
+        first[variant] = time.perf_counter() - began
+    times: dict[str, list[float]] = {variant: [] for variant in jobs}
+    for _ in range(ROUNDS):
+        for variant, job in jobs.items():
+            times[variant] += job.time(STEPS)
+    records = []
+    for variant, job in jobs.items():
+        record = {"case": case, "mode": mode, "rows": rows, "variant": variant, "ms": statistics.median(times[variant])}
+        record |= {"quartiles": [round(v, 3) for v in statistics.quantiles(times[variant], n=4)[::2]]}
+        record |= {"first_seconds": first[variant], "parameters": sum(p.numel() for p in job.model.parameters())}
+        record |= job.memory() | job.parts() | job.device_time()
+        records.append(record)
+    for record in records:
+        record["of_dense"] = round(record["ms"] / records[0]["ms"], 3)
+        print(
+            {k: round(v, 3) if isinstance(v, float) else v for k, v in record.items() if k != "gpu_parts"}, flush=True
+        )
+    jobs.clear()
+    gc.collect()
+    if device.type == "cuda":
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+    return records
+
+
+class Job:
+    """One model in one form and mode."""
+
+    def __init__(self, case: str, variant: str, mode: str, rows: int, device: torch.device) -> None:
+        self.mode, self.device = mode, device
+        kind, sizes, _, length = CASES[case]
+        torch.manual_seed(0)
+        self.model = build(kind, sizes).to(device).train(not mode.startswith("infer"))
+        self.batch = make_batch(kind, self.model.config, rows, length, device)
+        form, _, ratio = variant.partition(" ")
+        self.form: RunMultiplied | None = None
+        if form == "lora":
+            self.model = use_lora(self.model, list(find_targets(self.model))).to(device)
+        elif form != "dense":
+            self._cut(form, float(ratio or 0.25), kind)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True if device.type == "cuda" else None)
+        self.call: Any = self.model
+        if mode in ("graphs", "infer-graphs"):
+            self.call = torch.compile(self.model, dynamic=False, mode="reduce-overhead")
+        elif mode == "compiled":
+            self.call = torch.compile(self.model, dynamic=False)
+
+    def _cut(self, form: str, ratio: float, kind: str) -> None:
+        """Pairs at one share of the full rank in all layers, and the form that they run in."""
+        targets = find_targets(self.model)
+        if form.startswith("mlp"):
+            targets = {n: la for n, la in targets.items() if len(set(dense_weight(la).shape)) == 2}
+        ranks = {n: max(8, round(ratio * min(dense_weight(la).shape) / 8) * 8) for n, la in targets.items()}
+        if form == "uneven":  # as rule "loss" spreads them
+            ranks = {n: max(8, rank + 8 * ((i * 5) % 9 - 4)) for i, (n, rank) in enumerate(ranks.items())}
+        layers = fill(self.model, ranks)
+        self.model.to(self.device)
+        if form in ("multiplied", "uneven"):
+            self.form = RunMultiplied(self.model)
+            self.form.start()
+        elif form == "shared":
+            batch = {
+                name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in self.batch.items()
+            }
+            use_shared(layers, groups_by_input(self.model, list(ranks), batch), fused=False)
+
+    def step(self) -> None:
+        """One step of training, or one forward."""
+        if self.mode.startswith("infer"):
+            with torch.inference_mode(), self._autocast():
+                self.call(**self.batch)
+            return
+        self.forward().backward()
+        self.clip()
+        self.update()
+
+    def forward(self) -> torch.Tensor:
+        if self.mode == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()
+        with self._autocast():
+            return self.call(**self.batch).loss  # type: ignore[no-any-return]
+
+    def clip(self) -> None:
+        torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _autocast(self) -> Any:
+        on_gpu = self.device.type == "cuda"
+        return torch.autocast("cuda", dtype=torch.bfloat16) if on_gpu else contextlib.nullcontext()
+
+    def wait(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def time(self, steps: int) -> list[float]:
+        """Milliseconds a step: of so many launched one after another, and waited for at their end; after one that warms up."""
+        self.step()
+        began = self.wait()
+        for _ in range(steps):
+            self.step()
+        return [1000 * (self.wait() - began) / steps]
+
+    def parts(self) -> dict[str, Any]:
+        """Milliseconds of the parts of a training step, medians."""
+        if self.mode.startswith("infer"):
+            return {}
+        found: dict[str, list[float]] = {"forward": [], "backward": [], "clip": [], "optimizer": []}
+
+        def clock(name: str, action: Callable[[], Any]) -> Any:
+            began = self.wait()
+            result = action()
+            found[name].append(1000 * (self.wait() - began))
+            return result
+
+        for _ in range(5):
+            loss = clock("forward", self.forward)
+            clock("backward", loss.backward)
+            clock("clip", self.clip)
+            clock("optimizer", self.update)
+        return {"parts": {name: round(statistics.median(values), 2) for name, values in found.items()}}
+
+    def memory(self) -> dict[str, Any]:
+        """The largest amount allocated in a step, of this model alone: above what was there, and with its parameters and state."""
+        if self.device.type != "cuda":
+            return {}
+        self.step()
+        self.wait()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.step()
+        own = sum(p.nbytes for p in self.model.parameters())
+        own += sum(v.nbytes for s in self.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
+        return {"peak_mib": (torch.cuda.max_memory_allocated() - before + own) / 2**20}
+
+    def device_time(self) -> dict[str, Any]:
+        """The device's own time and the number of kernels of a step."""
+        if self.device.type != "cuda":
+            return {}
+        with contextlib.suppress(Exception):
+            return gpu_time(lambda: [self.step() for _ in range(2)], 2)
+        return {}
+
+
+def build(kind: str, sizes: dict[str, Any]) -> Any:
+    """A model with random weights."""
+    if kind == "bert":
+        return hf.BertForSequenceClassification(hf.BertConfig(**sizes))
+    if kind == "vit":
+        return hf.ViTForImageClassification(hf.ViTConfig(**sizes))
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes))
+
+
+def make_batch(kind: str, config: Any, rows: int, length: int, device: torch.device) -> dict[str, Any]:
+    """Random inputs and labels."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "vit":
+        pixels = torch.randn(rows, 3, config.image_size, config.image_size, generator=generator)
+        return {"pixel_values": pixels.to(device), "labels": torch.zeros(rows, dtype=torch.long, device=device)}
+    ids = torch.randint(5, config.vocab_size, (rows, length), generator=generator).to(device)
+    if kind == "llama":
+        return {"input_ids": ids, "labels": ids}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": torch.zeros(rows, dtype=torch.long, device=device),
+    }
+
+
+if __name__ == "__main__":
+    main()
