@@ -1,4 +1,4 @@
-"""The commands: inspect, factorize, merge, plot, env."""
+"""The commands: inspect, factorize, merge, plot, env; `train` has a file of its own."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ from .files import (
 )
 from .sizes import compare_sizes
 from .talking import bar
+from .train import train
+
+__all__ = ["env", "factorize", "inspect", "merge", "plot", "train"]
 
 PACKAGES = (
     *("hf-cuttlefish", "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "tokenizers", "numpy"),

@@ -22,7 +22,15 @@ def _count(text: str) -> int:
     return value
 
 
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
 _share.__name__, _count.__name__ = "share (above 0, at most 1)", "whole number of at least 1"  # argparse shows these
+_above_zero.__name__ = "number above 0"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,6 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_inspect(
         command("inspect", "show each layer's stable rank, its rank under every rule, and what that would save")
     )
+
+    _add_train(command("train", "fine-tune a model on a file or a folder of images, and make it smaller on the way"))
 
     sub = command("factorize", "make a trained model low rank, without training")
     _add_model(sub)
@@ -126,6 +136,11 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--data", metavar="FILE", help=".csv, .tsv, .jsonl or .json with columns, lines of text, or a folder of images"
     )
+    _add_columns(data, most=1024)
+
+
+def _add_columns(data: argparse._ArgumentGroup, most: int | None) -> None:
+    """How rows are read, and how many. most: rows by default."""
     data.add_argument("--text-column", nargs="+", metavar="NAME", help="one column, or two for pairs (default: text)")
     data.add_argument(
         "--label-column",
@@ -134,7 +149,11 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
         help="column of the classes, if there is one (default: %(default)s)",
     )
     data.add_argument(
-        "--samples", type=_count, default=1024, metavar="N", help="rows to read at most (default: %(default)s)"
+        "--samples",
+        type=_count,
+        default=most,
+        metavar="N",
+        help="rows to read at most (default: " + ("all)" if most is None else "%(default)s)"),
     )
     data.add_argument(
         "--batch-size", type=_count, default=32, metavar="N", help="rows in a batch (default: %(default)s)"
@@ -146,6 +165,39 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
         metavar="N",
         help="longer texts are cut to N tokens (default: %(default)s)",
     )
+
+
+def _add_train(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--model", required=True, metavar="MODEL", help="folder or hub name of a pretrained model")
+    sub.add_argument("--out", default="cuttlefish-model", metavar="OUT", help="folder to write (default: %(default)s)")
+    data = sub.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help=".csv, .tsv, .jsonl or .json with a text and a label column, a folder with a folder of images for each class; for a "
+        "language model lines of text, or .jsonl with messages",
+    )
+    data.add_argument("--eval-data", metavar="FILE", help="rows to evaluate on (default: a fifth of the data)")
+    _add_columns(data, most=None)
+    run = sub.add_argument_group("training")
+    run.add_argument("--epochs", type=_above_zero, default=3.0, metavar="N", help="default: %(default)g")
+    run.add_argument(
+        "--learning-rate", type=_above_zero, metavar="R", help="default: by the model's size, 1e-4 to 2e-5"
+    )
+    run.add_argument("--seed", type=int, default=42, metavar="N", help="default: %(default)s")
+    run.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
+    run.add_argument("--compare", action="store_true", help="train dense first, from the same seed, and compare")
+    run.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in OUT")
+    size = sub.add_mutually_exclusive_group()
+    size.add_argument(
+        "--ratio", type=_share, metavar="R", help="share of the target layers' parameters to keep (default: measured)"
+    )
+    size.add_argument(
+        "--max-loss-increase", type=_above_zero, metavar="R", help="as small as the loss rises by at most this share"
+    )
+    sub.add_argument("--json", action="store_true", help="print the results as JSON")
+    _add_force(sub)
 
 
 def _add_force(sub: argparse.ArgumentParser) -> None:

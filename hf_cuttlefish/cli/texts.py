@@ -83,6 +83,34 @@ def _read(path: Path, text_columns: list[str] | None, label_column: str, most: i
     return rows
 
 
+def read_conversations(path: Path, most: int | None = None) -> list[list[dict[str, Any]]] | None:
+    """Of a JSONL or JSON file whose entries hold `messages`, as chat models are trained on: these; None for any other file.
+
+    Raises ValueError for an entry without messages among others with some; it is named.
+    """
+    if path.suffix.lower() not in (".jsonl", ".json"):
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None  # `read_texts` says so
+    records = _json_records(path, text, lines=path.suffix.lower() == ".jsonl")[:most]
+    if not records or not isinstance(records[0], dict) or "messages" not in records[0]:
+        return None
+    found = []
+    for number, record in enumerate(records, start=1):
+        messages = record.get("messages") if isinstance(record, dict) else None
+        whole = isinstance(messages, list) and all(
+            isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages
+        )
+        if not whole or not messages:
+            raise ValueError(
+                f"{path}: entry {number} holds no messages, a list of objects with role and content: {record!r:.80}"
+            )
+        found.append(messages)
+    return found
+
+
 def text_batches(model: nn.Module, tokenizer: Any, rows: list[TextRow], batch_size: int, max_length: int) -> list[Any]:
     """Batches for `gather_statistics`, with labels where the model has a use for them.
 

@@ -22,7 +22,7 @@ figure{margin:1rem 0}svg{width:100%;height:auto;font:13px system-ui,sans-serif}
 th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid var(--grid)}
 th:first-child,td:first-child{text-align:left}th{color:var(--quiet);font-weight:600}
 pre{background:var(--box);padding:.8rem 1rem;overflow-x:auto;border-radius:4px;font-size:.9rem}
-svg text{fill:var(--ink)}svg text.note{fill:var(--quiet);font-size:12px}svg .grid{stroke:var(--grid)}
+svg text{fill:var(--ink)}svg text.note,svg text.name{font-size:12px}svg text.note{fill:var(--quiet)}svg .grid{stroke:var(--grid)}
 svg .line{fill:none;stroke-width:2.2;stroke-linejoin:round}svg .faint{stroke-width:1;opacity:.4}
 svg .lead{stroke-width:.8;opacity:.6}svg .mark{stroke:var(--ink);stroke-dasharray:5 4}svg .level{stroke:var(--quiet);stroke-dasharray:2 3}
 svg .cell{fill:var(--cell)}svg .dense{fill:var(--grid)}svg text.on-deep{fill:var(--on-deep)}svg .before{fill:var(--quiet)}svg .after{fill:var(--c0)}

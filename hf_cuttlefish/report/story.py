@@ -157,7 +157,8 @@ def _losses(log: Sequence[Mapping[str, Any]], switch: int | None) -> list[str]:
 
 
 def _metrics(log: Sequence[Mapping[str, Any]]) -> list[str]:
-    evaluations = [r for r in log if "step" in r and any(k.startswith("eval_") for k in r)]
+    found = {r["step"]: r for r in log if "step" in r and any(k.startswith("eval_") for k in r)}
+    evaluations = list(found.values())  # the last one of a step
     skipped = re.compile(r"eval_(runtime|.*_per_second|.*_time|model_preparation_time)$")
     names = list(dict.fromkeys(k for r in evaluations for k in r if k.startswith("eval_") and not skipped.match(k)))
     if not names:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 WIDTH = 760
-LEFT, RIGHT, TOP, BOTTOM = 64, 170, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 64, 196, 14, 44
 """Margins: the axis' numbers, the names of the lines, air, and the numbers and title below."""
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "12 4")
 COLOURS = 6
@@ -184,11 +184,15 @@ def _names(lines: Sequence[Line], y_axis: _Axis, x_axis: _Axis) -> list[str]:
         seen = [(x, y) for x, y in line.points if math.isfinite(y)]
         x, y = max(seen) if seen else (x_axis.high, y_axis.low)
         ends.append((y_axis.at(y), x_axis.at(x), index, line.name))
-    parts, last = [], -math.inf
-    for y, x, index, name in sorted(ends):
-        place = max(y, last + 15)
-        last = place
-        at = WIDTH - RIGHT + 14
+    places: list[float] = []
+    for y, *_ in sorted(ends):
+        places.append(max(y, places[-1] + 15) if places else y)
+    bottom = y_axis.start + 4
+    for i in range(len(places) - 1, -1, -1):  # and back up, so that none leaves the picture below
+        places[i] = min(places[i], bottom)
+        bottom = places[i] - 15
+    parts, at = [], WIDTH - RIGHT + 14
+    for (y, x, index, name), place in zip(sorted(ends), places, strict=True):
         parts.append(
             f'<line class="lead s{index % COLOURS}" x1="{x:.1f}" y1="{y:.1f}" x2="{at - 3}" y2="{place:.1f}"/>'
         )
