@@ -101,13 +101,19 @@ class Batches:
         if weights is None or not tokens:
             return torch.ones(tokens, device=grad.device)
         if len(grad) % len(weights):
-            norms = torch.where(weights > 0, weights.pow(-2), 0.0)
-            mean = (norms.sum() / norms.square().sum()).sqrt().nan_to_num()
-            return mean.expand(tokens)
+            return self.mean_factor(number, grad.device).expand(tokens)
         key = number, tokens, len(weights)
         if key not in self._spread:
             self._spread[key] = weights.repeat_interleave(tokens // len(weights))
         return self._spread[key]
+
+    def mean_factor(self, number: int, device: torch.device) -> torch.Tensor:
+        """One number for all tokens of a forward, where nobody knows whose they are; 1 before backward has reached a layer."""
+        weights = self._weights.get(number)
+        if weights is None:
+            return torch.ones((), device=device)
+        norms = torch.where(weights > 0, weights.pow(-2), 0.0)
+        return (norms.sum() / norms.square().sum()).sqrt().nan_to_num()
 
     def _begin_with(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward of the model: its labels that count, its rows, or the Trainer's number of items."""

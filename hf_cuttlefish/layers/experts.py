@@ -1,0 +1,222 @@
+"""Experts: the 3-D parameters of a mixture, each a stack of matrices, and the stack of pairs that takes the place of one.
+
+The experts' own class goes on to compute: its code reads `self.gate_up_proj`, finds the stack of pairs there, and multiplies by it as
+by a tensor (see stack_views.py). So the gates, biases, layouts and implementations (eager, batched_mm, grouped_mm) of every model are
+transformers' own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from .dense import check_rank
+from .low_rank import LowRankLayer
+from .stack_views import Pairs, StackView
+
+ORIGIN = "Experts"
+
+
+class ExpertStack(nn.Module):
+    """Shows a 3-D parameter of an experts module as a layer; it is registered nowhere, and holds nothing of its own.
+
+    Args:
+        owner: the experts module. attribute: the parameter's name in it, (E, out, in), or (E, in, out) where `transposed`.
+        keeps: whether it keeps the owner alive, where that is in no model yet.
+    """
+
+    def __init__(self, owner: nn.Module, attribute: str, transposed: bool = False, keeps: bool = False) -> None:
+        super().__init__()
+        self.attribute, self.transposed = attribute, transposed
+        self._owner = weakref.ref(owner)
+        self.__dict__["_kept"] = owner if keeps else None  # not as a child
+
+    @property
+    def owner(self) -> nn.Module:
+        """The experts module."""
+        owner = self._owner()
+        if owner is None:
+            raise ReferenceError(f"the model that held the experts' {self.attribute} is gone")
+        return owner
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        """The parameter that the experts hold now."""
+        return self.owner._parameters[self.attribute]  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        """(E, out), or None."""
+        return self.owner._parameters.get(f"{self.attribute}_bias")
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"{self.attribute}, transposed={self.transposed}"
+
+
+def stacks_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The 3-D parameters of an experts module, by their names; the same object each time. Empty for any other module."""
+    found: dict[str, nn.Module] = {}
+    for name, parameter in module._parameters.items():
+        if parameter is None or not _is_stack(module, name, parameter):
+            continue
+        known = _SHOWN.setdefault(module, {})
+        if name not in known:
+            known[name] = ExpertStack(module, name, is_transposed(module, name))
+        found[name] = known[name]
+    return found
+
+
+_SHOWN: weakref.WeakKeyDictionary[nn.Module, dict[str, ExpertStack]] = weakref.WeakKeyDictionary()
+
+
+def _is_stack(module: nn.Module, name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter is a stack of matrices, one for each expert: 3-D, in a module that says so by its class."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return len(shape) == 3 and "expert" in type(module).__name__.lower() and min(shape) > 1 and "bias" not in name
+
+
+def is_transposed(module: nn.Module, name: str) -> bool:
+    """Whether a stack is held as (E, in, out). Where the class does not say it, the sizes of its two stacks do."""
+    said = getattr(module, "is_transposed", None)
+    if isinstance(said, bool):
+        return said
+    first, second = (module._parameters.get(n) for n in ("gate_up_proj", "down_proj"))
+    if first is None or second is None or first.ndim != 3 or second.ndim != 3:
+        return False
+    (a, b), (c, d) = first.shape[1:], second.shape[1:]
+    return (b, a) == (2 * c, d)
+
+
+class Stack(nn.Module):
+    """One factor of each expert's matrix: (E, r, in) or (E, out, r)."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self) -> torch.Tensor:
+        """The factors; a call, so that hooks that fetch parameters fire."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return " x ".join(map(str, self.weight.shape))
+
+
+class LowRankExperts(LowRankLayer):
+    """A pair for each expert, at one rank, in the place of a 3-D parameter: down (E, r, in), up (E, out, r).
+
+    It is a module that its owner's code takes for a tensor: indexed, transposed or given to a matrix product it stands for
+    `up @ down`, transposed where the parameter was, and two thin products are what is worked out.
+
+        experts.gate_up_proj = LowRankExperts(down, up)
+        functional.linear(x, experts.gate_up_proj[3])  # x down[3]^T up[3]^T
+
+    Raises:
+        ValueError: factors that do not fit together, or a rank out of range.
+    """
+
+    _is_hf_initialized = True
+    """Keeps `_init_weights` of the experts' class from filling it."""
+
+    origin = ORIGIN
+
+    def __init__(self, down: nn.Parameter, up: nn.Parameter, transposed: bool = False) -> None:
+        super().__init__()
+        if down.ndim != 3 or up.ndim != 3 or (down.shape[0], down.shape[1]) != (up.shape[0], up.shape[2]):
+            raise ValueError(
+                f"factors of the shapes {tuple(down.shape)} and {tuple(up.shape)} do not fit: (E, r, in) and (E, out, r) would"
+            )
+        check_rank(down.shape[1], down.shape[2], up.shape[1], "the experts")
+        self.down, self.up = Stack(down), Stack(up)
+        self.transposed = transposed
+
+    def forward(self) -> StackView:
+        """What stands for the parameter now."""
+        return StackView(Pairs(self.up(), self.down()), flipped=self.transposed)
+
+    @property
+    def weight(self) -> StackView:  # type: ignore[override]
+        """What stands for the parameter: its dtype, shape and device, and its values where they are asked for."""
+        return self()
+
+    @torch.no_grad()
+    def product(self) -> torch.Tensor:
+        """up @ down of each expert, (E, out, in), computed in fp32 or better and returned in the factors' dtype."""
+        down, up = self.factors
+        exact = torch.promote_types(up.dtype, torch.float32)
+        with torch.autocast(device_type=up.device.type if up.device.type != "meta" else "cpu", enabled=False):
+            return (up.to(exact) @ down.to(exact)).to(up.dtype)
+
+    def to_dense(self) -> nn.Module:
+        """A layer that shows a 3-D parameter with the products."""
+        matrices = self.product()
+        owner = nn.Module()
+        data = matrices.mT.contiguous() if self.transposed else matrices
+        owner.register_parameter("stack", nn.Parameter(data, requires_grad=self.up.weight.requires_grad))
+        return ExpertStack(owner, "stack", self.transposed, keeps=True)
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        """How many experts there are."""
+        return self.down.weight.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Inner size of each pair."""
+        return self.down.weight.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        """Of each expert's matrix."""
+        return self.down.weight.shape[2]
+
+    @property
+    def out_features(self) -> int:
+        """Of each expert's matrix."""
+        return self.up.weight.shape[1]
+
+    @property
+    def bias(self) -> None:
+        """Belongs to the experts module, and stays there."""
+        return None
+
+    # --- what its owner's code takes for a tensor ---
+
+    def __getitem__(self, key: Any) -> Any:
+        return self()[key]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self(), name) if name in _LIKE_A_TENSOR else super().__getattr__(name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(cls, lambda stack: stack(), (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return (
+            f"experts={self.count}, in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"transposed={self.transposed}"
+        )
+
+
+_LIKE_A_TENSOR = {
+    *("shape", "dtype", "device", "ndim", "size", "dim", "numel", "data_ptr", "is_floating_point"),
+    *("transpose", "mT", "multiplied_out"),
+}
