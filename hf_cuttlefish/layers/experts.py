@@ -26,20 +26,22 @@ class ExpertStack(nn.Module):
     """Shows a 3-D parameter of an experts module as a layer; it is registered nowhere, and holds nothing of its own.
 
     Args:
-        owner: the experts module. attribute: the parameter's name in it, (E, out, in), or (E, in, out) where `transposed`.
-        keeps: whether it keeps the owner alive, where that is in no model yet.
+        weight: the parameter, (E, out, in), or (E, in, out) where `transposed`.
+        owner: the experts module; None for a parameter that is on its way into one. attribute: the parameter's name in it.
     """
 
-    def __init__(self, owner: nn.Module, attribute: str, transposed: bool = False, keeps: bool = False) -> None:
+    def __init__(
+        self, weight: nn.Parameter, transposed: bool = False, owner: nn.Module | None = None, attribute: str = "stack"
+    ) -> None:
         super().__init__()
         self.attribute, self.transposed = attribute, transposed
-        self._owner = weakref.ref(owner)
-        self.__dict__["_kept"] = owner if keeps else None  # not as a child
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._parameters["weight"] = weight
 
     @property
     def owner(self) -> nn.Module:
         """The experts module."""
-        owner = self._owner()
+        owner = self._owner() if self._owner is not None else None
         if owner is None:
             raise ReferenceError(f"the model that held the experts' {self.attribute} is gone")
         return owner
@@ -47,12 +49,13 @@ class ExpertStack(nn.Module):
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
         """The parameter that the experts hold now."""
-        return self.owner._parameters[self.attribute]  # type: ignore[return-value]
+        held = self._parameters if self._owner is None else {"weight": self.owner._parameters[self.attribute]}
+        return held["weight"]  # type: ignore[return-value]
 
     @property
     def bias(self) -> nn.Parameter | None:  # type: ignore[override]
         """(E, out), or None."""
-        return self.owner._parameters.get(f"{self.attribute}_bias")
+        return None if self._owner is None else self.owner._parameters.get(f"{self.attribute}_bias")
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -67,7 +70,8 @@ def stacks_of(module: nn.Module) -> dict[str, nn.Module]:
             continue
         known = _SHOWN.setdefault(module, {})
         if name not in known:
-            known[name] = ExpertStack(module, name, is_transposed(module, name))
+            known[name] = ExpertStack(parameter, is_transposed(module, name), module, name)
+        known[name]._parameters["weight"] = parameter
         found[name] = known[name]
     return found
 
@@ -157,10 +161,8 @@ class LowRankExperts(LowRankLayer):
     def to_dense(self) -> nn.Module:
         """A layer that shows a 3-D parameter with the products."""
         matrices = self.product()
-        owner = nn.Module()
         data = matrices.mT.contiguous() if self.transposed else matrices
-        owner.register_parameter("stack", nn.Parameter(data, requires_grad=self.up.weight.requires_grad))
-        return ExpertStack(owner, "stack", self.transposed, keeps=True)
+        return ExpertStack(nn.Parameter(data, requires_grad=self.factors[1].requires_grad), self.transposed)
 
     @property
     def count(self) -> int:  # type: ignore[override]

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from .dense import check_weight, is_quantized
+from .expert_kind import ExpertsKind
 from .kind import Kind
 from .linear import Conv1DKind, LinearKind
 from .low_rank import LowRankLayer
 
-KINDS: dict[str, type[Kind]] = {"Linear": LinearKind, "Conv1D": Conv1DKind}
+KINDS: dict[str, type[Kind]] = {"Linear": LinearKind, "Conv1D": Conv1DKind, "Experts": ExpertsKind}
 """Word -> kind; a low-rank layer remembers the word as its `origin`."""
 
 
