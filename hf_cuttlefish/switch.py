@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .config import CuttlefishConfig
-from .decide.left import left_frozen, left_unseen
+from .decide.left import left_blind, left_frozen, left_unseen
 from .decide.plan import RankPlan, break_even_rank
 from .decide.ranks import needs_no_weights, plan_ranks, rank_by_hand, spectrum_of
 from .decide.rules import LayerSpectrum
@@ -161,7 +161,7 @@ def plan_and_factors(
     loss = collector.mean_loss() if collector is not None else None
     left = left_frozen(layers, config)
     if collector is not None:
-        left = left_unseen(layers, config, statistics) | left
+        left = left_unseen(layers, config, statistics) | left_blind(layers, config, statistics) | left
     spectra, parts = _decompose_all(layers, config, statistics, initial, keep, left)
     if flow is not None and config.rank_rule == "loss":
         sizes = {name: s.rank_size for name, s in spectra.items()}

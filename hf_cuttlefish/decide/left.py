@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from ..config import CuttlefishConfig
+from ..maths.factors import LayerMoments, Moments
 from .ranks import rank_by_hand
 
 FROZEN = "frozen: what a cut costs could not be trained back (name it in target_modules to cut it all the same)"
@@ -22,6 +23,21 @@ def left_frozen(layers: Mapping[str, nn.Module], config: CuttlefishConfig) -> di
         return {}
     frozen = (name for name, layer in layers.items() if not layer.weight.requires_grad)
     return {name: FROZEN for name in frozen if rank_by_hand(name, config) is None}
+
+
+def left_blind(
+    layers: Mapping[str, nn.Module], config: CuttlefishConfig, statistics: Mapping[str, Moments]
+) -> dict[str, str]:
+    """Stacks of which more than half of the matrices saw too few tokens: name -> reason, with their numbers."""
+    left = {}
+    for name in layers:
+        each = statistics.get(name)
+        if each is None or isinstance(each, LayerMoments) or rank_by_hand(name, config) is not None:
+            continue
+        blind = [i for i, moments in enumerate(each) if moments is None]
+        if 2 * len(blind) > len(each):
+            left[name] = f"{len(blind)} of {len(each)} experts saw too few tokens ({', '.join(map(str, blind))})"
+    return left
 
 
 def left_unseen(layers: Mapping[str, nn.Module], config: CuttlefishConfig, seen: Collection[str]) -> dict[str, str]:

@@ -92,7 +92,9 @@ def spectrum_of(
     spectrum, count = d.spectrum.cpu(), kind_of(layer).count
     if in_loss and moments is not None:
         tokens = moments.tokens if isinstance(moments, LayerMoments) else 1.0
-        return LayerSpectrum(n_in, n_out, None, spectrum, tokens, initial, count=count), d
+        each = [] if isinstance(moments, LayerMoments) else moments
+        blind = tuple(i for i, one in enumerate(each) if one is None)
+        return LayerSpectrum(n_in, n_out, None, spectrum, tokens, initial, count=count, blind=blind), d
     return LayerSpectrum(n_in, n_out, spectrum, None, 1.0, initial, count=count), d
 
 
@@ -121,7 +123,7 @@ def plan_ranks(
             check_rank(by_hand, s.in_features, s.out_features, name)
             rank, reason = by_hand, "rank_pattern"
         else:
-            rank, reason = allowed_rank(wanted[name], s.in_features, s.out_features, config.rank_multiple)
+            rank, reason = allowed_rank(max(wanted[name], s.least), s.in_features, s.out_features, config.rank_multiple)
         decisions[name] = RankDecision(
             s.in_features,
             s.out_features,
@@ -133,10 +135,17 @@ def plan_ranks(
         )
     known = all(s.loss_spectrum is not None for s in by_rule.values()) and bool(by_rule)
     total = sum(d.predicted_loss_increase or 0.0 for d in decisions.values()) if known else None
+    notes += [_blind_note(name, s, decisions[name].rank) for name, s in spectra.items() if s.blind and name not in left]
     for why in dict.fromkeys(left.values()):
         names = [name for name in left if left[name] == why]
         notes.append(f"{len(names)} layers stay dense ({names[0]}{', ...' if names[1:] else ''}): {why}")
     return RankPlan(decisions, config.rank_rule, notes, total)
+
+
+def _blind_note(name: str, s: LayerSpectrum, rank: int | None) -> str:
+    shown = ", ".join(map(str, s.blind[:12])) + (", ..." if len(s.blind) > 12 else "")
+    cut = "and stay dense" if rank is None else f"and are cut by their weights alone, at no less than rank {s.least}"
+    return f"{name}: {len(s.blind)} of {s.count} experts saw too few tokens ({shown}) {cut}"
 
 
 def rank_by_hand(name: str, config: CuttlefishConfig) -> int | None:

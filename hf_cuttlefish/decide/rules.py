@@ -47,6 +47,7 @@ class LayerSpectrum:
         initial_stable_rank: of the weights that the run started from, or None.
         measured_stable_rank: of W, where its singular values were not worked out, or None.
         count: how many matrices the weight is; the spectra are then the root of the sum of their squares.
+        blind: numbers of the matrices of a stack of which nothing is known, while something is of others.
         price: of one unit of rank, in any currency that is the same for all layers (measured time); None: m + n parameters.
     """
 
@@ -59,6 +60,12 @@ class LayerSpectrum:
     price: float | None = None
     measured_stable_rank: float | None = None
     count: int = 1
+    blind: tuple[int, ...] = ()
+
+    @property
+    def least(self) -> int:
+        """Rank below which it is not cut: half of break-even where a matrix is cut by its weight alone."""
+        return break_even_rank(self.in_features, self.out_features) // 2 if self.blind else 0
 
     @property
     def size(self) -> int:
@@ -246,7 +253,7 @@ class _Thresholds:
         kept = sum(min(needs[n] * s.rank_size, s.size) for n, s in self._spectra.items())
         even = RANK_FLOOR * kept / self._size
         return {
-            n: max(1.0, needs[n], even * break_even_rank(s.in_features, s.out_features))
+            n: max(1.0, needs[n], even * break_even_rank(s.in_features, s.out_features), s.least)
             for n, s in self._spectra.items()
         }
 

@@ -6,17 +6,17 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import cast
 
 import regex  # type: ignore[import-untyped]  # re, with a time limit; transformers brings it
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..config import CuttlefishConfig
 from ..layers.dense import check_rank, is_quantized
 from ..layers.kinds import KINDS, find_layers, is_dense, kind_of, labels
 from ..layers.low_rank import LowRankLayer, low_rank_layers
+from .stored import lost_when_saved
 
 PATTERN_SECONDS = 1.0
 """A regular expression that takes longer on one name is refused."""
@@ -101,37 +101,6 @@ def _check_target(name: str, module: nn.Module, config: CuttlefishConfig) -> Non
 def matches(pattern: str, name: str) -> bool:
     """PEFT's rule for rank_pattern keys: the pattern, as a regular expression, matches the whole name or its ending."""
     return _is_match(rf"(.*\.)?({pattern})", name)
-
-
-def lost_when_saved(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Those of the layers whose factors would not come back under their names from `save_pretrained`.
-
-    transformers 5 stores some models in another layout (Kimi's vision tower: q, k and v as one tensor, rows rearranged) or
-    under names that only whole weights get (Inkling 2). Its patterns are not made for factors.
-    """
-    loading = [c for c in conversions(model, add_legacy=False) if type(c).__name__ != "PrefixChange"]
-    saving = [c.reverse_transform() for c in loading[::-1]]
-    return [n for n in names if not all(_comes_back(f"{n}.{part}.weight", saving, loading) for part in ("down", "up"))]
-
-
-def conversions(model: nn.Module, **options: Any) -> list[Any]:
-    """How `from_pretrained` changes names and layouts for a model; none before transformers knew such changes."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:
-        return []
-    return list(get_model_conversion_mapping(model, **options)) if isinstance(model, PreTrainedModel) else []
-
-
-def _comes_back(key: str, saving: list[Any], loading: list[Any]) -> bool:
-    renamed = key
-    for changes in (saving, loading):
-        for conversion in changes:
-            new, match = conversion.rename_source_key(renamed)
-            if match is not None and hasattr(conversion, "operations"):
-                return False  # it would be put together with others, or rearranged
-            renamed = new
-    return renamed == key
 
 
 def skipped_parameters(model: nn.Module) -> dict[str, int]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..maths.factors import Factors
 from .expert_taps import ExpertTap
-from .experts import ORIGIN, ExpertStack, LowRankExperts, stacks_of
+from .experts import ExpertStack, LowRankExperts, stacks_of
 from .kind import Kind
 from .parts import shape_of
 from .shadows import Shadow
@@ -66,8 +66,8 @@ class ExpertsKind(Kind):
     def stand_in(self, down: torch.Tensor | None, up: torch.Tensor | None, rank: int = 0) -> LowRankExperts:
         weight = cast(ExpertStack, self.layer).weight
         rank = down.shape[1] if down is not None else rank
-        factors = (self.filled(part, value, rank, weight) for part, value in (("down", down), ("up", up)))
-        return LowRankExperts(*factors, transposed=self.layer.transposed).train(self.layer.training)
+        factors = self.filled("down", down, rank, weight), self.filled("up", up, rank, weight)
+        return LowRankExperts(*factors, self.layer.transposed).train(self.layer.training)
 
     def standing_in(self, factors: Factors) -> Any:
         layer = cast(ExpertStack, self.layer)

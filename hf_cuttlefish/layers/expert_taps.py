@@ -40,7 +40,9 @@ class ExpertTap:
         if not weight.requires_grad and self.name not in self.collector.frozen:
             return None
         self.collector.batches.called(1)
-        return StackView(Watched(weight.mT if self.stack.transposed else weight, self._seen), flipped=self.stack.transposed)
+        return StackView(
+            Watched(weight.mT if self.stack.transposed else weight, self._seen), flipped=self.stack.transposed
+        )
 
     def _ended(self, module: nn.Module, output: Any) -> None:
         """Examples are weighted by the gradient of what the experts give together, whose rows are the batch's."""

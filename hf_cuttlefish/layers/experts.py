@@ -47,13 +47,15 @@ class ExpertStack(nn.Module):
         return owner
 
     @property
-    def weight(self) -> nn.Parameter:  # type: ignore[override]
-        """The parameter that the experts hold now."""
-        held = self._parameters if self._owner is None else {"weight": self.owner._parameters[self.attribute]}
-        return held["weight"]  # type: ignore[return-value]
+    def weight(self) -> nn.Parameter:
+        """The parameter that the experts hold now, or the last one that they held."""
+        now = None if self._owner is None else self.owner._parameters.get(self.attribute)
+        if now is not None:
+            self._parameters["weight"] = now
+        return self._parameters["weight"]  # type: ignore[return-value]
 
     @property
-    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+    def bias(self) -> nn.Parameter | None:
         """(E, out), or None."""
         return None if self._owner is None else self.owner._parameters.get(f"{self.attribute}_bias")
 
@@ -63,20 +65,24 @@ class ExpertStack(nn.Module):
 
 
 def stacks_of(module: nn.Module) -> dict[str, nn.Module]:
-    """The 3-D parameters of an experts module, by their names; the same object each time. Empty for any other module."""
+    """The 3-D parameters of an experts module, by their names; the same object while one is held. Empty for any other module."""
     found: dict[str, nn.Module] = {}
     for name, parameter in module._parameters.items():
         if parameter is None or not _is_stack(module, name, parameter):
             continue
-        known = _SHOWN.setdefault(module, {})
-        if name not in known:
-            known[name] = ExpertStack(parameter, is_transposed(module, name), module, name)
-        known[name]._parameters["weight"] = parameter
-        found[name] = known[name]
+        known = _SHOWN.setdefault(module, weakref.WeakValueDictionary())
+        stack = known.get(name)
+        if stack is None:
+            known[name] = stack = ExpertStack(parameter, is_transposed(module, name), module, name)
+        stack._parameters["weight"] = parameter
+        found[name] = stack
     return found
 
 
-_SHOWN: weakref.WeakKeyDictionary[nn.Module, dict[str, ExpertStack]] = weakref.WeakKeyDictionary()
+_SHOWN: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[str, ExpertStack]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Experts module -> parameter's name -> what shows it, as long as somebody holds that."""
 
 
 def _is_stack(module: nn.Module, name: str, parameter: torch.Tensor) -> bool:
@@ -130,6 +136,7 @@ class LowRankExperts(LowRankLayer):
     """Keeps `_init_weights` of the experts' class from filling it."""
 
     origin = ORIGIN
+    child_classes = (Stack, Stack)
 
     def __init__(self, down: nn.Parameter, up: nn.Parameter, transposed: bool = False) -> None:
         super().__init__()
@@ -146,7 +153,7 @@ class LowRankExperts(LowRankLayer):
         return StackView(Pairs(self.up(), self.down()), flipped=self.transposed)
 
     @property
-    def weight(self) -> StackView:  # type: ignore[override]
+    def weight(self) -> StackView:
         """What stands for the parameter: its dtype, shape and device, and its values where they are asked for."""
         return self()
 
@@ -167,22 +174,22 @@ class LowRankExperts(LowRankLayer):
     @property
     def count(self) -> int:  # type: ignore[override]
         """How many experts there are."""
-        return self.down.weight.shape[0]
+        return self.factors[0].shape[0]
 
     @property
     def rank(self) -> int:
         """Inner size of each pair."""
-        return self.down.weight.shape[1]
+        return self.factors[0].shape[1]
 
     @property
     def in_features(self) -> int:
         """Of each expert's matrix."""
-        return self.down.weight.shape[2]
+        return self.factors[0].shape[2]
 
     @property
     def out_features(self) -> int:
         """Of each expert's matrix."""
-        return self.up.weight.shape[1]
+        return self.factors[1].shape[1]
 
     @property
     def bias(self) -> None:

@@ -185,12 +185,12 @@ class StackView:
         return self.multiplied_out().transpose(first, second)
 
     @property
-    def mT(self) -> Any:  # noqa: N802 (torch's name)
+    def mT(self) -> Any:
         """The matrices transposed."""
         return self.transpose(-2, -1)
 
     @property
-    def T(self) -> Any:  # noqa: N802 (torch's name)
+    def T(self) -> Any:
         """One matrix transposed."""
         return self.transpose(-2, -1) if self.ndim == 2 else self.multiplied_out().T
 

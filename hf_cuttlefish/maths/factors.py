@@ -166,13 +166,14 @@ def decompose(weight: torch.Tensor, moments: Moments | None = None) -> Decomposi
 def _decompose_stack(weights: torch.Tensor, moments: Moments | None) -> Decomposition:
     """Each matrix of a stack; they are cut at one rank, so the spectrum is the root of the sum of their squares.
 
-    A matrix counts by the tokens that it saw, so that the spectrum's own are 1.
+    A matrix counts by the tokens that it saw, so that the spectrum's own are 1; one that saw none does not count beside others.
     """
     if isinstance(moments, LayerMoments) or (moments is not None and len(moments) != len(weights)):
         raise ValueError(f"a stack of {len(weights)} matrices needs as many moments")
     each = [None] * len(weights) if moments is None else list(moments)
     parts = [decompose(w, m) for w, m in zip(weights, each, strict=True)]
-    squares = [p.spectrum.square() * (1.0 if m is None else m.tokens) for p, m in zip(parts, each, strict=True)]
+    unseen = 1.0 if moments is None else 0.0
+    squares = [p.spectrum.square() * (unseen if m is None else m.tokens) for p, m in zip(parts, each, strict=True)]
     mean = mapped = None
     if any(p.mean is not None for p in parts):
         w = weights.detach().double()

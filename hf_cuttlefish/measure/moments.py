@@ -28,6 +28,9 @@ from .eager import run_eagerly
 from .samples import MOST_BYTES, Sample, add_samples, kinds
 from .taps import ForwardTap, Tap
 
+FEW = 0.25
+"""A matrix of a stack that saw fewer tokens than this share of its smaller side has no moments: too few to tell what can go."""
+
 
 class MomentCollector:
     """Sums of moments of many layers over the training steps between `start` and `stop`.
@@ -111,7 +114,7 @@ class MomentCollector:
     def moments(self) -> dict[str, Moments]:
         """The moments of all layers that gathered something usable (finite, not empty), by name, in fp32 on their device.
 
-        Of a stack of matrices a list, with None for a matrix that gathered nothing usable.
+        Of a stack of matrices a list, with None for a matrix that gathered nothing usable, or too little (`FEW`).
         """
         found = {name: self.moments_of(name) for name in self.sums}
         return {name: moments for name, moments in found.items() if moments is not None}
@@ -133,7 +136,11 @@ class MomentCollector:
             unscale *= float(seen.squares) / norms
         if s["count"].ndim == 0:
             return _finish(layer, s, examples, unscale)
-        each = [_finish(layer, {k: v[i] for k, v in s.items()}, examples, unscale) for i in range(kind.count)]
+        enough = [tokens >= FEW * min(kind.size) for tokens in s["count"].tolist()]
+        each = [
+            _finish(layer, {k: v[i] for k, v in s.items()}, examples, unscale) if seen else None
+            for i, seen in enumerate(enough)
+        ]
         return each if any(moments is not None for moments in each) else None
 
     def mean_loss(self) -> float | None:

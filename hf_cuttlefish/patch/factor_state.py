@@ -26,6 +26,7 @@ class FactorParameters:
     Attributes:
         weight: the dense Parameter. down, up: new Parameters.
         layout: how these lie in their parameters.
+        behind: parameters that stand before the factors in `named_parameters`, although they may have stood behind the weight.
     """
 
     name: str
@@ -33,6 +34,7 @@ class FactorParameters:
     down: nn.Parameter
     up: nn.Parameter
     layout: Layout = PLAIN
+    behind: tuple[nn.Parameter, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ..decide.plan import RankDecision, RankPlan
-from ..decide.targets import lost_when_saved, skipped_parameters
+from ..decide.stored import lost_when_saved
+from ..decide.targets import skipped_parameters
 from ..layers.dense import bias_of, check_rank
 from ..layers.kinds import check_layer, dense_weight, find_layers, kind_of, layer_at
 from ..layers.low_rank import LowRankLayer, low_rank_layers
@@ -59,9 +60,17 @@ class Change:
                 cast(nn.Parameter, layer.weight),
                 *self.pairs[name].factors,
                 layout=kind_of(layer),
+                behind=self._beside(name, layer),
             )
             for name, layer in self.layers.items()
         ]
+
+    def _beside(self, name: str, layer: nn.Module) -> tuple[nn.Parameter, ...]:
+        """Where the weight is a parameter of a larger module: the parameters that this one keeps."""
+        if isinstance(kind_of(layer).seat, nn.Module):
+            return ()
+        owner, gone = self.model.get_submodule(name.rpartition(".")[0]), {id(la.weight) for la in self.layers.values()}
+        return tuple(p for p in owner._parameters.values() if p is not None and id(p) not in gone)
 
     def edits(self, swap: Edit | None = None) -> list[Edit]:
         """What makes the change of model, optimizer and config. swap: the edit of the optimizer, where it is of its own kind."""
@@ -275,7 +284,7 @@ def _report(model: nn.Module, plan: RankPlan, layers: Mapping[str, nn.Module]) -
         sum(f.numel() for f in m.factors) if isinstance(m, LowRankLayer) else dense_weight(m).numel() for m in decided
     )
     blocks = count_parameters(model, block_containers(model, plan.decisions))
-    skipped = skipped_parameters(model)
+    skipped = {name: size for name, size in skipped_parameters(model).items() if name not in layers}
     return FactorizationReport(
         plan, total, total - saved, targets, targets - saved, blocks, blocks - saved, skipped=skipped
     )

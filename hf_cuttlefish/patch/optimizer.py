@@ -232,9 +232,19 @@ def _swap_one(
 def groups_with_factors(
     groups: Iterable[Mapping[str, Any]], pairs: Iterable[FactorParameters]
 ) -> list[list[nn.Parameter]]:
-    """The parameters of each group, where each pair stands where its weight stood."""
-    new_of = {id(p.weight): [p.down, p.up] for p in pairs}
-    return [[new for old in group["params"] for new in new_of.get(id(old), [old])] for group in groups]
+    """The parameters of each group, where each pair stands where its weight stood, or behind those that come before it now."""
+    pair_of = {id(p.weight): p for p in pairs}
+    found = []
+    for group in groups:
+        held: list[nn.Parameter] = group["params"]
+        at = {id(parameter): i for i, parameter in enumerate(held)}
+        placed = []
+        for i, parameter in enumerate(held):
+            pair = pair_of.get(id(parameter))
+            place = max([i, *(at.get(id(other), i) for other in (pair.behind if pair is not None else ()))])
+            placed.append((place, place > i, i, [parameter] if pair is None else [pair.down, pair.up]))
+        found.append([new for *_, several in sorted(placed, key=lambda row: row[:3]) for new in several])
+    return found
 
 
 def follow_modules(optimizer: Any, changes: Iterable[tuple[nn.Module, nn.Module]]) -> None:

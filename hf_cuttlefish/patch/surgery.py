@@ -17,9 +17,17 @@ def swap(model: nn.Module, new: Mapping[int, nn.Module | nn.Parameter]) -> None:
                 replacement = new[id(child)]
                 if isinstance(replacement, nn.Parameter) == (table is parent._parameters):
                     table[name] = replacement  # type: ignore[assignment]
-                else:
-                    del table[name]
-                    setattr(parent, name, replacement)
+                    continue
+                order = vars(parent).setdefault("_order_of_parameters", list(parent._parameters))
+                del table[name]
+                setattr(parent, name, replacement)
+                _sort(parent._parameters, order)
+
+
+def _sort(table: dict[str, nn.Parameter | None], order: list[str]) -> None:
+    """Parameters in the order that their module made them in, so that states that go by position fit again."""
+    for name in sorted(table, key=lambda n: order.index(n) if n in order else len(order)):
+        table[name] = table.pop(name)
 
 
 def keep_hooks(old: nn.Module, new: nn.Module) -> nn.Module:

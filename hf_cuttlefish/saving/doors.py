@@ -19,6 +19,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import auto
 
+from ..decide.stored import conversions, spared
 from ..layers.low_rank import low_rank_layers
 from ..patch.structure import QUANT_METHOD, configs_of, write_structure
 from . import modeling_low_rank as standalone
@@ -134,12 +135,36 @@ def _saves(original: Callable[..., Any]) -> Callable[..., Any]:
         note_what_it_is(self)
         token = _SAVING.set(self)
         try:
-            return original(self, *args, **kwargs)
+            with _factors_spared(self):
+                return original(self, *args, **kwargs)
         finally:
             _SAVING.reset(token)
 
     save_pretrained._by_cuttlefish = True  # type: ignore[attr-defined]
     return save_pretrained
+
+
+@contextlib.contextmanager
+def _factors_spared(model: PreTrainedModel) -> Iterator[None]:
+    """Where transformers would take stacks of experts apart, it leaves the factors of those that are factorized as they are."""
+    own = vars(model).get("_weight_conversions")
+    changes = own if own is not None else [c for c in conversions(model, add_legacy=False) if not _is_prefix(c)]
+    if not low_rank_layers(model) or not changes:
+        yield
+        return
+    model._weight_conversions = spared(changes)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if own is None:
+            del model._weight_conversions
+        else:
+            model._weight_conversions = own
+
+
+def _is_prefix(change: Any) -> bool:
+    """Whether a conversion was made for one file: a model that came from none has none."""
+    return type(change).__name__ == "PrefixChange"
 
 
 def _uploads(original: Callable[..., Any]) -> Callable[..., Any]:

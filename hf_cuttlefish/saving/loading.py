@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..decide.stored import spared
 from ..engines.find import extend_parallel_plan, settle_loaded
 from ..layers.kinds import layer_at
 from ..layers.low_rank import low_rank_layers
@@ -88,6 +89,10 @@ class CuttlefishLoader(HfQuantizer):
             # theirs without asking whether it has one.
             if "bias" in layer.down._parameters:
                 vars(layer.down)["bias"] = torch.empty(0)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """How names and layouts change on the way in, and on the way out again: factors are left as they are."""
+        return spared(super().update_weight_conversions(weight_conversions, model))
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
         """Before the model is made parallel: rules for the factors, as transformers asks for."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..decide.targets import conversions
+from ..decide.stored import conversions
 from ..layers.kinds import kind_of, layer_at
 from ..layers.low_rank import LowRankLayer
 

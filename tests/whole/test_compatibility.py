@@ -12,7 +12,8 @@ import transformers as hf
 from benchmarks.compatibility import checks, outcomes, pages, tiny
 from benchmarks.compatibility.classes import model_classes
 from hf_cuttlefish import factorize
-from hf_cuttlefish.decide.targets import find_targets, lost_when_saved
+from hf_cuttlefish.decide.stored import lost_when_saved
+from hf_cuttlefish.decide.targets import find_targets
 
 CLASSES = model_classes()
 
