@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from .dense import check_rank
 from .low_rank import LowRankLayer
+from .parts import shape_of
 from .stack_views import Pairs, StackView
 
 ORIGIN = "Experts"
@@ -87,7 +88,7 @@ _SHOWN: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[str, Ex
 
 def _is_stack(module: nn.Module, name: str, parameter: torch.Tensor) -> bool:
     """Whether a parameter is a stack of matrices, one for each expert: 3-D, in a module that says so by its class."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)
+    shape = shape_of(parameter)
     return len(shape) == 3 and "expert" in type(module).__name__.lower() and min(shape) > 1 and "bias" not in name
 
 
