@@ -43,6 +43,13 @@ class CuttlefishConfig:
     exclude_modules: str | list[str] | None = field(
         default=None, metadata={"help": "Name endings (list) or a regular expression (str) of layers that stay dense."}
     )
+    embeddings: bool = field(
+        default=False,
+        metadata={
+            "help": "Also factorize the table of tokens, with the output layer: as one tied to it, or a layer of its own. They count in "
+            "target_ratio like the others."
+        },
+    )
     rank_pattern: dict[str, int] = field(
         default_factory=dict,
         metadata={"help": "Ranks set by hand: name ending or regular expression -> rank; overrides the rank rule."},
@@ -171,6 +178,8 @@ class CuttlefishConfig:
         if isinstance(self.exclude_modules, (tuple, set, frozenset)):
             self.exclude_modules = sorted(self.exclude_modules)
         self._check_patterns()
+        if not isinstance(self.embeddings, bool):
+            raise TypeError(f"embeddings must be True or False, got {self.embeddings!r:.80}")
         self._check_choice("rank_rule", RANK_RULES)
         self._check_choice("stable_rank_scale", ("auto", "initial", "random_matrix"))
         self._check_choice("objective", ("size", "speed"))

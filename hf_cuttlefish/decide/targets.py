@@ -17,6 +17,7 @@ from ..layers.dense import check_rank, is_quantized
 from ..layers.kinds import KINDS, find_layers, is_dense, kind_of, labels
 from ..layers.low_rank import LowRankLayer, low_rank_layers
 from .stored import lost_when_saved
+from .vocabulary import embeddings_of, find_vocabulary
 
 PATTERN_SECONDS = 1.0
 """A regular expression that takes longer on one name is refused."""
@@ -29,11 +30,11 @@ def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> di
     nn.Sequential whose children are of one class) of the base model. Never taken, whatever the pattern says: embeddings
     and output embeddings, a PreTrainedModel's head (what lies outside its base model), tied weights, weights computed
     from other parameters, layers inside a LowRankLinear. A module registered under several names is taken once, under
-    its first name. (`factorize(model, {name: rank})` obeys for a layer of a head, too.)
+    its first name. With `embeddings` also the tables of tokens and their output layers. (`factorize(model, {name: rank})` obeys for a layer of a head, too.)
 
     Args:
         model: any module.
-        config: its target_modules, exclude_modules and rank_pattern are read.
+        config: its target_modules, exclude_modules, embeddings and rank_pattern are read.
 
     Raises:
         ValueError: a pattern that matches no layer that could be factorized, with the closest names; PEFT's adapters.
@@ -55,6 +56,11 @@ def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> di
         chosen = _all_linear(model, candidates)
     else:
         chosen = _matching(model, candidates, config.target_modules, "target_modules")
+    if config.embeddings:
+        vocabulary = find_vocabulary(model)
+        order = {id(module): i for i, module in enumerate(model.modules())}
+        chosen = dict(sorted({**vocabulary, **chosen}.items(), key=lambda item: order.get(id(item[1]), len(order))))
+        candidates |= vocabulary
     if config.exclude_modules:
         excluded = _matching(model, candidates, config.exclude_modules, "exclude_modules")
         chosen = {name: module for name, module in chosen.items() if name not in excluded}
@@ -115,12 +121,12 @@ def skipped_parameters(model: nn.Module) -> dict[str, int]:
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Layers of a class that can be factorized, in no head, whose weight is their own and no (output) embedding."""
     prefix = _base_prefix(model)
-    banned = {id(m) for m in _embeddings(model)}
+    banned = {id(m) for m in embeddings_of(model)}
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     tied = _tied_names(model)
     inner = {id(child) for m in model.modules() if isinstance(m, LowRankLayer) for child in m.children()}
     for name, module in find_layers(model):
-        if not is_dense(module) or kind_of(module).why_dense():
+        if not is_dense(module) or kind_of(module).is_vocabulary or kind_of(module).why_dense():
             continue
         if id(module) in banned or id(module) in inner:
             continue
@@ -129,20 +135,6 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if name and (not prefix or name.startswith(prefix + ".")):
             yield name, module
-
-
-def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
-    for module in model.modules():
-        for getter in ("get_output_embeddings", "get_input_embeddings"):
-            get = getattr(module, getter, None)
-            if get is None:
-                continue
-            try:
-                found = get()
-            except (NotImplementedError, AttributeError):  # models without a vocabulary say so in this way
-                continue
-            if isinstance(found, nn.Module):
-                yield found
 
 
 def _tied_names(model: nn.Module) -> set[str]:
@@ -257,7 +249,7 @@ def _why_none(model: nn.Module) -> str:
     done = len(low_rank_layers(model))
     if done:
         return f"{done} layers are already factorized"
-    dense = tuple(kind.dense for kind in KINDS.values())
+    dense = tuple(kind.dense for kind in KINDS.values() if not kind.is_vocabulary)
     kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, dense) and type(m) not in dense})
     if kinds:
         return f"its layers are of the classes {', '.join(kinds)}, which may compute something else and stay dense"

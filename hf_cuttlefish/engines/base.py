@@ -51,6 +51,8 @@ class Engine:
     """What of the engine cannot be edited once it is built, so that the switch is by restart; nothing where it can."""
     holds_whole_weights: bool = True
     """Whether each process holds every weight whole."""
+    takes_vocabulary: ClassVar[bool] = True
+    """Whether `embeddings=True` can be carried out."""
     replicas: int = 1
 
     def __init__(self, model: nn.Module, optimizer: Any = None) -> None:
@@ -212,6 +214,7 @@ class ShardedEngine(Engine):
     """An engine under which no process need hold a weight whole: each is gathered, used and dropped, one layer at a time."""
 
     holds_whole_weights = False
+    takes_vocabulary = False
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """All of a weight, detached; every process must ask at the same time."""

@@ -10,6 +10,7 @@ from torch import nn
 from ..config import CuttlefishConfig
 from ..decide.targets import find_targets
 from ..layers.dense import is_meta
+from ..layers.kinds import kind_of
 from ..layers.low_rank import low_rank_layers
 from ..patch.learning_rate import check_can_scale
 from ..patch.structure import check_free
@@ -58,6 +59,11 @@ def _targets(engine: Engine, config: CuttlefishConfig) -> dict[str, nn.Module]:
     check_free(engine.model)
     layers: dict[str, nn.Module] = dict(find_targets(engine.model, config))
     for name, layer in layers.items():
+        if kind_of(layer).is_vocabulary and not engine.takes_vocabulary:
+            raise ValueError(
+                f"embeddings=True, which takes {name}, is not supported under {type(engine).__name__}: use DDP or one process, or "
+                "leave embeddings out"
+            )
         if is_meta(layer):
             raise ValueError(f"{name} is on the meta device: load the weights before training")
     return layers

@@ -33,7 +33,7 @@ def is_quantized(weight: torch.Tensor) -> bool:
 
 def bias_of(layer: nn.Module) -> nn.Parameter | None:
     """The bias of a layer, or None."""
-    return cast("nn.Parameter | None", layer.bias)
+    return cast("nn.Parameter | None", getattr(layer, "bias", None))
 
 
 def is_meta(module: nn.Module) -> bool:

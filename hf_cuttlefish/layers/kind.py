@@ -26,7 +26,7 @@ class Kind(Layout):
     Attributes:
         dense: class of the dense layers; subclasses compute something else, and stay dense. low_rank: class of what stands for them.
         label: what users call the dense class.
-        is_linear: whether "all-linear" means it.
+        is_linear: whether "all-linear" means it. is_vocabulary: whether it is a table of tokens, which `embeddings` alone takes.
         takes_gradients: whether statistics need the gradient of the output; without, the kind sums what it `see`s in the forward.
         weight_key: what follows the layer's name in the key of its weight.
     """
@@ -35,6 +35,7 @@ class Kind(Layout):
     low_rank: ClassVar[type[LowRankLayer]]
     label: ClassVar[str]
     is_linear: ClassVar[bool] = False
+    is_vocabulary: ClassVar[bool] = False
     takes_gradients: ClassVar[bool] = True
     weight_key: ClassVar[str] = ".weight"
 
@@ -42,6 +43,11 @@ class Kind(Layout):
         self.layer = layer
 
     # --- where ---
+
+    @classmethod
+    def takes(cls, module: nn.Module | None) -> bool:
+        """Whether a module is a dense layer of this kind. Subclasses of the dense class may compute something else."""
+        return type(module) is cls.dense
 
     @classmethod
     def parts(cls, module: nn.Module) -> dict[str, nn.Module]:
@@ -166,6 +172,12 @@ class Kind(Layout):
     def moments(self, sums: dict[str, torch.Tensor], examples: float) -> LayerMoments | None:
         """Moments from the sums; None where nothing was seen. examples: loss terms of all batches."""
         raise NotImplementedError
+
+    # --- what is tied to it ---
+
+    def tied(self, model: nn.Module) -> list[nn.Module]:
+        """Modules of the model whose weight is this layer's, or will be once it is loaded, and that follow it; others stay dense."""
+        return []
 
     # --- what it costs ---
 

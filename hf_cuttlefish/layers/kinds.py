@@ -15,8 +15,14 @@ from .expert_kind import ExpertsKind
 from .kind import Kind
 from .linear import Conv1DKind, LinearKind
 from .low_rank import LowRankLayer
+from .vocabulary import EmbeddingKind
 
-KINDS: dict[str, type[Kind]] = {"Linear": LinearKind, "Conv1D": Conv1DKind, "Experts": ExpertsKind}
+KINDS: dict[str, type[Kind]] = {
+    "Linear": LinearKind,
+    "Conv1D": Conv1DKind,
+    "Experts": ExpertsKind,
+    "Embedding": EmbeddingKind,
+}
 """Word -> kind; a low-rank layer remembers the word as its `origin`."""
 
 
@@ -36,7 +42,7 @@ def kind_of(layer: nn.Module) -> Kind:
 def _find(layer: nn.Module | None) -> type[Kind] | None:
     if isinstance(layer, LowRankLayer):
         return KINDS[layer.origin]
-    return next((kind for kind in KINDS.values() if type(layer) is kind.dense), None)
+    return next((kind for kind in KINDS.values() if kind.takes(layer)), None)
 
 
 def is_dense(module: nn.Module | None) -> bool:
@@ -80,15 +86,15 @@ def layer_at(model: nn.Module, name: str) -> nn.Module | None:
     return next((parts[last] for kind in KINDS.values() if last in (parts := kind.parts(owner))), None)
 
 
-def check_layer(module: nn.Module, name: str = "the layer") -> None:
-    """Raises unless the layer can be factorized: TypeError for its class, ValueError for what its weight is."""
+def check_layer(module: nn.Module, name: str = "the layer", linear: bool = False) -> None:
+    """Raises unless the layer can be factorized: TypeError for its class, ValueError for what its weight is. linear: of these alone."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.Tensor) and is_quantized(weight):
         raise ValueError(
             f"{name} is quantized ({weight.dtype}): only floating-point weights can be factorized; exclude it"
         )
-    if not is_dense(module):
-        raise TypeError(f"{name} is a {type(module).__name__}: only {labels()} can be factorized")
+    if not is_dense(module) or (linear and not kind_of(module).is_linear):
+        raise TypeError(f"{name} is a {type(module).__name__}: only {labels(linear)} can be factorized")
     check_weight(module, name)
     if why := kind_of(module).why_dense():
         raise ValueError(f"{name} cannot be factorized: {why}")

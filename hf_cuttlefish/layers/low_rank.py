@@ -126,7 +126,7 @@ class LowRankLinear(LowRankLayer):
         """
         from .kinds import check_layer, dense_weight  # whose table names this class
 
-        check_layer(linear)
+        check_layer(linear, linear=True)
         weight = dense_weight(linear)
         check_rank(rank, weight.shape[1], weight.shape[0])
         factors = factor_weight(weight, rank)

@@ -58,7 +58,7 @@ def measure_cuts(
             labels = here.get("labels")
             reference = None
             for tally, factors in zip(tallies, [{}, *cuts], strict=True):
-                with standing_in(layers, factors):
+                with standing_in(model, layers, factors):
                     scores = scores_of(model, here)
                 reference = reference if factors else scores.log_probabilities
                 tally.add(scores, reference, labels)

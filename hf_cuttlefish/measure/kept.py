@@ -78,7 +78,7 @@ class KeptBatches:
             return Effect(_mean(scores.loss for scores in self._reference), 0.0 if measured else None)
         losses: list[float | None] = []
         total = count = 0.0
-        with standing_in(layers, factors):
+        with standing_in(self.model, layers, factors):
             for old, scores in zip(before, self._forward(), strict=True):
                 new = scores.log_probabilities
                 losses.append(scores.loss)
@@ -132,12 +132,15 @@ def _mean(losses: Iterable[float | None]) -> float | None:
 
 
 @contextlib.contextmanager
-def standing_in(layers: Mapping[str, nn.Module], factors: Mapping[str, Factors]) -> Iterator[None]:
+def standing_in(model: nn.Module, layers: Mapping[str, nn.Module], factors: Mapping[str, Factors]) -> Iterator[None]:
     """Let the layers answer as their factors would, without touching the model's structure."""
     handles: list[Any] = []
     try:
         for name, f in factors.items():
             handles.append(kind_of(layers[name]).standing_in(f))
+            for module in kind_of(layers[name]).tied(model):
+                same = kind_of(module).is_vocabulary
+                handles.append(kind_of(module).standing_in(f if same else Factors(f.up.mT, f.down.mT)))
         yield
     finally:
         for handle in handles:

@@ -19,9 +19,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..layers.dense import bias_of
 from ..layers.kinds import dense_weight, kind_of, layer_at
 from ..layers.parts import is_empty_between_uses, is_sharded, whole
 from ..maths.factors import LayerMoments, Moments
+from ..maths.tied import joined
 from ..processes import Processes
 from .batches import Batches, in_backward
 from .eager import run_eagerly
@@ -59,6 +61,10 @@ class MomentCollector:
     ) -> None:
         self.model, self.layers, self.max_tokens = model, dict(layers), max_tokens
         self._running = dict(layers if running is None else running)
+        # What is tied to a layer is gathered beside it, under a name that no module has.
+        for name, layer in layers.items():
+            for i, module in enumerate(kind_of(layer).tied(model)):
+                self.layers[f"{name}/{i}"] = self._running[f"{name}/{i}"] = module
         self.whole_flow = whole_flow or (lambda name, tensor, what: tensor)
         self.frozen = frozenset(frozen)
         self.sums: dict[str, dict[str, torch.Tensor]] = {}
@@ -116,11 +122,18 @@ class MomentCollector:
 
         Of a stack of matrices a list, with None for a matrix that gathered nothing usable, or too little (`FEW`).
         """
-        found = {name: self.moments_of(name) for name in self.sums}
+        found = {name: self.moments_of(name) for name in self.layers if "/" not in name}
         return {name: moments for name, moments in found.items() if moments is not None}
 
     def moments_of(self, name: str) -> Moments | None:
-        """The moments of one layer; None if it gathered nothing usable."""
+        """The moments of one layer, in all that its weight is used for; None if it gathered nothing usable."""
+        uses = [(n, self._moments_of(n)) for n in self.layers if n == name or n.startswith(f"{name}/")]
+        if len(uses) == 1:
+            return uses[0][1]
+        vocabulary = [(m, not kind_of(self.layers[n]).is_vocabulary) for n, m in uses if isinstance(m, LayerMoments)]
+        return joined(dense_weight(self.layers[name]), vocabulary) if vocabulary else None
+
+    def _moments_of(self, name: str) -> Moments | None:
         s = self.sums.get(name)
         if s is None:
             return None
@@ -317,7 +330,7 @@ def _finish(layer: nn.Module, s: dict[str, torch.Tensor], examples: float, unsca
     if count <= 0 or examples <= 0 or not all(bool(torch.isfinite(v).all()) for v in s.values()):
         return None
     m, n = kind_of(layer).size
-    has_bias = layer.bias is not None
+    has_bias = bias_of(layer) is not None
     mean = s["x"] / count
     if m <= n:
         signal, metric = s["signal"] / count, s["metric"] * (unscale / count)

@@ -18,7 +18,7 @@ class Sample:
     """Tokens of one layer in one micro-batch.
 
     Attributes:
-        x: inputs (t, n). y: outputs (t, m) where m <= n, else None. g: output gradients (t, m).
+        x: inputs (t, n), or numbers of tokens (t,), which stand for one-hot rows. y: outputs (t, m) where m <= n, else None. g: output gradients (t, m).
         stride: how many tokens each of them stands for. weight: (m, n), that the layer ran with.
         by: what each token's gradient is multiplied by, (t,); None: 1.
     """
@@ -68,8 +68,14 @@ def add_samples(
         )  # an overflow step under fp16 is left out whole, unasked
         g = torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) * finite
         used = (g != 0).any(-1, keepdim=True)
-        x = torch.where(used, _together([s.x for s in samples]).float(), 0.0)
-        _add(sums, "x", x.sum(1), first.stride)
+        x = _together([s.x for s in samples])
+        if first.x.ndim == 1:
+            for own, tokens, counts in zip(sums, x, used[..., 0], strict=True):
+                own["x"].index_add_(0, tokens, counts.to(own["x"]), alpha=first.stride)
+            x = used.float()
+        else:
+            x = torch.where(used, x.float(), 0.0)
+            _add(sums, "x", x.sum(1), first.stride)
         _add(sums, "count", used.sum((1, 2)).float(), first.stride)
         if first.y is not None:  # m <= n: covariance of the outputs, moment of the output gradients
             y = torch.where(used, _together([s.y for s in samples]).float(), 0.0)  # type: ignore[misc]

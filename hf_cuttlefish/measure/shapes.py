@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers.dense import bias_of
 from ..layers.kinds import kind_of
 from ..layers.low_rank import LowRankLayer
 from .eager import run_eagerly
@@ -140,7 +141,7 @@ class FlowRecorder:
         found = []
         for _, names, what in self._seen:
             layers = [self.layers[name] for name in names]
-            outs = tuple((_out_features(layer), layer.bias is not None) for layer in layers)
+            outs = tuple((_out_features(layer), bias_of(layer) is not None) for layer in layers)
             first = layers[0]
             found.append(
                 Group(

@@ -12,6 +12,7 @@ from torch import nn
 from ..layers.dense import is_quantized
 from ..layers.kinds import kind_of
 from ..layers.low_rank import LowRankLayer, low_rank_layers
+from ..layers.vocabulary import with_tied
 from ..measure.timing import slower_layers, time_inference
 from ..measure.timing import table as timing_table
 from .structure import write_structure
@@ -46,7 +47,8 @@ def merge_layers(
     check_mergeable(layers)
     if where == "slower":
         layers = _slower(model, layers, example_inputs)
-    swap(model, {id(layer): kind_of(keep_hooks(layer, layer.to_dense())).seat for layer in layers.values()})
+    dense = {id(layer): (layer, kind_of(keep_hooks(layer, layer.to_dense())).seat) for layer in layers.values()}
+    swap(model, with_tied(model, dense))
     write_structure(model)
     return model
 

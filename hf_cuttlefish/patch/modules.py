@@ -19,6 +19,7 @@ from ..layers.kinds import check_layer, dense_weight, find_layers, kind_of, laye
 from ..layers.low_rank import LowRankLayer, low_rank_layers
 from ..layers.parts import numel, part_like, shape_of, whole
 from ..layers.sizes import block_containers, count_parameters
+from ..layers.vocabulary import with_tied
 from ..maths.factors import Factors, Moments, cut, decompose
 from ..processes import Processes
 from .edits import Edit, commit
@@ -26,7 +27,7 @@ from .factor_state import FactorParameters
 from .optimizer import CheckParameters, SwapParameters, check_holds
 from .report import FactorizationReport
 from .structure import NoteStructure, check_free
-from .surgery import keep_hooks, swap
+from .surgery import keep_hooks, places, swap
 from .weight_hooks import say_lost
 
 
@@ -157,11 +158,17 @@ class SwapModules(Edit):
             n: bias.detach().clone() for n, la in change.layers.items() if (bias := bias_of(la)) is not None
         }
         self._grads = [(layer, layer.weight.grad) for layer in change.layers.values()]
+        self._tied: list[tuple[nn.Module, str, nn.Module]] = []
 
     @torch.no_grad()
     def apply(self) -> None:
         change = self.change
-        swap(change.model, {id(kind_of(layer).seat): change.pairs[name] for name, layer in change.layers.items()})
+        seats = {id(kind_of(layer).seat): (layer, change.pairs[name]) for name, layer in change.layers.items()}
+        new = with_tied(change.model, seats)
+        self._tied = [place for place in places(change.model, new) if id(place[2]) not in seats]
+        swap(change.model, new)
+        for _, _, tied in self._tied:
+            keep_hooks(tied, new[id(tied)])
         for name, layer in change.layers.items():
             keep_hooks(layer, change.pairs[name])
             shift = change.shifts[name]
@@ -174,6 +181,8 @@ class SwapModules(Edit):
     def undo(self) -> None:
         change = self.change
         swap(change.model, {id(change.pairs[name]): kind_of(layer).seat for name, layer in change.layers.items()})
+        for parent, name, tied in self._tied:
+            parent._modules[name] = tied
         for name, bias in self._biases.items():
             cast(nn.Parameter, bias_of(change.layers[name])).copy_(bias)
         for layer, grad in self._grads:
@@ -223,7 +232,7 @@ def _validate(model: nn.Module, plan: Mapping[str, int]) -> dict[str, nn.Module]
             raise ValueError(
                 "the model is itself a layer, and cannot be replaced in place: use LowRankLinear.from_linear(layer)"
             )
-        _check_target(name, module, rank, decisions.get(name), owners)
+        _check_target(model, name, module, rank, decisions.get(name), owners)
         if (at := id(kind_of(module).seat)) in seen:
             if plan[seen[at]] != rank:
                 raise ValueError(f"{seen[at]} and {name} are one module, but the plan gives them different ranks")
@@ -252,7 +261,12 @@ def _owners(model: nn.Module) -> tuple[dict[int, set[int]], dict[int, str]]:
 
 
 def _check_target(
-    name: str, module: nn.Module, rank: int, decision: RankDecision | None, owners: Mapping[int, set[int]]
+    model: nn.Module,
+    name: str,
+    module: nn.Module,
+    rank: int,
+    decision: RankDecision | None,
+    owners: Mapping[int, set[int]],
 ) -> None:
     """Raises unless this layer can be factorized at this rank, by itself."""
     check_layer(module, name)
@@ -266,27 +280,38 @@ def _check_target(
         raise ValueError(
             f"the plan was written for another model: {name} is {there} there and {(out_features, in_features)} here{stacks}"
         )
+    follows = {id(m) for m in kind.tied(model)}
     for part in ("weight", "bias"):
-        if len(owners.get(id(getattr(module, part)), ())) > 1:
+        if len(owners.get(id(getattr(module, part, None)), set()) - follows) > 1:
             raise ValueError(f"{name}.{part} is tied to another module, which would change with it: exclude it")
 
 
 def _report(model: nn.Module, plan: RankPlan, layers: Mapping[str, nn.Module]) -> FactorizationReport:
     """Sizes before, and after: each weight of the plan gives way to its two factors."""
-    found = [layer_at(model, name) or model.get_submodule(name) for name in plan.decisions]
-    decided = {id(kind_of(m).seat): m for m in found}.values()
-    saved = 0
+    found = {name: layer_at(model, name) or model.get_submodule(name) for name in plan.decisions}
+    decided = {id(kind_of(m).seat): m for m in found.values()}.values()
+    # The vocabulary lies outside the blocks.
+    tables = {kind_of(m).size for m in decided if kind_of(m).is_vocabulary}
+    inside = [n for n, m in found.items() if not {kind_of(m).size, kind_of(m).size[::-1]} & tables] or list(found)
+    saved = saved_inside = saved_bytes = looked_up = still_looked_up = 0
     for name, layer in layers.items():
-        kind = kind_of(layer)
-        saved += numel(cast(torch.Tensor, layer.weight)) - plan[name] * sum(kind.size) * kind.count
-    total = count_parameters(model)
+        kind, weight = kind_of(layer), cast(torch.Tensor, layer.weight)
+        fewer = numel(weight) - plan[name] * sum(kind.size) * kind.count
+        saved, saved_bytes = saved + fewer, saved_bytes + fewer * weight.element_size()
+        saved_inside += fewer if name in inside else 0
+        if kind.is_vocabulary and all(kind_of(other).is_vocabulary for other in kind.tied(model)):
+            looked_up, still_looked_up = looked_up + numel(weight), still_looked_up + plan[name] * kind.size[1]
+    total, size = count_parameters(model), sum(numel(p) * p.element_size() for p in model.parameters())
     targets = sum(
         sum(f.numel() for f in m.factors) if isinstance(m, LowRankLayer) else dense_weight(m).numel() for m in decided
     )
-    blocks = count_parameters(model, block_containers(model, plan.decisions))
+    blocks = count_parameters(model, block_containers(model, dict.fromkeys(inside)))
     skipped = {name: size for name, size in skipped_parameters(model).items() if name not in layers}
     return FactorizationReport(
-        plan, total, total - saved, targets, targets - saved, blocks, blocks - saved, skipped=skipped
+        plan,
+        *(total, total - saved, targets, targets - saved, blocks, blocks - saved_inside),
+        *(size, size - saved_bytes, looked_up, still_looked_up),
+        skipped=skipped,
     )
 
 

@@ -21,6 +21,8 @@ class FactorizationReport:
         target_parameters_before, target_parameters_after: weights of the layers decided on.
         encoder_parameters_before, encoder_parameters_after: of the repeated blocks' container (everything in it), or of
             the targets where there is no such container.
+        bytes_before, bytes_after: of all weights, as a file holds them; 0 where an older version did not say.
+        looked_up_before, looked_up_after: of the target parameters those that no token is multiplied by (tables of tokens).
         seconds: time of each part of the switch.
         optimizer: what became of the optimizer's state.
         skipped: parameters that are no layers (3-D expert weights) and stayed dense.
@@ -39,6 +41,10 @@ class FactorizationReport:
     target_parameters_after: int
     encoder_parameters_before: int
     encoder_parameters_after: int
+    bytes_before: int = 0
+    bytes_after: int = 0
+    looked_up_before: int = 0
+    looked_up_after: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     optimizer: str = "no optimizer"
     skipped: dict[str, int] = field(default_factory=dict)
@@ -110,7 +116,13 @@ class FactorizationReport:
 
     def __str__(self) -> str:
         lines = [self.headline(), plan_table(self.plan)]
-        after, before = self.target_parameters_after, max(1, self.target_parameters_before)
+        if self.bytes_before:
+            lines.append(
+                f"all weights, as a file holds them: {self.bytes_before / 1e6:,.1f} MB -> {self.bytes_after / 1e6:,.1f} MB "
+                f"({self.bytes_after / self.bytes_before:.0%})"
+            )
+        after = self.target_parameters_after - self.looked_up_after
+        before = max(1, self.target_parameters_before - self.looked_up_before)
         lines.append(f"FLOPs of the target layers (estimated, per token): {after / before:.0%} of before")
         if self.skipped:
             lines.append(

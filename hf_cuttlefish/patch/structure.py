@@ -11,8 +11,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..layers.dense import check_rank, is_quantized
 from ..layers.kinds import find_layers, is_dense, kind_of
 from ..layers.low_rank import LowRankLayer, low_rank_layers
+from ..layers.vocabulary import with_tied
 from .edits import Edit
 from .surgery import keep_hooks, swap
+from .ties import Ties, retie
 
 QUANT_METHOD = "cuttlefish"
 
@@ -66,7 +68,7 @@ def exchange(model: nn.Module, changes: Exchanges) -> None:
     """Put the new modules in, with the old ones' hooks, and note the structure."""
     for old, new in changes.values():
         keep_hooks(old, new)
-    swap(model, {id(kind_of(old).seat): kind_of(new).seat for old, new in changes.values()})
+    swap(model, with_tied(model, {id(kind_of(old).seat): (old, kind_of(new).seat) for old, new in changes.values()}))
     write_structure(model)
 
 
@@ -76,11 +78,13 @@ class NoteStructure(Edit):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._notes = [(config, getattr(config, "quantization_config", None)) for _, config in configs_of(model)]
+        self._ties = Ties(model)
 
     def apply(self) -> None:
         write_structure(self.model)
 
     def undo(self) -> None:
+        self._ties.put_back()
         for config, note in self._notes:
             if note is not None:
                 config.quantization_config = note
@@ -91,8 +95,10 @@ class NoteStructure(Edit):
 def write_structure(model: nn.Module) -> None:
     """Note the ranks in `model.config`, where `from_pretrained` finds them; remove the note if no layer is factorized.
 
-    Models inside the model that have a config of their own (CLIP's text model) get theirs, so that they load alone too.
+    Models inside the model that have a config of their own (CLIP's text model) get theirs, so that they load alone too. What
+    transformers ties is noted in the same way.
     """
+    retie(model)
     for prefix, config in configs_of(model):
         layers = low_rank_layers(model.get_submodule(prefix))
         if layers:

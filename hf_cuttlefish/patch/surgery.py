@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
@@ -28,6 +28,16 @@ def _sort(table: dict[str, nn.Parameter | None], order: list[str]) -> None:
     """Parameters in the order that their module made them in, so that states that go by position fit again."""
     for name in sorted(table, key=lambda n: order.index(n) if n in order else len(order)):
         table[name] = table.pop(name)
+
+
+def places(model: nn.Module, ids: Collection[int]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Where child modules of these ids are registered: (parent, name, child)."""
+    found = []
+    for parent in model.modules():
+        found += [
+            (parent, name, child) for name, child in parent._modules.items() if child is not None and id(child) in ids
+        ]
+    return found
 
 
 def keep_hooks(old: nn.Module, new: nn.Module) -> nn.Module:

@@ -1,8 +1,8 @@
 """Doors: what transformers reads and writes of a factorized folder, completed on the way.
 
 transformers has one door for a structure of one's own (see loading.py), and none for what else a folder needs to stand alone:
-a note in config.json that stops whoever loads it without us, the modelling file beside it, a card, a tokenizer. Five methods of
-transformers are therefore wrapped, once, at import; each does what it did, and for folders that are not ours nothing more.
+a note in config.json that stops whoever loads it without us, the modelling file beside it, a card, a tokenizer. And it resizes no
+output layer that is not its own. Six methods of transformers are therefore wrapped, once, at import; each does what it did, and for folders that are not ours nothing more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import auto
 
 from ..decide.stored import conversions, spared
-from ..layers.low_rank import low_rank_layers
+from ..layers.embedding import LowRankOutput
+from ..layers.low_rank import LowRankLinear, low_rank_layers
 from ..patch.structure import QUANT_METHOD, configs_of, write_structure
 from . import modeling_low_rank as standalone
 
@@ -46,6 +47,7 @@ def open_doors(*companions: Companion) -> None:
     PreTrainedConfig.to_json_file = _writes(PreTrainedConfig.to_json_file)  # type: ignore[method-assign]
     PreTrainedModel.save_pretrained = _saves(PreTrainedModel.save_pretrained)  # type: ignore[method-assign]
     PreTrainedModel._upload_modified_files = _uploads(PreTrainedModel._upload_modified_files)  # type: ignore
+    PreTrainedModel._get_resized_lm_head = _resizes(PreTrainedModel._get_resized_lm_head)  # type: ignore[method-assign]
     merge = auto.AutoHfQuantizer.merge_quantization_configs
     auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(_merges(merge))  # type: ignore[method-assign]
 
@@ -197,6 +199,23 @@ def note_what_it_is(model: PreTrainedModel) -> None:
         return
     if layers or any(standalone.is_note(getattr(c, "quantization_config", None)) for _, c in configs_of(model)):
         write_structure(model)
+
+
+def _resizes(original: Callable[..., Any]) -> Callable[..., Any]:
+    """An output layer for another number of tokens: of a low-rank one the factor that has them."""
+
+    @functools.wraps(original)
+    def _get_resized_lm_head(
+        self: PreTrainedModel, old: Any, tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if tokens is not None and isinstance(old, LowRankLinear):
+            old.up = original(self, old.up, tokens, *args, **kwargs)
+            return old
+        if tokens is not None and isinstance(old, LowRankOutput):
+            return old.resized(tokens)  # its table has been
+        return original(self, old, tokens, *args, **kwargs)
+
+    return _get_resized_lm_head
 
 
 def _merges(original: Callable[..., Any]) -> Callable[..., Any]:

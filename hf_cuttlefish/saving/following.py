@@ -12,6 +12,7 @@ from torch import nn
 from ..engines.find import follow_in_optimizer, has_fixed, restructure_under_engines, shard_loaded, takes_as_it_is
 from ..layers.kinds import kind_of, layer_at
 from ..layers.low_rank import LowRankLayer
+from ..layers.vocabulary import follower_names
 from ..patch.structure import write_structure
 from .names import is_layer, rank_of, rename_biases, rename_keys
 
@@ -42,9 +43,10 @@ def _follow(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str,
     # What the weights have: the rank of each layer that they name.
     rename_keys(module, state_dict, prefix)
     shapes: dict[str, dict[str, torch.Size]] = {}
+    followers = follower_names(module)
     for key, tensor in state_dict.items():
         name, part = _split(module, key.removeprefix(prefix)) if key.startswith(prefix) else (None, "")
-        if name is None:
+        if name is None or name in followers:
             continue
         if has_fixed(name, cast(nn.Module, layer_at(module, name)), part):
             continue

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..engines.around import check_not_wrapped, unwrap
 from ..layers.kinds import kind_of
 from ..layers.low_rank import low_rank_layers
+from ..layers.vocabulary import with_tied
 from ..patch.merge import check_mergeable
 from ..patch.structure import write_structure
 from ..patch.twins import with_exchanged
@@ -64,12 +65,12 @@ def save_merged(
     if os.path.isfile(folder):
         raise NotADirectoryError(f"{os.fspath(folder)} is a file: give a folder")
     check_processing_class(processing_class)
-    dense: dict[int, nn.Module | nn.Parameter] = {}
+    dense: dict[int, tuple[nn.Module, nn.Module | nn.Parameter]] = {}
     for layer in layers.values():
         twin = layer.to_dense()
         twin.weight = nn.Parameter(cast(torch.Tensor, twin.weight).detach().cpu(), requires_grad=False)
-        dense[id(layer)] = kind_of(twin).seat
-    merged = cast(PreTrainedModel, with_exchanged(model, dense))
+        dense[id(layer)] = layer, kind_of(twin).seat
+    merged = cast(PreTrainedModel, with_exchanged(model, with_tied(model, dense)))
     write_structure(merged)
     if processing_class is not None:
         remember(model, processing_class=processing_class)

@@ -275,12 +275,6 @@ BAD: dict[str, tuple[Callable[[Any], Any] | None, Any, type[Exception], str]] = 
         ValueError,
         r"written for another model: .*query is \(64, 32\) there and \(32, 32\) here",
     ),
-    "embedding": (
-        None,
-        {"bert.embeddings.word_embeddings": 4},
-        TypeError,
-        "bert.embeddings.word_embeddings is a Embedding: only nn.Linear",
-    ),
     "norm": (None, {"bert.embeddings.LayerNorm": 4}, TypeError, "LayerNorm is a LayerNorm"),
     "block": (None, {"bert.encoder.layer.0": 4}, TypeError, "layer.0 is a BertLayer"),
     "the model": (None, {"": 4}, ValueError, "cannot be replaced in place"),
