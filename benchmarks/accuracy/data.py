@@ -115,6 +115,7 @@ TASKS: dict[str, Task] = {
 }
 
 for _data in ("trec", "movie_snippets", "reuters_r8"):
+    TASKS[f"{_data}_whole"] = Task("text", f"whole/{_data}.npz", "whole/minilm")
     TASKS[f"{_data}_3e-5"] = replace(TASKS[_data], learning_rate=3e-5)
     for _rate in ("2e-5", "5e-5", "1e-4"):
         _task = Task("text", f"mpnet/{_data}.npz", "mpnet/mpnet_base", learning_rate=float(_rate), padding=1)

