@@ -72,8 +72,8 @@ SUITES: dict[str, dict[str, Any]] = {
     "embeddings": {
         "datasets": tuple(f"{name}_whole" for name in TEXT),
         "seeds": 3,
-        "budgets": (0.4, 0.3),
-        "help": "the vocabulary with the blocks, at the size that is measured and at two others, against the blocks alone",
+        "budgets": (0.4, 0.3, 0.2),
+        "help": "the vocabulary with the blocks, at the size that is measured and at three others, against the blocks alone",
     },
     "smoke": {
         "datasets": ("smoke_text", "smoke_pieces", "smoke_image"),
