@@ -12,7 +12,7 @@ from torch import nn
 from .config import CuttlefishConfig
 from .decide.left import left_blind, left_frozen, left_unseen
 from .decide.plan import RankPlan, break_even_rank
-from .decide.ranks import needs_no_weights, plan_ranks, rank_by_hand, spectrum_of
+from .decide.ranks import BATCH_BYTES, BATCHED_ON, needs_no_weights, plan_ranks, rank_by_hand, spectra_of, spectrum_of
 from .decide.rules import LayerSpectrum
 from .decide.size import measured_size
 from .decide.speed import keep_faster
@@ -20,7 +20,7 @@ from .engines.around import check_not_wrapped
 from .engines.base import Engine, Layers
 from .engines.find import check_is_free
 from .layers.kinds import dense_weight, kind_of
-from .maths.factors import Decomposition, Factors, Moments, cut, decompose
+from .maths.factors import Decomposition, Factors, Moments, cut, cut_together, decompose
 from .measure.kept import KeptBatches
 from .measure.moments import MomentCollector
 from .measure.shapes import FlowRecorder
@@ -178,7 +178,7 @@ def plan_and_factors(
     plan.notes += notes
     if flow is not None:
         plan = keep_faster(plan, flow, config.min_speedup)
-    factors = {name: cut(parts.pop(name), plan[name]) for name in plan if name in parts}
+    factors = _cut_all(parts, plan)
     if kept and factors and (before := kept.effect(layers, {}).loss):
         after = kept.effect(layers, factors).loss
         plan.notes.append(f"loss on the last {len(kept)} batches, without dropout: {before:.4g} -> {after or 0:.4g}")
@@ -201,23 +201,48 @@ def _decompose_all(
 
     Of layers that are left dense nothing but the shape is asked for.
     """
-    spectra: dict[str, LayerSpectrum] = {}
     parts: dict[str, Decomposition] = {}
-    shapes_only = needs_no_weights(config, statistics)
-    for name, layer in layers.items():
-        kind = kind_of(layer)
-        n_out, n_in = kind.size
-        if shapes_only or name in left:
-            spectra[name] = LayerSpectrum(n_in, n_out, initial_stable_rank=initial.get(name), count=kind.count)
-            continue
-        spectra[name], d = spectrum_of(name, layer, config, statistics.pop(name, None), initial.get(name))
-        if keep == "none":
-            continue
-        most = max(break_even_rank(n_in, n_out), rank_by_hand(name, config) or 1)
-        exact = torch.promote_types(dense_weight(layer).dtype, torch.float32)
-        parts[name] = d.shortened(min(most, n_in, n_out), exact)
-        del d  # two matrices in fp64, which would stay while the next layer is worked on
-    return spectra, parts
+    if needs_no_weights(config, statistics):
+        left = layers
+    spectra = {name: _shape_alone(layers[name], initial.get(name)) for name in layers if name in left}
+    if keep == "none":
+        for name in layers:  # whole for one layer at a time
+            if name not in left:
+                moments = statistics.pop(name, None)
+                spectra[name], _ = spectrum_of(name, layers[name], config, moments, initial.get(name))
+        return {name: spectra[name] for name in layers}, parts
+    wanted = {name: layer for name, layer in layers.items() if name not in left}
+    for name, spectrum, d in spectra_of(wanted, config, statistics, initial):
+        spectra[name] = spectrum
+        most = max(break_even_rank(*kind_of(layers[name]).size[::-1]), rank_by_hand(name, config) or 1)
+        weight = dense_weight(layers[name])
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        parts[name] = d.shortened(min(most, *weight.shape[-2:]), exact)
+        statistics.pop(name, None)
+    return {name: spectra[name] for name in layers}, {name: parts[name] for name in layers if name in parts}
+
+
+def _shape_alone(layer: nn.Module, initial: float | None) -> LayerSpectrum:
+    kind = kind_of(layer)
+    n_out, n_in = kind.size
+    return LayerSpectrum(n_in, n_out, initial_stable_rank=initial, count=kind.count)
+
+
+def _cut_all(parts: dict[str, Decomposition], plan: RankPlan) -> dict[str, Factors]:
+    """The factors of all layers of the plan that have a decomposition, which is used up; on a GPU in batches of one shape."""
+    batches: dict[object, list[str]] = {}
+    for name in [name for name in plan if name in parts]:
+        up, down = parts[name].up, parts[name].down
+        alone = None if up.device.type == BATCHED_ON and up.ndim == 2 else name
+        batches.setdefault((len(up), down.shape[-1], alone), []).append(name)
+    found: dict[str, Factors] = {}
+    for names in batches.values():
+        most = max(1, BATCH_BYTES // (40 * max(parts[name].up.numel() + parts[name].down.numel() for name in names)))
+        for i in range(0, len(names), most):
+            some = names[i : i + most]
+            ranks = [plan[name] for name in some]
+            found |= zip(some, cut_together([parts.pop(name) for name in some], ranks), strict=True)
+    return {name: found[name] for name in plan if name in found}
 
 
 def share(

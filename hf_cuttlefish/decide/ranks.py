@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import CuttlefishConfig
 from ..layers.dense import check_rank
 from ..layers.kinds import dense_weight, kind_of
-from ..maths.factors import Decomposition, LayerMoments, Moments, decompose
+from ..maths.factors import Decomposition, LayerMoments, Moments, decompose, decompose_together
 from ..maths.stable_ranks import stable_rank
 from .plan import RankDecision, RankPlan
 from .rules import RULES, LayerSpectrum, allowed_rank, dropped_loss
 from .targets import find_targets, matches
+
+BATCH_BYTES = 2**29
+"""Of the work on layers of one shape that are decomposed in one batch."""
+BATCHED_ON = "cuda"
+"""Where batches pay: a GPU takes as long for one matrix of a layer as for several, and waits after each."""
 
 
 def estimate_ranks(
@@ -88,14 +95,58 @@ def spectrum_of(
         d = decompose(weight, moments if in_loss else None)
     except ValueError as error:
         raise ValueError(f"{name} cannot be factorized: {error}") from error
-    n_out, n_in = weight.shape[-2:]
-    spectrum, count = d.spectrum.cpu(), kind_of(layer).count
-    if in_loss and moments is not None:
-        tokens = moments.tokens if isinstance(moments, LayerMoments) else 1.0
-        each = [] if isinstance(moments, LayerMoments) else moments
-        blind = tuple(i for i, one in enumerate(each) if one is None)
-        return LayerSpectrum(n_in, n_out, None, spectrum, tokens, initial, count=count, blind=blind), d
-    return LayerSpectrum(n_in, n_out, spectrum, None, 1.0, initial, count=count), d
+    return _layer_spectrum(layer, d.spectrum.cpu(), moments if in_loss else None, initial), d
+
+
+def spectra_of(
+    layers: Mapping[str, nn.Module],
+    config: CuttlefishConfig,
+    moments: Mapping[str, Moments],
+    initial: Mapping[str, float],
+) -> Iterator[tuple[str, LayerSpectrum, Decomposition]]:
+    """As `spectrum_of` of each layer; on a GPU those of one shape in batches, in any order. Raises as it does."""
+    for names in _batches(layers):
+        given = [moments.get(name) if config.rank_rule == "loss" else None for name in names]
+        try:
+            weights = [dense_weight(layers[name]) for name in names] if len(names) > 1 else []
+            found = decompose_together(torch.stack(weights), given) if weights else []  # type: ignore[arg-type]
+        except ValueError:
+            found = []  # one by one, to name the layer
+        if not found:
+            for name in names:
+                yield name, *spectrum_of(name, layers[name], config, moments.get(name), initial.get(name))
+            continue
+        values = torch.stack([d.spectrum for d in found]).cpu()  # the device is waited for once
+        for name, d, spectrum, seen in zip(names, found, values, given, strict=True):
+            yield name, _layer_spectrum(layers[name], spectrum, seen, initial.get(name)), d
+
+
+def _batches(layers: Mapping[str, nn.Module]) -> Iterator[list[str]]:
+    """Names of layers of one shape on one GPU, so many that their work fits into `BATCH_BYTES`; others alone."""
+    together: dict[tuple[Any, ...], list[str]] = {}
+    for name, layer in layers.items():
+        weight = dense_weight(layer)
+        if weight.ndim == 2 and weight.device.type == BATCHED_ON:
+            together.setdefault((weight.shape, weight.dtype, weight.device), []).append(name)
+        else:
+            yield [name]
+    for ((m, n), _, _), names in together.items():
+        most = max(1, BATCH_BYTES // (8 * (3 * m * n + 8 * min(m, n) ** 2)))
+        yield from (names[i : i + most] for i in range(0, len(names), most))
+
+
+def _layer_spectrum(
+    layer: nn.Module, spectrum: torch.Tensor, moments: Moments | None, initial: float | None
+) -> LayerSpectrum:
+    """moments: where the spectrum is in the metric of the loss."""
+    n_out, n_in = dense_weight(layer).shape[-2:]
+    count = kind_of(layer).count
+    if moments is None:
+        return LayerSpectrum(n_in, n_out, spectrum, None, 1.0, initial, count=count)
+    tokens = moments.tokens if isinstance(moments, LayerMoments) else 1.0
+    each = [] if isinstance(moments, LayerMoments) else moments
+    blind = tuple(i for i, one in enumerate(each) if one is None)
+    return LayerSpectrum(n_in, n_out, None, spectrum, tokens, initial, count=count, blind=blind)
 
 
 def plan_ranks(

@@ -23,6 +23,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .balance import balance_together
+from .linalg import eigh, positive, product
+
 INPUT_DAMPING = 1e-3
 """Share of the mean variance added to C: directions that the sample did not show must not be free to drop."""
 
@@ -129,38 +132,64 @@ def decompose(weight: torch.Tensor, moments: Moments | None = None) -> Decomposi
         raise ValueError(f"{len(moments)} moments were given for one matrix")
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"a weight to factorize has two dimensions and is not empty, got shape {tuple(weight.shape)}")
-    if not torch.isfinite(weight).all():
+    return decompose_together(weight[None], [moments])[0]
+
+
+def decompose_together(weights: torch.Tensor, moments: Sequence[LayerMoments | None]) -> list[Decomposition]:
+    """As `decompose` of each matrix of (count, m, n), in one batch where their moments are of one kind. Raises as it does."""
+    if not torch.isfinite(weights).all():
         raise ValueError("the weight holds NaN or Inf")
-    w = weight.detach().double()
-    m, n = w.shape
+    kinds: dict[tuple[bool, bool, bool], list[int]] = {}
+    _check_moments(weights, moments)
+    for i, given in enumerate(moments):
+        kinds.setdefault(
+            (given is None, given is None or given.metric is None, given is None or given.mean is None), []
+        ).append(i)
+    found: dict[int, Decomposition] = {}
+    for numbers in kinds.values():
+        some = weights if len(numbers) == len(weights) else weights[numbers]
+        found |= zip(numbers, _decompose_batch(some.detach().double(), [moments[i] for i in numbers]), strict=True)
+    return [found[i] for i in range(len(weights))]
+
+
+def _decompose_batch(w: torch.Tensor, moments: Sequence[LayerMoments | None]) -> list[Decomposition]:
+    """Of weights (count, m, n) in float64 whose moments are all there or all missing."""
+    *_, m, n = w.shape
     on_left = m <= n
     side = w if on_left else w.mT  # (k, other)
-    root, mean = None, None
-    if moments is None:
-        peak = _positive(float(side.abs().amax()))
-        gram, scale = (side / peak) @ (side / peak).mT, peak  # squares of huge or tiny entries would leave the range
+    root, means, given = None, None, [each for each in moments if each is not None]
+    if not given:
+        scale = positive(side.abs().amax((1, 2), keepdim=True))
+        gram = product(side / scale, (side / scale).mT)  # squares of huge or tiny entries would leave the range
     else:
-        _check_moments(moments, m, n)
-        mean = None if moments.mean is None else moments.mean.to(w)
-        root = _root(moments.metric, GRADIENT_DAMPING if on_left else INPUT_DAMPING, w)
-        gram = moments.signal.to(w)
-        damping = (INPUT_DAMPING if on_left else GRADIENT_DAMPING) * moments.other_level
-        if damping > 0:
-            gram = gram + damping * (side @ side.mT)
+        means = None if given[0].mean is None else torch.stack([each.mean.to(w) for each in given])  # type: ignore[union-attr]
+        if given[0].metric is not None:
+            metric = torch.stack([each.metric.to(w) for each in given])  # type: ignore[union-attr]
+            root = _roots(metric, GRADIENT_DAMPING if on_left else INPUT_DAMPING)
+        gram = torch.stack([each.signal.to(w) for each in given])
+        levels = [(INPUT_DAMPING if on_left else GRADIENT_DAMPING) * max(each.other_level, 0.0) for each in given]
+        if any(levels):
+            gram = gram + torch.tensor(levels, dtype=w.dtype, device=w.device)[:, None, None] * product(side, side.mT)
         if root is not None:
-            gram = root.mT @ gram @ root
-        scale = _positive(float(gram.diagonal().abs().amax())) ** 0.5
-        gram = gram / scale**2
-    values, vectors = _eigh((gram + gram.mT) / 2)
+            gram = product(product(root.mT, gram), root)
+        scale = positive(gram.diagonal(dim1=1, dim2=2).abs().amax(1)).sqrt()[:, None, None]
+        gram = gram / scale.square()
+    values, vectors = eigh((gram + gram.mT) / 2)
     p = vectors.flip(-1)
-    spectrum = values.flip(-1).clamp_min(0).sqrt() * scale
+    spectrum = values.flip(-1).clamp_min(0).sqrt() * scale[:, 0]
     if on_left:
         up = p if root is None else torch.linalg.solve_triangular(root.mT, p, upper=True)
-        down = p.mT @ (w if root is None else root.mT @ w)
+        down = product(p.mT, w if root is None else product(root.mT, w))
     else:
-        up = (w if root is None else w @ root) @ p
+        up = product(w if root is None else product(w, root), p)
         down = p.mT if root is None else torch.linalg.solve_triangular(root, p.mT, upper=False, left=False)
-    return Decomposition(spectrum, up, down, mean, None if mean is None else w @ mean)
+    mapped = None if means is None else (w @ means[..., None])[..., 0]
+    return [
+        Decomposition(
+            spectrum[i], up[i], down[i], None if means is None else means[i], None if mapped is None else mapped[i]
+        )
+        for i in range(len(w))
+    ]
 
 
 def _decompose_stack(weights: torch.Tensor, moments: Moments | None) -> Decomposition:
@@ -171,7 +200,7 @@ def _decompose_stack(weights: torch.Tensor, moments: Moments | None) -> Decompos
     if isinstance(moments, LayerMoments) or (moments is not None and len(moments) != len(weights)):
         raise ValueError(f"a stack of {len(weights)} matrices needs as many moments")
     each = [None] * len(weights) if moments is None else list(moments)
-    parts = [decompose(w, m) for w, m in zip(weights, each, strict=True)]
+    parts = decompose_together(weights, each)
     unseen = 1.0 if moments is None else 0.0
     squares = [p.spectrum.square() * (unseen if m is None else m.tokens) for p, m in zip(parts, each, strict=True)]
     mean = mapped = None
@@ -189,12 +218,22 @@ def cut(d: Decomposition, rank: int) -> Factors:
 
     Raises ValueError unless 1 <= rank <= the number of columns kept in `d`.
     """
-    f = rough_cut(d, rank, torch.float64)
-    if f.up.ndim == 3:
-        ups, downs = zip(*map(balance, f.up, f.down), strict=True)
-        return Factors(torch.stack(downs), torch.stack(ups), f.bias_shift)
-    up, down = balance(f.up, f.down)
-    return Factors(down, up, f.bias_shift)
+    return cut_together([d], [rank])[0]
+
+
+def cut_together(parts: Sequence[Decomposition], ranks: Sequence[int]) -> list[Factors]:
+    """As `cut` of each, in one batch; all of weights of one shape. Raises as it does."""
+    rough = [rough_cut(d, rank, torch.float64) for d, rank in zip(parts, ranks, strict=True)]
+    stacks = [f.up.ndim == 3 for f in rough]
+    ups = [up for f, stack in zip(rough, stacks, strict=True) for up in (f.up if stack else [f.up])]
+    downs = [down for f, stack in zip(rough, stacks, strict=True) for down in (f.down if stack else [f.down])]
+    balanced = iter(balance_together(ups, downs))
+    found = []
+    for f, stack in zip(rough, stacks, strict=True):
+        pairs = [next(balanced) for _ in range(len(f.up) if stack else 1)]
+        up, down = (torch.stack(both) if stack else both[0] for both in zip(*pairs, strict=True))
+        found.append(Factors(down, up, f.bias_shift))
+    return found
 
 
 def rough_cut(d: Decomposition, rank: int, dtype: torch.dtype = torch.float32) -> Factors:
@@ -215,100 +254,31 @@ def factor_weight(weight: torch.Tensor, rank: int, moments: LayerMoments | None 
     return cut(decompose(weight, moments), rank)
 
 
-def balance(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same product with the singular values shared equally: up^T up == down down^T == diag(S).
-
-    From the Gram matrices, which have r rows: with up^T up = L L^T and L^T (down down^T) L = V S^2 V^T the factors are
-    up L^-T V S^1/2 and S^-1/2 V^T L^T down. Where these squares have lost too much, from QR and SVD.
-
-    The sign of each pair is fixed (largest entry of each column of `up` positive), so that equal products give equal factors.
-    """
-    found = _balance_by_gram(up, down)
-    up, down = _balance_by_svd(up, down) if found is None else found
-    peaks = up.gather(0, up.abs().argmax(0, keepdim=True))
-    sign = torch.where(peaks < 0, -1.0, 1.0).to(up)
-    return up * sign, down * sign.mT
-
-
-def _balance_by_gram(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """As `balance`, but for signs; None where it is not exact to about nine digits."""
-    scale = _positive(float(up.abs().amax())) / _positive(float(down.abs().amax()))
-    up, down = up / scale**0.5, down * scale**0.5
-    root, info = torch.linalg.cholesky_ex(up.mT @ up)
-    if int(info):
-        return None
-    values, vectors = _eigh(root.mT @ (down @ down.mT) @ root)
-    values, vectors = values.flip(-1), vectors.flip(-1)
-    if not bool(values[-1] > 1e-9 * values[0]):  # s^2: what is left of the least has seven digits
-        return None
-    s = values.sqrt()
-    new_up = (up @ torch.linalg.solve_triangular(root.mT, vectors, upper=True)) * s.sqrt()
-    new_down = (vectors / s.sqrt()).mT @ (root.mT @ down)
-    balanced = new_down @ new_down.mT - torch.diag(s)
-    return None if float(balanced.abs().amax()) > 1e-9 * float(s[0]) else (new_up, new_down)
-
-
-def _balance_by_svd(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    q_up, r_up = torch.linalg.qr(up)
-    q_down, r_down = torch.linalg.qr(down.mT)
-    p, s, qt = svd(r_up @ r_down.mT)
-    root = s.sqrt()
-    return (q_up @ p) * root, root[:, None] * (qt @ q_down.mT)
-
-
-def svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Thin SVD that retries on the CPU and then on a slightly disturbed matrix where a driver does not converge."""
-    try:
-        return torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:
-        host = matrix.double().cpu()
-        try:
-            parts = torch.linalg.svd(host, full_matrices=False)
-        except torch.linalg.LinAlgError:
-            parts = torch.linalg.svd(host + 1e-12 * host.abs().amax() * torch.eye(*host.shape), full_matrices=False)
-        return tuple(part.to(matrix) for part in parts)
-
-
-def _eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    try:
-        return torch.linalg.eigh(gram)
-    except torch.linalg.LinAlgError:
-        p, s, _ = svd(gram)
-        return s.flip(-1), p.flip(-1)
-
-
-def _root(moment: torch.Tensor | None, damping: float, like: torch.Tensor) -> torch.Tensor | None:
-    """Cholesky factor of moment + damping * mean(diagonal) * I; None (the identity) where the moment is missing or zero."""
-    if moment is None:
-        return None
-    moment = moment.to(like)
-    level = float(moment.diagonal().mean())
-    if level <= 0:
-        return None
-    moment = (moment + moment.mT) / 2
-    eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+def _roots(moments: torch.Tensor, damping: float) -> torch.Tensor:
+    """Cholesky factors of moments (count, k, k) + damping * mean(diagonal) * I; the identity where a moment is zero."""
+    moments = (moments + moments.mT) / 2
+    eye = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
+    level = moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    moments, level = torch.where(level > 0, moments, eye), level.clamp_min(0)
+    share = torch.full_like(level, damping)
     for _ in range(8):
-        root, info = torch.linalg.cholesky_ex(moment + damping * level * eye)
-        if int(info) == 0:
-            return root
-        damping = max(10 * damping, 1e-6)  # rounding made it indefinite
-    return None
+        roots, info = torch.linalg.cholesky_ex(moments + share * level * eye)
+        failed = (info != 0)[:, None, None]
+        if not bool(failed.any()):
+            break
+        share = torch.where(failed, (10 * share).clamp_min(1e-6), share)  # rounding made it indefinite
+    return torch.where(failed, eye, roots)
 
 
-def _positive(x: float) -> float:
-    return x if x > 0 else 1.0
-
-
-def _check_moments(moments: LayerMoments, m: int, n: int) -> None:
+def _check_moments(weights: torch.Tensor, moments: Sequence[LayerMoments | None]) -> None:
+    *_, m, n = weights.shape
     k = min(m, n)
-    for name, value, shape in (
-        ("mean", moments.mean, (n,)),
-        ("signal", moments.signal, (k, k)),
-        ("metric", moments.metric, (k, k)),
-    ):
-        if value is None:
-            continue
-        if tuple(value.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, a weight of shape {(m, n)} needs {shape}")
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{name} holds NaN or Inf")
+    shapes = {"mean": (n,), "signal": (k, k), "metric": (k, k)}
+    given = [(name, value) for each in moments for name in shapes if (value := getattr(each, name, None)) is not None]
+    for name, value in given:
+        if tuple(value.shape) != shapes[name]:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, a weight of shape {(m, n)} needs {shapes[name]}")
+    finite = [torch.isfinite(value).all().to(weights.device) for _, value in given]
+    if finite and not bool(torch.stack(finite).all()):  # the device is asked once
+        name = next(name for (name, _), ok in zip(given, finite, strict=True) if not bool(ok))
+        raise ValueError(f"{name} holds NaN or Inf")

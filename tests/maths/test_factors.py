@@ -3,13 +3,15 @@
 import pytest
 import torch
 
+from hf_cuttlefish.maths.balance import balance, balance_together
 from hf_cuttlefish.maths.factors import (
     GRADIENT_DAMPING,
     INPUT_DAMPING,
     LayerMoments,
-    balance,
     cut,
+    cut_together,
     decompose,
+    decompose_together,
     factor_weight,
 )
 
@@ -152,3 +154,63 @@ def test_bad_input_is_named():
         factor_weight(w, 0)
     with pytest.raises(ValueError, match="rank is 5"):
         factor_weight(w, 5)
+
+
+def moments_of(weight, seed, with_bias, rank=None):
+    """Moments that were seen in `rank` directions alone, if given."""
+    g = torch.Generator().manual_seed(seed)
+    m, n = weight.shape
+    x = torch.randn(3 * n, n, generator=g, dtype=torch.float64) + 0.5
+    grads = torch.randn(3 * m, rank or m, generator=g, dtype=torch.float64)
+    grads = torch.cat([grads, torch.zeros(3 * m, m - (rank or m), dtype=torch.float64)], 1)
+    mean = x.mean(0) if with_bias else None
+    covariance = x.mT @ x / len(x) - (0 if mean is None else torch.outer(mean, mean))
+    return LayerMoments.from_full(weight, covariance, grads.mT @ grads / len(grads), mean)
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (12, 20), (20, 12)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_batch_gives_what_each_gives_alone(shape, with_bias):
+    """Of several kinds in one batch: plain ones, with moments, with moments of few directions, of zeros."""
+    g = torch.Generator().manual_seed(0)
+    weights = torch.randn(6, *shape, generator=g, dtype=torch.float64)
+    moments = [moments_of(w, i, with_bias) for i, w in enumerate(weights)]
+    moments[1] = None
+    moments[2] = moments_of(weights[2], 2, with_bias, rank=3)
+    moments[4] = LayerMoments(
+        torch.zeros_like(moments[3].signal), torch.zeros_like(moments[3].metric), 0.0, moments[3].mean
+    )
+    together = decompose_together(weights, moments)
+    ranks = [4, 6, 3, 5, 2, 6]
+    factors = cut_together(together, ranks)
+    for i, rank in enumerate(ranks):
+        alone = decompose(weights[i], moments[i])
+        torch.testing.assert_close(
+            together[i].spectrum, alone.spectrum, rtol=1e-6, atol=1e-6 * float(alone.spectrum[0] + 1)
+        )
+        one = cut(alone, rank)
+        torch.testing.assert_close(factors[i].up @ factors[i].down, one.up @ one.down, rtol=1e-7, atol=1e-9)
+        assert factors[i].down.shape == (rank, shape[1])
+        if i != 4:  # of zeros all directions are alike
+            torch.testing.assert_close(factors[i].up, one.up, rtol=1e-6, atol=1e-8)
+        if with_bias and moments[i] is not None:
+            torch.testing.assert_close(factors[i].bias_shift, one.bias_shift, rtol=1e-7, atol=1e-9)
+
+
+def test_a_batch_is_balanced_where_one_of_it_needs_an_svd():
+    g = torch.Generator().manual_seed(0)
+    ups = [torch.randn(9, r, generator=g, dtype=torch.float64) for r in (3, 5, 4)]
+    downs = [torch.randn(r, 7, generator=g, dtype=torch.float64) for r in (3, 5, 4)]
+    ups[1][:, 0] = ups[1][:, 1] * (1 + 1e-14)  # the Gram matrix has no Cholesky factor
+    for (up, down), a, b in zip(balance_together(ups, downs), ups, downs, strict=True):
+        torch.testing.assert_close(up @ down, a @ b)
+        torch.testing.assert_close(up.mT @ up, down @ down.mT, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("which", ["weight", "signal", "metric"])
+def test_a_batch_names_what_is_not_finite(which):
+    weights = torch.ones(2, 3, 3)
+    moments = [LayerMoments(torch.eye(3), torch.eye(3)) for _ in range(2)]
+    (weights if which == "weight" else getattr(moments[1], which))[1, 1] = torch.nan
+    with pytest.raises(ValueError, match=f"{which} holds NaN or Inf"):
+        decompose_together(weights, moments)
