@@ -48,7 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "llama-8b": ("llama", LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2}, 4, 1024),
 }
 """Case -> class, sizes, rows of a batch, tokens of a row."""
-ROUNDS, STEPS = 3, 8
+ROUNDS, STEPS = 5, 8
 
 
 def main() -> None:
@@ -109,6 +109,7 @@ def run(
     for variant, job in jobs.items():
         record = {"case": case, "mode": mode, "rows": rows, "variant": variant, "ms": statistics.median(times[variant])}
         record |= {"quartiles": [round(v, 3) for v in statistics.quantiles(times[variant], n=4)[::2]]}
+        record |= {"host_ms": statistics.median(job.host)}  # processor time of all threads, until all is launched
         record |= {"first_seconds": first[variant], "parameters": sum(p.numel() for p in job.model.parameters())}
         record |= job.memory() | job.parts() | job.device_time()
         records.append(record)
@@ -130,6 +131,7 @@ class Job:
 
     def __init__(self, case: str, variant: str, mode: str, rows: int, device: torch.device) -> None:
         self.mode, self.device = mode, device
+        self.host: list[float] = []
         kind, sizes, _, length = CASES[case]
         torch.manual_seed(0)
         self.model = build(kind, sizes).to(device).train(not mode.startswith("infer"))
@@ -158,8 +160,8 @@ class Job:
             ranks = {n: max(8, rank + 8 * ((i * 5) % 9 - 4)) for i, (n, rank) in enumerate(ranks.items())}
         layers = fill(self.model, ranks)
         self.model.to(self.device)
-        if form in ("multiplied", "uneven"):
-            self.form = RunMultiplied(self.model)
+        if form in ("multiplied", "uneven", "alone"):
+            self.form = RunMultiplied(self.model, together=form != "alone")
             self.form.start()
         elif form == "shared":
             batch = {
@@ -202,9 +204,10 @@ class Job:
     def time(self, steps: int) -> list[float]:
         """Milliseconds a step: of so many launched one after another, and waited for at their end; after one that warms up."""
         self.step()
-        began = self.wait()
+        began, worked = self.wait(), time.process_time()
         for _ in range(steps):
             self.step()
+        self.host.append(1000 * (time.process_time() - worked) / steps)
         return [1000 * (self.wait() - began) / steps]
 
     def parts(self) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def check_not_wrapped(model: nn.Module, sharded: bool = False) -> None:
             raise ValueError(f"{name} is flattened by {_REFUSED['FullyShardedDataParallel']}")
 
 
-def forget_compiled() -> None:
+def forget_compiled(model: nn.Module) -> None:
     """Drop what torch.compile has made of the old model, so that the next step compiles once and old graphs are freed.
 
     Blocks that are compiled one by one share their code, and torch gives up after `recompile_limit` (8) versions of it
@@ -150,13 +150,17 @@ def forget_compiled() -> None:
     utils: Any = sys.modules.get("torch._dynamo.utils")
     if utils is None:  # nothing has been compiled before this is imported, which takes seconds
         return
-    blocks = sum(is_compiled(m) or vars(m).get("_compiled_call_impl") is not None for m in live_modules())
-    if not blocks and not utils.counters["frames"]:  # a reset of nothing takes seconds on a GPU
-        return
+    if not utils.counters["frames"] and not any(map(_is_block, model.modules())):
+        return  # a reset of nothing takes seconds on a GPU, and to look at all modules a tenth
+    blocks = sum(map(_is_block, live_modules()))
     torch.compiler.reset()
     settings = torch._dynamo.config
     if blocks > getattr(settings, "recompile_limit", blocks):
         settings.recompile_limit = blocks
+
+
+def _is_block(module: nn.Module) -> bool:
+    return is_compiled(module) or vars(module).get("_compiled_call_impl") is not None
 
 
 def refuse_wrapper(model: nn.Module) -> None:

@@ -152,7 +152,7 @@ class Engine:
     def edits(self, change: Change) -> list[Edit]:
         """The edits that make a change."""
         swap = ShardAnew(change) if is_redundant(self.optimizer) else None
-        return [*change.edits(swap), ForgetCompiled()]
+        return [*change.edits(swap), ForgetCompiled(self.model)]
 
     def checkpoint(self, plan: Any, factors: Mapping[str, Factors], mode: str) -> LowRankCheckpoint:
         """The low-rank form of a checkpoint, for an engine that is `fixed`. Arguments as of `change`."""
@@ -242,8 +242,11 @@ class ShardedEngine(Engine):
 class ForgetCompiled(Edit):
     """What torch.compile has made of the old model is dropped; it compiles anew, whatever comes of the switch."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
     def apply(self) -> None:
-        forget_compiled()
+        forget_compiled(self.model)
 
 
 def refuse(engine: str, unsupported: Mapping[str, bool], instead: str) -> None:

@@ -9,8 +9,9 @@ The parameters stay those of the pairs, and so do their gradients: d up = dW dow
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,7 +26,8 @@ MOST_BYTES = 2**26
 class Multiplied:
     """Layers of one shape that run multiplied out while their model's forward is under way.
 
-        batch = Multiplied([[block.query, block.key] for block in blocks]); batch.open(); model(**inputs); batch.close()
+        batch = Multiplied([[block.query, block.key] for block in blocks]); batch.start()
+        batch.open(); model(**inputs); batch.close()
 
     Args:
         groups: layers that read one tensor, all of one shape, dtype and device, and all with a bias or none; ranks may differ.
@@ -34,42 +36,50 @@ class Multiplied:
     def __init__(self, groups: Iterable[Sequence[LowRankLinear]]) -> None:
         self.groups = [list(group) for group in groups]
         self.layers = [layer for group in self.groups for layer in group]
-        self._members = [_Member(self, at, i) for at, group in enumerate(self.groups) for i in range(len(group))]
-        self._made: dict[tuple[torch.dtype, bool], _Made] = {}
+        self.is_open = False
+        self.made: _Made | None = None
         self._layout: _Layout | None = None
+        self._members = [_Member(self, at, i) for at, group in enumerate(self.groups) for i in range(len(group))]
+        self._children = [child for layer in self.layers for child in (layer.down, layer.up)]
+        # Each step is begun by the host, which is what has to be spared: looked up once.
+        self._tables = [table for child in self._children for table in _hook_tables(child)]
+        self._are_plain = all(type(child) is nn.Linear for child in self._children)
 
-    def open(self) -> None:
-        """A forward of the model begins; layers whose factors are not plain ones run as pairs."""
-        self._made.clear()
-        if all(_is_plain(child) for layer in self.layers for child in (layer.down, layer.up)):
-            for layer, member in zip(self.layers, self._members, strict=True):
-                layer.__dict__["form"] = member
+    def start(self) -> None:
+        """From now on the layers run multiplied out while it is open."""
+        for layer, member in zip(self.layers, self._members, strict=True):
+            layer.__dict__["form"] = member
 
-    def close(self) -> None:
-        """The forward has ended: pairs again, and nothing is kept alive."""
-        self._made.clear()
+    def stop(self) -> None:
+        """Pairs again."""
+        self.close()
         for layer in self.layers:
             layer.__dict__.pop("form", None)
 
-    def run(self, at: int, place: int, layer: LowRankLinear, x: torch.Tensor) -> torch.Tensor | None:
-        """What a layer, that at a place of a group, makes of x (..., in), in the precision of autocast; None: run as a pair.
+    def open(self) -> None:
+        """A forward of the model begins; where a factor holds an adapter or hooks all run as pairs."""
+        self.made = None
+        children = [child for layer in self.layers for child in (layer._modules["down"], layer._modules["up"])]
+        are_same = all(map(operator.is_, children, self._children))
+        are_changed = any(self._tables) or any("forward" in child.__dict__ for child in children)
+        self.is_open = self._are_plain and are_same and not are_changed
 
-        A checkpointed block runs twice, the second time outside of the model's forward: it runs as pairs both times.
-        """
-        with_grad = torch.is_grad_enabled()
-        if _saving_is_watched() if with_grad else layer.training:
-            return None
-        kind = x.device.type
+    def close(self) -> None:
+        """The forward has ended: nothing is kept alive."""
+        self.is_open, self.made = False, None
+
+    def prepare(self, layer: LowRankLinear, kind: str, with_grad: bool) -> _Made:
+        """The weights for a device's kind of autocast, multiplied out, unless they are there."""
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.up.weight.dtype
-        made = self._made.get((dtype, with_grad))
-        if made is None:
-            made = self._made[dtype, with_grad] = self._multiply(dtype)
-        return made.run(at, place, x)
+        if self.made is None or self.made.dtype != dtype or self.made.with_grad is not with_grad:
+            self.made = self._multiply(dtype)
+            self.made.with_grad = with_grad
+        return self.made
 
     def _multiply(self, dtype: torch.dtype) -> _Made:
-        downs = [layer.down.weight for layer in self.layers]
-        ups = [layer.up.weight for layer in self.layers]
-        biases = [layer.up.bias for layer in self.layers if layer.up.bias is not None]
+        weights = [cast(torch.Tensor, child._parameters["weight"]) for child in self._children]
+        downs, ups = weights[::2], weights[1::2]
+        biases = [b for child in self._children[1::2] if (b := child._parameters["bias"]) is not None]
         ranks = [len(down) for down in downs]
         if self._layout is None or self._layout.ranks != ranks or self._layout.device != downs[0].device:
             self._layout = _Layout(ranks, [len(group) for group in self.groups], downs[0].device)
@@ -79,13 +89,26 @@ class Multiplied:
 
 
 class _Member:
-    """The form of one layer."""
+    """The form of one layer, at its place in a group."""
 
     def __init__(self, batch: Multiplied, at: int, place: int) -> None:
         self.batch, self.at, self.place = batch, at, place
 
     def run(self, layer: LowRankLinear, x: torch.Tensor) -> torch.Tensor | None:
-        return self.batch.run(self.at, self.place, layer, x)
+        """What the layer makes of x (..., in), in the precision of autocast; None: run as a pair.
+
+        A checkpointed block runs twice, the second time outside of the model's forward: it runs as pairs both times.
+        """
+        if not self.batch.is_open:
+            return None
+        with_grad = torch.is_grad_enabled()
+        if _saving_is_watched() if with_grad else layer.training:
+            return None
+        made = self.batch.prepare(layer, x.device.type, with_grad)
+        weight, bias = made.weights[self.at], made.biases[self.at]
+        if weight.ndim == 2:
+            return functional.linear(x, weight, bias)
+        return made.of_group(self.at, self.place, x)
 
 
 def in_batches(groups: Iterable[Sequence[nn.Module]]) -> list[Multiplied]:
@@ -124,16 +147,15 @@ class _Made:
         self, dtype: torch.dtype, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
     ) -> None:
         self.dtype, self.weights, self.biases = dtype, weights, biases
+        self.with_grad = True
         self._held: dict[int, tuple[torch.Tensor, int, dict[int, torch.Tensor]]] = {}
 
-    def run(self, at: int, place: int, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.weights[at], self.biases[at]
-        if weight.ndim == 2:
-            return functional.linear(x, weight, bias)
+    def of_group(self, at: int, place: int, x: torch.Tensor) -> torch.Tensor:
+        """The output of a member of the group numbered `at`."""
         # The member that asks first has the outputs of all worked out; the others read the very same tensor.
         read, version, outputs = self._held.get(at, (None, 0, {}))
         if read is not x or version != x._version or place not in outputs:
-            outputs = dict(enumerate(_Together.apply(self.dtype, x, weight, bias)))
+            outputs = dict(enumerate(_Together.apply(self.dtype, x, self.weights[at], self.biases[at])))
             self._held[at] = x, x._version, outputs
         output = outputs.pop(place)
         if not outputs:
@@ -197,9 +219,8 @@ class _Products(torch.autograd.Function):
         ctx.layout, ctx.dtype = layout, dtype
         ctx.save_for_backward(*parameters)
         ctx.set_materialize_grads(False)
-        with torch.autocast(layout.device.type, enabled=False):
-            down, up = layout.stack(downs, ups, dtype)
-            together = [torch.bmm(up, down), *([torch.stack(biases).to(dtype)] if biases else [])]
+        down, up = layout.stack(downs, ups, dtype)
+        together = [torch.bmm(up, down), *([torch.stack(biases).to(dtype)] if biases else [])]
         return tuple(part[0] if len(part) == 1 else part for stack in together for part in stack.split(layout.groups))
 
     @staticmethod
@@ -210,18 +231,17 @@ class _Products(torch.autograd.Function):
         found: list[torch.Tensor | None] = [None] * len(parameters)
         # A layer that did not run has no gradient, and not one of zeros.
         used = [i for i, at in enumerate(_group_of_each(layout.groups)) if grads[at] is not None]
-        with torch.autocast(layout.device.type, enabled=False):
-            if used:
-                g = _joined(grads[:groups], layout.groups, (len(ups[0]), downs[0].shape[1]))
-                down, up = layout.stack(downs, ups, ctx.dtype)
-                for_down = layout.unstack_downs(torch.bmm(up.mT, g).to(downs[0].dtype))
-                for_up = layout.unstack_ups(torch.bmm(g, down.mT).to(ups[0].dtype))
-                for i in used:
-                    found[i], found[count + i] = for_down[i], for_up[i]
-            if used and biases:
-                for_bias = _joined(grads[groups:], layout.groups, (len(ups[0]),)).to(biases[0].dtype).unbind()
-                for i in used:
-                    found[2 * count + i] = for_bias[i]
+        if used:
+            g = _joined(grads[:groups], layout.groups, (len(ups[0]), downs[0].shape[1]))
+            down, up = layout.stack(downs, ups, ctx.dtype)
+            for_down = layout.unstack_downs(torch.bmm(up.mT, g).to(downs[0].dtype))
+            for_up = layout.unstack_ups(torch.bmm(g, down.mT).to(ups[0].dtype))
+            for i in used:
+                found[i], found[count + i] = for_down[i], for_up[i]
+        if used and biases:
+            for_bias = _joined(grads[groups:], layout.groups, (len(ups[0]),)).to(biases[0].dtype).unbind()
+            for i in used:
+                found[2 * count + i] = for_bias[i]
         return None, None, *found
 
 
@@ -234,24 +254,22 @@ class _Together(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.dtype, ctx.has_bias = dtype, bias is not None
         ctx.save_for_backward(x, weight)
-        with torch.autocast(x.device.type, enabled=False):
-            rows = x.reshape(1, -1, x.shape[-1]).to(dtype).expand(len(weight), -1, -1)
-            y = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
-        shape = (*x.shape[:-1], y.shape[-1])
+        rows = x.reshape(1, -1, x.shape[-1]).to(dtype).expand(len(weight), -1, -1)
+        y = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
         # Parts of one storage that are no views of one tensor: models work in place on them (Longformer divides its query).
-        return tuple(part.new_empty(0).set_(part.untyped_storage(), part.storage_offset(), shape) for part in y)
+        shape, storage, size = (*x.shape[:-1], y.shape[-1]), y.untyped_storage(), y[0].numel()
+        return tuple(y.new_empty(0).set_(storage, i * size, shape) for i in range(len(weight)))  # type: ignore[call-overload]
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            g = torch.cat([grad.reshape(-1, grad.shape[-1]) for grad in grads], -1)  # (tokens, members * m)
-            rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-            for_x = (
-                (g @ weight.reshape(-1, weight.shape[-1])).to(x.dtype).view_as(x) if ctx.needs_input_grad[1] else None
-            )
-            for_bias = g.sum(0).view(weight.shape[:2]) if ctx.has_bias else None
-            return None, for_x, (g.mT @ rows).view_as(weight), for_bias
+        g = torch.cat([grad.reshape(-1, grad.shape[-1]) for grad in grads], -1)  # (tokens, members * m)
+        rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+        for_x = None
+        if ctx.needs_input_grad[1]:
+            for_x = (g @ weight.reshape(-1, weight.shape[-1])).to(x.dtype).view_as(x)
+        for_bias = g.sum(0).view(weight.shape[:2]) if ctx.has_bias else None
+        return None, for_x, (g.mT @ rows).view_as(weight), for_bias
 
 
 def _group_of_each(groups: Sequence[int]) -> list[int]:
@@ -268,13 +286,14 @@ def _joined(grads: Sequence[torch.Tensor | None], groups: Sequence[int], shape: 
     return torch.cat(parts)
 
 
-def _is_plain(child: nn.Module) -> bool:
-    """Whether a factor is a linear layer that nobody listens to: no adapter, no parametrization, no hooks."""
-    hooks = (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks)
-    return type(child) is nn.Linear and "forward" not in child.__dict__ and not any(hooks)
+def _hook_tables(child: nn.Module) -> list[Any]:
+    """Where hooks of a factor are, if it has any."""
+    return [child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks]
+
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def _saving_is_watched() -> bool:
     """Whether what autograd saves goes through somebody's hooks, as in a checkpointed block."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(False) is not None
+    return _top_hooks is not None and _top_hooks(False) is not None

@@ -19,10 +19,13 @@ class RunMultiplied:
 
     The structure stays as it is. The first training forward shows which layers read one tensor. It steps aside by itself in
     compiled code, in replicas of nn.DataParallel, in checkpointed blocks, and for layers whose factors hold adapters or hooks.
+
+    Args:
+        together: whether layers that read one tensor run as one product.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, together: bool = True) -> None:
+        self.model, self.together = model, together
         self.batches: list[Multiplied] | None = None
         self._flow: FlowRecorder | None = None
         self._handles: list[Any] = []
@@ -38,6 +41,8 @@ class RunMultiplied:
                 self.model.register_forward_pre_hook(self._open, prepend=True),
                 self.model.register_forward_hook(self._close, always_call=True),
             ]
+            for batch in self.batches or ():
+                batch.start()
         return self.is_on
 
     def stop(self) -> None:
@@ -46,7 +51,7 @@ class RunMultiplied:
             handle.remove()
         self._handles.clear()
         for batch in self.batches or ():
-            batch.close()
+            batch.stop()
 
     def _open(self, module: nn.Module, args: Any) -> None:
         if module is not self.model or torch.compiler.is_compiling():
@@ -65,7 +70,10 @@ class RunMultiplied:
             layers, groups = _linear_pairs(self.model), self._flow.groups()
             self._flow = None
             if groups:
-                self.batches = in_batches([[layers[name] for name in group.layers] for group in groups])
+                names = [g.layers for g in groups] if self.together else [(name,) for g in groups for name in g.layers]
+                self.batches = in_batches([[layers[name] for name in some] for some in names])
+                for batch in self.batches:
+                    batch.start()
         for batch in self.batches or ():
             batch.close()
 

@@ -84,10 +84,11 @@ def test_even_ranks_take_the_short_way_to_the_same_end(model: Any) -> None:
     (one,) = in_batches([[layer] for layer in layers])
     x = torch.randn(7, 6, dtype=torch.float64)
     wanted = [layer(x) for layer in layers]
+    one.start()
     one.open()
     torch.testing.assert_close([layer(x) for layer in layers], wanted)
     torch.autograd.gradcheck(lambda w: layers[1](w), x.clone().requires_grad_())
-    one.close()
+    one.stop()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -96,10 +97,11 @@ def test_under_autocast_it_differs_by_rounding_alone(model: Any, dtype: torch.dt
     (one,) = in_batches([[layer] for layer in layers])
     x = torch.randn(32, 64, requires_grad=True)
     exact = layers[0](x).detach()
+    one.start()
     one.open()
     with torch.autocast("cpu", dtype=dtype):
         y = layers[0](x)
-    one.close()
+    one.stop()
     assert y.dtype == dtype
     assert float((y.detach().float() - exact).norm() / exact.norm()) < 0.01
     y.float().sum().backward()
@@ -137,9 +139,10 @@ def test_second_derivatives_are_those_of_pairs() -> None:
         return list(torch.autograd.grad(g.square().sum(), [p for layer in layers for p in layer.parameters()]))
 
     wanted = penalty()
+    one.start()
     one.open()
     torch.testing.assert_close(penalty(), wanted)
-    one.close()
+    one.stop()
 
 
 class Count(TorchDispatchMode):
@@ -205,9 +208,10 @@ def test_a_checkpoint_of_ones_own_is_seen() -> None:
     layers = nn.ModuleList([LowRankLinear(6, 6, 2) for _ in range(2)])
     (one,) = in_batches([[layer] for layer in layers])
     x = torch.randn(3, 6, requires_grad=True)
+    one.start()
     one.open()
     y = checkpoint(layers[0], x, use_reentrant=False)
-    one.close()
+    one.stop()
     y.sum().backward()
     assert layers[0].up.weight.grad is not None
 
@@ -233,10 +237,10 @@ def test_hooks_of_the_layer_itself_fire(model: Any) -> None:
 
 
 def test_nothing_stays_behind_when_a_forward_fails(model: Any) -> None:
-    run_multiplied(model)
+    form = run_multiplied(model)
     with pytest.raises(AttributeError):
         model(input_ids="wrong")
-    assert all("form" not in layer.__dict__ for layer in low_rank_layers(model).values())
+    assert all(not batch.is_open and batch.made is None for batch in form.batches or ())
 
 
 def test_a_copy_runs_by_itself(model: Any) -> None:
