@@ -158,13 +158,6 @@ class CuttlefishConfig:
             "where unknown; at least 1.5 where less than a quarter is kept; 1 if the schedule cannot be scaled)."
         },
     )
-    fade_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "Steps after the switch in which what the cut took is still added to the outputs in training, less and less; 0: "
-            "none. None: 30% of the steps that are left, where one process or DDP trains an uncompiled model."
-        },
-    )
     on_error: str = field(
         default="continue",
         metadata={
@@ -199,7 +192,7 @@ class CuttlefishConfig:
             self._check_number("learning_rate_scale", above=0)
         self._check_integer("rank_multiple", least=1)
         self._check_integer("statistics_tokens", least=1)
-        for name, least in (("switch_step", 1), ("check_steps", 1), ("statistics_steps", 0), ("fade_steps", 0)):
+        for name, least in (("switch_step", 1), ("check_steps", 1), ("statistics_steps", 0)):
             if getattr(self, name) is not None:
                 self._check_integer(name, least=least)
         if self.earliest_switch > self.latest_switch:
@@ -232,15 +225,13 @@ class CuttlefishConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> CuttlefishConfig:
-        """The recipe of the paper (arXiv 2305.02538): plain SVD at max(scaled stable rank, accumulative rank), fresh state, no fading.
+        """The recipe of the paper (arXiv 2305.02538): plain SVD at max(scaled stable rank, accumulative rank), fresh state.
 
         What is not kept: the paper's absolute threshold in rank units per epoch, which cannot fire in a short fine-tune; a
         learning rate after the switch, for which its code has 2 times (BERT, fine-tuned) and a third (DeiT, from scratch):
         say which as `learning_rate_scale`; Frobenius decay, which its code has for CNNs alone.
         """
-        paper = cls(
-            rank_rule="paper", optimizer_state="reset", statistics_steps=0, learning_rate_scale=1.0, fade_steps=0
-        )
+        paper = cls(rank_rule="paper", optimizer_state="reset", statistics_steps=0, learning_rate_scale=1.0)
         return replace(paper, **changes)
 
     def to_dict(self) -> dict[str, Any]:

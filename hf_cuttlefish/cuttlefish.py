@@ -43,7 +43,8 @@ class Cuttlefish:
                 print(cuttlefish.report)
         cuttlefish.end()
 
-    The optimizer and the scheduler stay the same objects; the model changes in place. Under DDP all processes call it alike.
+    The optimizer and the scheduler stay the same objects; the model changes in place. Where several processes train it
+    under DDP, all of them make a Cuttlefish and call it at the same steps; the main one decides, and DDP is repaired.
 
     Args:
         model: the model, with weights: bare, or as DDP, nn.DataParallel or torch.compile has wrapped it.
@@ -255,7 +256,6 @@ class Cuttlefish:
         self.plan, self.report, self.switch_step = saved.plan, saved.report, saved.switch_step
         self.schedule.switch_at, self.schedule.reason = saved.switch_at, saved.reason
         self.watch.history = saved.history
-        self.phase.load_state_dict(self, statistics)
         self.watch.forget()
         if saved.switch_at is None and not self.finished:
             self.schedule.start_at(self.global_step)
@@ -276,13 +276,14 @@ class Cuttlefish:
             self.watch.moments.steps = steps
 
     def statistics_state(self) -> dict[str, torch.Tensor] | None:
-        """What was measured so far, or what of the cut still fades, as tensors for safetensors; None where there is nothing.
+        """What was measured so far, as tensors for safetensors; None where there is nothing more to come.
 
         Call on all processes: they are summed, and the main one gets them all (the others None).
         """
+        if self.finished:
+            return None
         self.watch.sum_moments()
-        flat = self.phase.state_dict() if self.finished else self.watch.state_dict()
-        return flat or None if self.processes.is_main else None
+        return self.watch.state_dict() or None if self.processes.is_main else None
 
     def note_save(self) -> None:
         """Call when a checkpoint has been written: the next check starts cold, as it will in a run resumed from there."""
@@ -390,7 +391,6 @@ class _Record(Record):
 
     def __init__(self, run: Cuttlefish, plan: RankPlan) -> None:
         self.run, self.plan, self._layers = run, plan, run.watch.layers
-        self.fading = run.phase.begin_fading(run, run.global_step)
 
     def apply(self) -> None:
         self.run._record(self.plan, self.report)

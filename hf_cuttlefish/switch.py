@@ -27,7 +27,6 @@ from .measure.shapes import FlowRecorder
 from .measure.timing import rank_prices
 from .measure.watch import Watch
 from .patch.edits import Edit
-from .patch.fading import Fading
 from .patch.learning_rate import learning_rate_edit
 from .patch.merge import merge_layers
 from .patch.modules import carry_out, make_change
@@ -269,14 +268,9 @@ def share(
 
 
 class Record(Edit):
-    """The last edit of a switch: whoever asked for it hears of it.
-
-    Attributes:
-        report: of the switch, set before it is applied. fading: what goes on adding what the cut took, if anything does.
-    """
+    """The last edit of a switch: whoever asked for it hears of it. report: of the switch, set before it is applied."""
 
     report: FactorizationReport
-    fading: Fading | None = None
 
 
 def switch_in_place(
@@ -299,9 +293,6 @@ def switch_in_place(
         change, edits = engine.change(plan, factors, config.optimizer_state)
         scale = config.learning_rate_scale
         edits.append(learning_rate_edit(engine.optimizer, scheduler, scale, after / before, alignment))
-        if record.fading is not None:
-            record.fading.change = change
-            edits.append(record.fading)
         record.report = change.report
     return carry_out(change, [*edits, record], engine.processes)
 

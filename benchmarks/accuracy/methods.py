@@ -98,7 +98,6 @@ class Former(Product):
         self.config = lambda training: CuttlefishConfig(
             target_ratio=size,
             learning_rate_scale=1.5 if size < 1 / 4 else 1.0,
-            fade_steps=0,
             statistics_steps=former_window(training.total_steps),
         )
 
@@ -326,7 +325,6 @@ def _pufferfish(budget: float) -> Callable[[Progress], CuttlefishConfig]:
         statistics_steps=0,
         optimizer_state="reset",
         learning_rate_scale=1.0,
-        fade_steps=0,
     )
 
 
@@ -339,7 +337,6 @@ def _reference(training: Progress) -> CuttlefishConfig:
         statistics_steps=0,
         optimizer_state="reset",
         learning_rate_scale=1.0,
-        fade_steps=0,
     )
 
 

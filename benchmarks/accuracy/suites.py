@@ -23,11 +23,6 @@ RATES = (
     "fashion_mnist_vit",
     "fashion_mnist_vit_2e-4",
 )
-FADING = (
-    *(f"mpnet_{data}_5e-5" for data in ("trec", "movie_snippets")),
-    *("mpnet_trec_1e-4", "mpnet_movie_snippets_2e-5", "mpnet_trec_5e-5_relearn"),
-    *("trec", "trec_3e-5", "movie_snippets", "reuters_r8"),
-)
 BLOCKS_OF_72_PERCENT = 0.4
 """Of MiniLM's blocks: the file of the whole model is then 72% of the dense one."""
 DEFAULT_BUDGET = 0.4
@@ -50,12 +45,6 @@ SUITES: dict[str, dict[str, Any]] = {
         "seeds": 3,
         "budgets": (1 / 3, 1 / 5.6),
         "help": "the defaults over two text models, a ViT and several learning rates, against dense at the same rate",
-    },
-    "fading": {
-        "datasets": FADING,
-        "seeds": 3,
-        "budgets": (1 / 5.6,),
-        "help": "what it gains to let what the cut took fade, over none of it and another length",
     },
     "scratch": {
         "datasets": ("fashion_mnist_scratch", "digits_scratch"),
@@ -90,7 +79,6 @@ def runs_of(suite: str, datasets: Sequence[str], seeds: Sequence[int], budgets: 
         "choose": _choose,
         "table": _table,
         "rates": _rates,
-        "fading": _fading,
         "scratch": _scratch,
         "language": _language,
         "embeddings": _embeddings,
@@ -141,12 +129,6 @@ def _rates(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:
     uniform = {"at": 0.3, "metric": "loss", "ranks": "uniform", "state": "carry"}
     runs.append(Run(dataset, "whitened_after", DEFAULT_BUDGET, seed, group="rates"))
     return [*runs, Run(dataset, "ablation", DEFAULT_BUDGET, seed, uniform, group="rates")]
-
-
-def _fading(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:
-    without = {"fade_steps": 0}
-    runs = [Run(dataset, "cuttlefish", DEFAULT_BUDGET, seed, options, "fading") for options in ({}, without)]
-    return runs + [Run(dataset, "cuttlefish", b, seed, options, "fading") for b in budgets for options in ({}, without)]
 
 
 def _scratch(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:

@@ -1,8 +1,7 @@
-"""The low-rank phase: let what the cut took fade, run in the quickest form, and say what a step takes where it has become slower."""
+"""The low-rank phase: run in the form that is quickest here, and say what a step takes where it has become slower."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..config import CuttlefishConfig
 from ..decide.schedule import Schedule
 from ..measure.eager import has_compiled
 from ..measure.watch import Watch
-from .fading import Fading, fading_steps
 from .running import RunMultiplied
-
-logger = logging.getLogger(__name__)
 
 WARM, TRIED = 3, 6
 """Steps in each form of running: first ones that do not count, and those that are timed."""
@@ -32,7 +27,6 @@ BACKLOG = 0.3
 class Run(Protocol):
     """What is asked of a run."""
 
-    config: CuttlefishConfig
     schedule: Schedule
     global_step: int
     switch_step: int | None
@@ -69,12 +63,11 @@ class LowRankPhase:
 
     Attributes:
         tried: form -> milliseconds a step; empty where nothing was tried. multiplied: the form, while it is on or being tried.
-        waits_for_host: whether the host sets the pace; None where it is not known. fading: what the cut took, still added.
+        waits_for_host: whether the host sets the pace; None where it is not known.
     """
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
-        self.fading: Fading | None = None
         self.tried: dict[str, float] = {}
         self.multiplied: RunMultiplied | None = None
         self.waits_for_host: bool | None = None
@@ -85,46 +78,20 @@ class LowRankPhase:
         """A step has ended in which no switch was to come any more; what there is to say."""
         if run.switch_step is None or run.restarts:
             return None
-        is_fading = self.fading is not None and self.fading.is_on
-        if self.fading is not None and self.fading.step(run.global_step - run.switch_step):
-            self.watch.pace.mark()
         if not self._has_begun:
             self._has_begun = True
             self._begin(run.engine, run.schedule.total_steps - run.global_step)
         device = next(run.engine.model.parameters()).device.type
         if self._section is not None:
             return Found(self.waits_for_host, device, self.tried) if self._try() else None
-        slower = None if is_fading else self.watch.slower()
+        slower = self.watch.slower()
         return None if slower is None else Found(self.waits_for_host, device, slower=slower)
 
     def stop(self) -> None:
         """Pairs again: the run has ended."""
         if self.multiplied is not None:
             self.multiplied.stop()
-        if self.fading is not None:
-            self.fading.stop()
         self._section = None
-
-    def begin_fading(self, run: Run, since: int) -> Fading | None:
-        """What will go on adding what the cut at step `since` took; None where nothing is to."""
-        steps = fading_steps(run.engine, run.config.fade_steps, run.schedule.total_steps - since)
-        self.fading = Fading(steps) if steps else None
-        return self.fading
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """What is still added, as tensors on the CPU."""
-        return {} if self.fading is None else self.fading.state_dict()
-
-    def load_state_dict(self, run: Run, flat: Mapping[str, torch.Tensor] | None) -> None:
-        """Go on as `state_dict` says; the run knows its step and that of its switch. Only the main process needs to have it."""
-        since = run.switch_step
-        fading = None if since is None or run.restarts else self.begin_fading(run, since)
-        if since is None or fading is None or run.global_step >= since + fading.steps:
-            return
-        fading.step(run.global_step - since)
-        fading.load_state_dict(run.engine.model, flat, run.engine.processes)
-        if not fading.is_on and run.engine.processes.is_main:
-            logger.warning("Cuttlefish: what the cut took is no longer added: the checkpoint says nothing of it.")
 
     def _begin(self, engine: Any, left: int) -> None:
         if left >= LEAST and can_try(engine):

@@ -15,7 +15,7 @@ import trainers
 from launch import LIMIT, by_hand, launch
 from loops import largest
 
-ON_THEIR_OWN = {"autocast", "frozen layers", "ranks by singular values", "ranks by shape", "switch found", "fading"}
+ON_THEIR_OWN = {"autocast", "frozen layers", "ranks by singular values", "ranks by shape", "switch found"}
 """Scenarios that train something else than "plain"; all others must come out as it does."""
 TOLERANCE = {"autocast": 2e-2, "fp16 comm hook": 1e-3, "PowerSGD": 0.1}
 """Of the losses, against one process; else 1e-6. bf16 rounds to 4e-3 (and ranks may differ), fp16 to 5e-4."""

@@ -272,7 +272,6 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "switch found": {
         "settings_of_run": config(switch_step=None, check_steps=1, earliest_switch=0.5, latest_switch=0.9)
     },
-    "fading": {"settings_of_run": config(fade_steps=4)},
     "fp16 comm hook": {"hook": lambda ddp: ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)},
     "own comm hook": {"hook": lambda ddp: ddp.register_comm_hook(HOOK_CALLS, counting)},
     "builtin comm hook": {"hook": lambda ddp: ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.ALLREDUCE)},
