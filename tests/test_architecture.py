@@ -28,6 +28,8 @@ ORDER = (
 )
 """What stands first imports nothing that stands later."""
 MOST_ENTRIES, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 18, 400, 60
+LONGER = {"saving/modeling_low_rank.py": 500}
+"""A file that travels alone, beside the weights of a model, so that it cannot be divided."""
 ENGINES = {
     "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "fully_shard", "DeepSpeedEngine", "DTensor",
     "ZeroRedundancyOptimizer", "DDP", "FSDP1", "FSDP2", "DeepSpeed", "TensorParallel", "deepspeed", "ddp", "fsdp1", "fsdp2",
@@ -117,7 +119,7 @@ def test_the_top_level_is_seen_at_a_glance():
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_files_and_functions_are_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGER.get(name_of(path), MOST_LINES)
     functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
     lengths = {f.name: f.end_lineno - f.lineno + 1 - lines_of_docstring(f) for f in functions}
     assert not {name: lines for name, lines in lengths.items() if lines > MOST_LINES_OF_A_FUNCTION}

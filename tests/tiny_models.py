@@ -26,7 +26,7 @@ class Family:
     Attributes:
         name: of the test case. model: class with a head. auto: Auto class that gives it back. config: its arguments.
         inputs: makes a batch that has a loss.
-        targets: what "all-linear" takes, block numbers replaced by "*".
+        targets: what "all" takes, block numbers replaced by "*".
         dense: 3-D experts that stay dense and are said so, numbers replaced by "*".
         others: more classes that the saved folder must load with -> share of the factorized layers that they have.
     """
@@ -354,12 +354,32 @@ FAMILIES = [
         {"num_encoder_blocks": 2, "depths": [2, 2], "hidden_sizes": [16, 32], "num_attention_heads": [2, 4],
          "sr_ratios": [2, 1], "patch_sizes": [3, 3], "strides": [4, 2], "decoder_hidden_size": 16, "mlp_ratios": [2, 2],
          "num_labels": LABELS}, image,
-        under("segformer.stages.*.blocks.*", *VIT_LAYER),
+        under("segformer.stages.*.blocks.*", *VIT_LAYER, "attention.sequence_reduction.sequence_reduction")
+        | {"segformer.stages.*.patch_embeddings.proj"},
     ),
     Family(
         "convnext", "ConvNextForImageClassification", IMAGE,
         {"num_stages": 2, "hidden_sizes": [16, 32], "depths": [2, 2], "num_labels": LABELS}, image,
-        under("convnext.encoder.stages.*.layers.*", "pwconv1", "pwconv2"),
+        under("convnext.encoder.stages.*", "layers.*.pwconv1", "layers.*.pwconv2", "downsampling_layer.1"),
+    ),
+    Family(
+        "resnet", "ResNetForImageClassification", IMAGE,
+        {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2], "layer_type": "basic", "num_labels": LABELS}, image,
+        under("resnet.encoder.stages.*.layers.*", "layer.*.convolution", "shortcut.convolution"),
+    ),
+    Family(
+        "regnet", "RegNetForImageClassification", IMAGE,
+        {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [2, 2], "groups_width": 8, "num_labels": LABELS}, image,
+        under("regnet.encoder.stages.*.layers.*", "layer.*.convolution", "layer.*.attention.0", "layer.*.attention.2",
+              "shortcut.convolution"),
+    ),
+    Family(
+        "mobilenet_v1", "MobileNetV1ForImageClassification", IMAGE, {"depth_multiplier": 0.25, "num_labels": LABELS}, image,
+        under("mobilenet_v1.layer.*", "convolution"),
+    ),
+    Family(
+        "mobilenet_v2", "MobileNetV2ForImageClassification", IMAGE, {"depth_multiplier": 0.5, "num_labels": LABELS}, image,
+        under("mobilenet_v2.layer.*", "expand_1x1.convolution", "reduce_1x1.convolution"),
     ),
 ]  # fmt: skip
 

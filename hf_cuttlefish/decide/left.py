@@ -19,7 +19,7 @@ def left_frozen(layers: Mapping[str, nn.Module], config: CuttlefishConfig) -> di
 
     Frozen towers, teachers inside a model and the lower half of a partly frozen encoder stay as they are.
     """
-    if config.target_modules != "all-linear":
+    if config.names_targets:
         return {}
     frozen = (name for name, layer in layers.items() if not layer.weight.requires_grad)
     return {name: FROZEN for name in frozen if rank_by_hand(name, config) is None}

@@ -24,13 +24,14 @@ PATTERN_SECONDS = 1.0
 
 
 def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> dict[str, nn.Module]:
-    """The layers to watch and to factorize: module name -> nn.Linear or Conv1D, in the order of `named_modules`.
+    """The layers to watch and to factorize: name -> layer of one of the `KINDS`, in the order of `named_modules`.
 
-    "all-linear" takes every nn.Linear and Conv1D inside a repeated block (a child of an nn.ModuleList, or of an
-    nn.Sequential whose children are of one class) of the base model. Never taken, whatever the pattern says: embeddings
-    and output embeddings, a PreTrainedModel's head (what lies outside its base model), tied weights, weights computed
-    from other parameters, layers inside a LowRankLinear. A module registered under several names is taken once, under
-    its first name. With `embeddings` also the tables of tokens and their output layers. (`factorize(model, {name: rank})` obeys for a layer of a head, too.)
+    "all" takes every layer of a kind that says so inside a repeated block (a child of an nn.ModuleList, or a block in an nn.Sequential
+    with others of its class) of the base model, and the convolutions of an nn.Sequential of layers (VGG), but no convolution that is
+    the model's first layer; "all-linear" takes the linear ones alone. Never taken, whatever the pattern says: embeddings and output
+    embeddings, a PreTrainedModel's head (what lies outside its base model), tied weights, weights computed from other parameters, layers
+    inside a low-rank one. A module registered under several names is taken once, under its first name. With `embeddings` also the
+    tables of tokens and their output layers. (`factorize(model, {name: rank})` obeys for a layer of a head, too.)
 
     Args:
         model: any module.
@@ -52,8 +53,8 @@ def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> di
     candidates = dict(_candidates(model))
     for name in lost_when_saved(model, candidates):
         del candidates[name]
-    if config.target_modules == "all-linear":
-        chosen = _all_linear(model, candidates)
+    if not config.names_targets:
+        chosen = _in_blocks(model, candidates, linear=config.target_modules == "all-linear")
     else:
         chosen = _matching(model, candidates, config.target_modules, "target_modules")
     if config.embeddings:
@@ -74,18 +75,22 @@ def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> di
     return chosen
 
 
-def _all_linear(model: nn.Module, candidates: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The candidates inside a repeated block; raises ValueError where there are none."""
+def _in_blocks(model: nn.Module, candidates: dict[str, nn.Module], linear: bool) -> dict[str, nn.Module]:
+    """The candidates (linear ones alone) inside a repeated block; raises ValueError where there are none."""
     inside = _block_names(model)
+    first = next((module for _, module in find_layers(model)), None)
     # A layer with one input or output (the gate of a shared expert) has no rank at which it would be smaller.
     chosen = {
         name: module
         for name, module in candidates.items()
-        if name in inside and kind_of(module).is_linear and min(kind_of(module).size) > 1
+        if name in inside
+        and min(kind_of(module).size) > 1
+        and kind_of(module).in_blocks
+        and (kind_of(module).is_linear or not (linear or module is first))
     }
     if not chosen:
         raise ValueError(
-            f"target_modules='all-linear' finds no {labels(linear=True)} inside a repeated block of "
+            f"target_modules={'all-linear' if linear else 'all'!r} finds no {labels('or', linear, True)} inside a repeated block of "
             f"{type(model).__name__}: {_why_none(model)}"
         )
     return chosen
@@ -145,16 +150,29 @@ def _tied_names(model: nn.Module) -> set[str]:
 def _block_names(model: nn.Module) -> set[str]:
     """Names of all modules that lie inside a repeated block of the base model."""
     prefix = _base_prefix(model)
-    blocks: list[str] = []
+    blocks = _bare_layers(model)
     for name, module in model.named_modules():
         if not _repeats(module) or (prefix and not (name + ".").startswith(prefix + ".")):
             continue
-        blocks += [f"{name}.{child}." if name else f"{child}." for child in module._modules]
+        # A bare layer beside blocks in an nn.Sequential is a stem or a head.
+        children = (n for n, m in module._modules.items() if isinstance(module, nn.ModuleList) or has_children(m))
+        blocks += [f"{name}.{child}." if name else f"{child}." for child in children]
     return {
         name
         for name, _ in model.named_modules()
         if any(name.startswith(b) or name == b[:-1] for b in _outermost(blocks))
     }
+
+
+def _bare_layers(model: nn.Module) -> list[str]:
+    """Names, with a dot, of the convolutions in an nn.Sequential of layers that has several (VGG)."""
+    return [
+        f"{name}.{child}." if name else f"{child}."
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Sequential) and sum(isinstance(layer, nn.Conv2d) for layer in module) >= 3
+        for child, layer in module._modules.items()
+        if isinstance(layer, nn.Conv2d)
+    ]
 
 
 def _outermost(blocks: list[str]) -> list[str]:
@@ -167,12 +185,17 @@ def _outermost(blocks: list[str]) -> list[str]:
     return [b for b in blocks if not nested(b)]
 
 
+def has_children(module: nn.Module | None) -> bool:
+    """Whether a module is put together of others."""
+    return module is not None and next(iter(module.children()), None) is not None
+
+
 def _repeats(module: nn.Module) -> bool:
     if isinstance(module, nn.ModuleList):
         # A list of bare layers is a list of heads or of stems, not of blocks.
-        return any(next(iter(child.children()), None) is not None for child in module)
+        return any(has_children(child) for child in module)
     if isinstance(module, nn.Sequential):
-        kinds = Counter(type(child) for child in module if next(iter(child.children()), None) is not None)
+        kinds = Counter(type(child) for child in module if has_children(child))
         return bool(kinds) and max(kinds.values()) >= 2
     return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
@@ -10,8 +11,16 @@ from torch import nn
 
 from ..maths.factors import Factors, LayerMoments
 from ..maths.projection import Layout
+from .dense import bias_of
 from .low_rank import LowRankLayer
 from .parts import shape_of
+
+_NORMS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def note_norm(layer: nn.Module, norm: nn.Module) -> None:
+    """A batch norm was seen to read what the layer gives."""
+    _NORMS[layer] = weakref.ref(norm)
 
 
 class Kind(Layout):
@@ -26,18 +35,21 @@ class Kind(Layout):
     Attributes:
         dense: class of the dense layers; subclasses compute something else, and stay dense. low_rank: class of what stands for them.
         label: what users call the dense class.
-        is_linear: whether "all-linear" means it. is_vocabulary: whether it is a table of tokens, which `embeddings` alone takes.
+        is_linear: whether "all-linear" means it. in_blocks: whether "all" takes it in repeated blocks. is_vocabulary: whether it is a table of tokens, which `embeddings` alone takes.
         takes_gradients: whether statistics need the gradient of the output; without, the kind sums what it `see`s in the forward.
         weight_key: what follows the layer's name in the key of its weight.
+        note_version: of a note in config.json that names such a layer: who reads older ones alone must not take it for theirs.
     """
 
     dense: ClassVar[type[nn.Module]]
     low_rank: ClassVar[type[LowRankLayer]]
     label: ClassVar[str]
     is_linear: ClassVar[bool] = False
+    in_blocks: ClassVar[bool] = False
     is_vocabulary: ClassVar[bool] = False
     takes_gradients: ClassVar[bool] = True
     weight_key: ClassVar[str] = ".weight"
+    note_version: ClassVar[int] = 2
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
@@ -105,6 +117,17 @@ class Kind(Layout):
         grows = [i for i, (a, b) in enumerate(zip(one, two, strict=True)) if a != b]
         at = grows[0]
         return int(shape[at]) // (two[at] - one[at]) if len(shape) == len(one) else 0
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """A batch norm that takes the output, as far as one was seen (`note_norm`): it takes a constant away that is added there."""
+        found = _NORMS.get(self.layer)
+        return None if found is None else found()
+
+    @property
+    def takes_mean(self) -> bool:
+        """Whether what the mean input gives has a place of its own: a bias, or the running mean of a norm."""
+        return bias_of(self.layer) is not None or self.norm is not None
 
     # --- its low-rank stand-in ---
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from .convolution import Conv2dKind
 from .dense import check_weight, is_quantized
 from .expert_kind import ExpertsKind
 from .kind import Kind
@@ -20,6 +21,7 @@ from .vocabulary import EmbeddingKind
 KINDS: dict[str, type[Kind]] = {
     "Linear": LinearKind,
     "Conv1D": Conv1DKind,
+    "Conv2d": Conv2dKind,
     "Experts": ExpertsKind,
     "Embedding": EmbeddingKind,
 }
@@ -50,10 +52,11 @@ def is_dense(module: nn.Module | None) -> bool:
     return not isinstance(module, LowRankLayer) and _find(module) is not None
 
 
-def labels(linear: bool = False) -> str:
-    """The dense classes (linear ones alone), as users call them: "nn.Linear and Conv1D" (or "nn.Linear or Conv1D")."""
-    *first, last = dict.fromkeys(kind.label for kind in KINDS.values() if kind.is_linear or not linear)
-    return f"{', '.join(first)} {'or' if linear else 'and'} {last}" if first else last
+def labels(join: str = "and", linear: bool = False, in_blocks: bool = False) -> str:
+    """The dense classes (linear ones alone, those that "all" takes alone), as users call them: "nn.Linear, Conv1D and nn.Conv2d"."""
+    kinds = [k for k in KINDS.values() if (k.is_linear or not linear) and (k.in_blocks or not in_blocks)]
+    *first, last = dict.fromkeys(kind.label for kind in kinds)
+    return f"{', '.join(first)} {join} {last}" if first else last
 
 
 def dense_weight(layer: nn.Module) -> torch.Tensor:
@@ -94,7 +97,7 @@ def check_layer(module: nn.Module, name: str = "the layer", linear: bool = False
             f"{name} is quantized ({weight.dtype}): only floating-point weights can be factorized; exclude it"
         )
     if not is_dense(module) or (linear and not kind_of(module).is_linear):
-        raise TypeError(f"{name} is a {type(module).__name__}: only {labels(linear)} can be factorized")
+        raise TypeError(f"{name} is a {type(module).__name__}: only {labels(linear=linear)} can be factorized")
     check_weight(module, name)
     if why := kind_of(module).why_dense():
         raise ValueError(f"{name} cannot be factorized: {why}")

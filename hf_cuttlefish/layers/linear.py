@@ -22,7 +22,8 @@ class LinearKind(Kind):
     dense: ClassVar[type[nn.Module]] = nn.Linear
     low_rank = LowRankLinear
     label = "nn.Linear"
-    is_linear = True
+    is_linear = in_blocks = True
+    note_version = 1
 
     def stand_in(self, down: torch.Tensor | None, up: torch.Tensor | None, rank: int = 0) -> LowRankLinear:
         return LowRankLinear.standing_for(cast(nn.Linear, self.layer), down, up, rank)

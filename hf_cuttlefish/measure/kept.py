@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.kinds import kind_of
 from ..maths.factors import Factors
@@ -94,7 +95,7 @@ class KeptBatches:
         kind = next(self.model.parameters()).device.type
         self.model.eval()
         try:
-            with eagerly():
+            with eagerly(), _norms_of_the_batch(self.model):
                 for kwargs, (enabled, dtype) in self._kept:
                     with torch.autocast(kind, dtype=dtype, enabled=enabled):
                         scores = scores_of(self.model, kwargs)
@@ -129,6 +130,25 @@ class KeptBatches:
 def _mean(losses: Iterable[float | None]) -> float | None:
     known = [loss for loss in losses if loss is not None]
     return sum(known) / len(known) if known else None
+
+
+@contextlib.contextmanager
+def _norms_of_the_batch(model: nn.Module) -> Iterator[None]:
+    """Let batch norms take each batch's own mean and variance, as in training, and remember nothing of it.
+
+    Their running ones belong to the dense layers: with them a cut looks far worse than what training goes on from.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    kept = [(m, m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in norms]
+    try:
+        for norm in norms:
+            norm.training, norm.momentum = True, 0.0
+        yield
+    finally:
+        for norm, momentum, count in kept:
+            norm.training, norm.momentum = False, momentum
+            if count is not None:
+                norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager

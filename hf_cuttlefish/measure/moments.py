@@ -13,13 +13,14 @@ gradient at the first layer that backward reaches, and all together multiplied b
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers.dense import bias_of
 from ..layers.kinds import dense_weight, kind_of, layer_at
 from ..layers.parts import is_empty_between_uses, is_sharded, whole
 from ..maths.factors import LayerMoments, Moments
@@ -28,7 +29,7 @@ from ..processes import Processes
 from .batches import Batches, in_backward
 from .eager import run_eagerly
 from .samples import MOST_BYTES, Sample, add_samples, kinds
-from .taps import ForwardTap, Tap
+from .taps import ForwardTap, NormTap, Tap
 
 FEW = 0.25
 """A matrix of a stack that saw fewer tokens than this share of its smaller side has no moments: too few to tell what can go."""
@@ -72,6 +73,8 @@ class MomentCollector:
         self.batches = Batches()
         self.processes = 1
         """Over how many processes the batches are summed; see `reduce`."""
+        self.latest: tuple[str, weakref.ref[torch.Tensor]] | None = None
+        """The layer that ran last, and what it gave."""
         self._handles: list[Any] = []
         self._waiting: list[tuple[dict[str, torch.Tensor], Sample]] = []
         self.together: bool | None = None
@@ -88,6 +91,9 @@ class MomentCollector:
             return
         run_eagerly(True)
         self._handles += self.batches.hooks(self.model, self._is_here)
+        for module in self.model.modules():
+            if isinstance(module, _BatchNorm):
+                self._handles.append(module.register_forward_pre_hook(NormTap(self, module)))
         for name, layer in self._running.items():
             for key, hook in list(layer._forward_hooks.items()):
                 if isinstance(hook, (Tap, ForwardTap)):  # of a run that ended in an exception
@@ -330,7 +336,7 @@ def _finish(layer: nn.Module, s: dict[str, torch.Tensor], examples: float, unsca
     if count <= 0 or examples <= 0 or not all(bool(torch.isfinite(v).all()) for v in s.values()):
         return None
     m, n = kind_of(layer).size
-    has_bias = bias_of(layer) is not None
+    has_bias = kind_of(layer).takes_mean
     mean = s["x"] / count
     if m <= n:
         signal, metric = s["signal"] / count, s["metric"] * (unscale / count)

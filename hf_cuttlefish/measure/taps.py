@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ..layers.kind import note_norm
 from ..layers.kinds import dense_weight, kind_of
 
 if TYPE_CHECKING:
@@ -70,7 +72,9 @@ class Tap:
             collector.add(name, x, y, g.clone() if stride > 1 else g, stride, weight, by)
 
         output.register_hook(arrived)
-        return output.clone()
+        given_on = output.clone()
+        collector.latest = (name, weakref.ref(given_on))
+        return given_on
 
 
 class ForwardTap:
@@ -85,3 +89,17 @@ class ForwardTap:
             return
         with torch.no_grad():
             kind_of(self.collector.layers[self.name]).see(self.collector.sums_of(self.name), given.detach())
+
+
+class NormTap:
+    """Forward pre-hook of a batch norm: notes the layer whose output it reads, whose mean its running mean can hold."""
+
+    def __init__(self, collector: MomentCollector, norm: nn.Module) -> None:
+        self.collector, self.norm = collector, norm
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if self.collector.latest is None or not args:
+            return
+        name, output = self.collector.latest
+        if output() is args[0]:
+            note_norm(self.collector.layers[name], self.norm)

@@ -153,7 +153,7 @@ class Watch:
             taps, flow = self.engine.taps(self.layers), self.engine.whole_flow
             # Layers that are not trained have been named by hand, else they would be left as they are.
             frozen = [n for n, la in self.layers.items() if not la.weight.requires_grad]
-            frozen = frozen if self.config.target_modules != "all-linear" else []
+            frozen = frozen if self.config.names_targets else []
             self.moments = MomentCollector(self.model, self.layers, self.config.statistics_tokens, taps, flow, frozen)
             self.moments.batches.replicas = self.engine.replicas
             self.moments.start()

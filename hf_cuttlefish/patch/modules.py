@@ -147,7 +147,7 @@ def carry_out(change: Change, edits: list[Edit], processes: Processes) -> Factor
 
 
 class SwapModules(Edit):
-    """The pairs take the layers' places, with their hooks; what the mean input did goes into the biases.
+    """The pairs take the layers' places, with their hooks; what the mean input did goes into the biases, or the norms behind.
 
     Bias Parameters stay the same objects.
     """
@@ -157,6 +157,11 @@ class SwapModules(Edit):
         self._biases = {
             n: bias.detach().clone() for n, la in change.layers.items() if (bias := bias_of(la)) is not None
         }
+        self._means = [
+            (mean, mean.clone())
+            for layer in change.layers.values()
+            if bias_of(layer) is None and (mean := _running_mean(layer)) is not None
+        ]
         self._grads = [(layer, layer.weight.grad) for layer in change.layers.values()]
         self._tied: list[tuple[nn.Module, str, nn.Module]] = []
 
@@ -173,6 +178,9 @@ class SwapModules(Edit):
             keep_hooks(layer, change.pairs[name])
             shift = change.shifts[name]
             bias = bias_of(layer)
+            mean = _running_mean(layer)
+            if shift is not None and bias is None and mean is not None:
+                mean.sub_(shift.reshape(-1).to(mean))
             if shift is not None and bias is not None:
                 bias.add_(part_like(shift.reshape(shape_of(bias)).to(bias.device, bias.dtype), bias))
             layer.weight.grad = None
@@ -185,11 +193,18 @@ class SwapModules(Edit):
             parent._modules[name] = tied
         for name, bias in self._biases.items():
             cast(nn.Parameter, bias_of(change.layers[name])).copy_(bias)
+        for mean, value in self._means:
+            mean.copy_(value)
         for layer, grad in self._grads:
             layer.weight.grad = grad
 
     def finish(self) -> None:
         say_lost(self.change.layers, self.change.optimizer)
+
+
+def _running_mean(layer: nn.Module) -> torch.Tensor | None:
+    """Of the batch norm behind a layer: taking a constant away there is what adding it to a bias would do."""
+    return cast("torch.Tensor | None", getattr(kind_of(layer).norm, "running_mean", None))
 
 
 def _check_factors(name: str, layer: nn.Module, factors: Factors, rank: int) -> None:

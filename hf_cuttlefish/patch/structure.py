@@ -19,7 +19,8 @@ from .ties import Ties, retie
 QUANT_METHOD = "cuttlefish"
 
 
-STRUCTURE_VERSION = 1
+STRUCTURE_VERSION = 2
+"""Of the note: 1 names linear layers alone, 2 layers of other kinds, too."""
 
 
 Exchanges = dict[str, tuple[nn.Module, nn.Module]]
@@ -103,7 +104,8 @@ def write_structure(model: nn.Module) -> None:
         layers = low_rank_layers(model.get_submodule(prefix))
         if layers:
             ranks = {name: layer.rank for name, layer in layers.items()}
-            config.quantization_config = {"quant_method": QUANT_METHOD, "version": STRUCTURE_VERSION, "ranks": ranks}
+            version = max(kind_of(layer).note_version for layer in layers.values())
+            config.quantization_config = {"quant_method": QUANT_METHOD, "version": version, "ranks": ranks}
         elif _method_of(getattr(config, "quantization_config", None)) == QUANT_METHOD:
             del config.quantization_config
 

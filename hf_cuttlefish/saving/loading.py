@@ -35,7 +35,7 @@ class CuttlefishStructure(QuantizationConfigMixin):
     def __init__(
         self,
         ranks: Any = None,
-        version: Any = STRUCTURE_VERSION,
+        version: Any = 1,
         quant_method: str = QUANT_METHOD,
         inside: bool = False,
         **other: Any,

@@ -20,12 +20,12 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-FORMAT = 1
+FORMAT = 2
 """Version of this text, raised with each change of it."""
 
 NAME = "modeling_low_rank"
 METHOD = "cuttlefish"
-NOTE_VERSION = 1
+NOTE_VERSION = 2
 
 REFUSAL = (
     "\n\nThis model was made low rank by hf_cuttlefish, and transformers alone cannot load it. Either\n"
@@ -127,6 +127,38 @@ class LowRankLinear(nn.Module):
         return self.up.bias
 
 
+class LowRankConv2d(nn.Module):
+    """up(down(x)), in the place of an `nn.Conv2d`: its kernel into `rank` filters for each group, then 1 x 1."""
+
+    def __init__(self, dense, rank):
+        super().__init__()
+        for name in (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+        ):
+            setattr(self, name, getattr(dense, name))
+        self.rank, middle = rank, dense.groups * rank
+        made = {"bias": False, "groups": dense.groups, "device": dense.weight.device, "dtype": dense.weight.dtype}
+        geometry = (dense.kernel_size, dense.stride, dense.padding, dense.dilation)
+        self.down = nn.Conv2d(dense.in_channels, middle, *geometry, padding_mode=dense.padding_mode, **made)
+        self.up = nn.Conv2d(middle, dense.out_channels, 1, **made)
+        self.up.bias = dense.bias
+        self.down._is_hf_initialized = self.up._is_hf_initialized = True
+
+    def forward(self, x):
+        return self.up(self.down(x))
+
+
+_KINDS = {nn.Linear: LowRankLinear, transformers.pytorch_utils.Conv1D: LowRankLinear, nn.Conv2d: LowRankConv2d}
+_PAIRS = (LowRankLinear, LowRankConv2d)
+
+
 class _Product(torch.Tensor):
     """A dtype, a shape and a device; up @ down in any operation."""
 
@@ -181,7 +213,7 @@ class _LowRank:
                 f"config.json names {len(ranks)} low-rank layers, such as {next(iter(ranks), None)!r}, and "
                 f"{type(self).__name__} has none of them"
             )
-        new = {id(modules[n]): LowRankLinear(modules[n], _checked(rank, modules[n], n)) for n, rank in found.items()}
+        new = {id(m): _KINDS[type(m)](m, _checked(rank, m, n)) for n, rank in found.items() for m in (modules[n],)}
         for parent in list(self.modules()):
             for name, child in list(parent._modules.items()):
                 parent._modules[name] = new.get(id(child), child)
@@ -206,7 +238,7 @@ class _LowRank:
 
 
 def _settled(model):
-    for layer in (module for module in model.modules() if isinstance(module, LowRankLinear)):
+    for layer in (module for module in model.modules() if isinstance(module, _PAIRS)):
         vars(layer.down).pop("bias", None)
     return model
 
@@ -232,14 +264,14 @@ def _low_rank_class(stock):
 
 
 def _is_dense(module):
-    return type(module) is nn.Linear or type(module) is transformers.pytorch_utils.Conv1D
+    return type(module) in _KINDS
 
 
 def _checked(rank, module, name):
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(module.weight.shape):
-        raise ValueError(
-            f"config.json: rank of {name!r} is {rank!r}: it must be a whole number from 1 to {min(module.weight.shape)}"
-        )
+    rows, groups = len(module.weight), getattr(module, "groups", 1)
+    most = min(rows // groups, module.weight.numel() // rows)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
+        raise ValueError(f"config.json: rank of {name!r} is {rank!r}: it must be a whole number from 1 to {most}")
     return rank
 
 
@@ -247,9 +279,11 @@ def _note(model):
     """Note the ranks in the config of the model, and of each model inside it."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model]
     for part in [*parts, model]:  # of models that share a config the outermost has its say
-        ranks = {n: m.rank for n, m in part.named_modules() if isinstance(m, LowRankLinear)}
+        ranks = {n: m.rank for n, m in part.named_modules() if isinstance(m, _PAIRS)}
         if ranks:
-            part.config.quantization_config = {"quant_method": METHOD, "version": NOTE_VERSION, "ranks": ranks}
+            linear = all(isinstance(part.get_submodule(n), LowRankLinear) for n in ranks)
+            version = 1 if linear else NOTE_VERSION
+            part.config.quantization_config = {"quant_method": METHOD, "version": version, "ranks": ranks}
 
 
 def _extend_plan(model):
@@ -315,7 +349,7 @@ def _prepared(config):
     note = own.get("cuttlefish")
     if not isinstance(note, dict) or not isinstance(note.get("ranks"), dict) or not note["ranks"]:
         raise ValueError(f"config.json names no low-rank layers: its note is {note!r:.80}")
-    version = note.get("version", NOTE_VERSION)
+    version = note.get("version", 1)
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= NOTE_VERSION:
         raise ValueError(
             f"config.json: the note of low-rank layers has version {version!r}, and this modeling_low_rank.py reads up to "
@@ -369,9 +403,7 @@ class _Remote:
             folder, *args, config=config, output_loading_info=True, **kwargs
         )
         _settled(model)
-        factors = {
-            f"{n}.{p}.weight" for n, m in model.named_modules() if isinstance(m, LowRankLinear) for p in ("down", "up")
-        }
+        factors = {f"{n}.{p}.weight" for n, m in model.named_modules() if isinstance(m, _PAIRS) for p in ("down", "up")}
         lost = sorted(factors & set(info["missing_keys"]))
         if lost:
             raise ValueError(f"the weights hold no {lost[0]}: config.json and the tensors belong to different models")

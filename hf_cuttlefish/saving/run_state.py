@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import CuttlefishConfig
+from ..config import ALL, CuttlefishConfig
 from ..decide.plan import RankPlan
 from ..layers.low_rank import low_rank_layers
 from ..measure.history import StableRankHistory
@@ -121,6 +121,8 @@ class RunState:
         """
         new, old = config.to_dict(), self.config
         changed = [] if old is None else [name for name in new if name in old and new[name] != old[name]]
+        if self.switch_step is not None and all(c["target_modules"] in ALL for c in (new, old or new)):
+            changed = [name for name in changed if name != "target_modules"]  # the default was "all-linear" once
         if self.switch_step is not None:
             for name in changed:
                 if name not in _ALWAYS_FREE:

@@ -175,7 +175,9 @@ def test_blocks_of_any_model_are_found_by_structure(blocks):
     ids=["bare layers", "list of heads", "one block", "one layer"],
 )
 def test_no_repeated_block_is_said(model):
-    with pytest.raises(ValueError, match=r"finds no nn\.Linear or Conv1D inside a repeated block.*target_modules="):
+    with pytest.raises(
+        ValueError, match=r"finds no nn\.Linear, Conv1D or nn\.Conv2d inside a repeated block.*target_modules="
+    ):
         find_targets(model)
 
 

@@ -111,7 +111,7 @@ def shelves(monkeypatch):
 
 
 def test_the_table_names_what_users_have():
-    assert labels(linear=True) == "nn.Linear or Conv1D"
+    assert labels("or", linear=True) == "nn.Linear or Conv1D"
     with pytest.raises(TypeError, match="LayerNorm"):
         kind_of(nn.LayerNorm(4))
 

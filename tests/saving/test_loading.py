@@ -108,8 +108,8 @@ DISAGREEMENTS: dict[str, tuple[dict[str, Callable[[dict], Any]], str]] = {
     ),
     "a norm": ({"config": lambda c: c[STRUCTURE].update(ranks={"bert.embeddings.LayerNorm": 4})}, "has none of them"),
     "newer": (
-        {"config": lambda c: c[STRUCTURE].update(version=2)},
-        r"has version 2, and this hf_cuttlefish reads up to 1: upgrade with `pip install -U hf-cuttlefish`",
+        {"config": lambda c: c[STRUCTURE].update(version=3)},
+        r"has version 3, and this hf_cuttlefish reads up to 2: upgrade with `pip install -U hf-cuttlefish`",
     ),
     "a version that is none": (
         {"config": lambda c: c[STRUCTURE].update(version="1")},

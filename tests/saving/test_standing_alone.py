@@ -38,11 +38,16 @@ T5 = {
     "vocab_size": 99,
     "decoder_start_token_id": 0,
 }
+GROUPED = {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [2, 2], "groups_width": 8, "num_labels": 4}
 MODELS = {
     "encoder": ("AutoModelForSequenceClassification", lambda: hf.BertForSequenceClassification(hf.BertConfig(**TEXT))),
     "decoder": ("AutoModelForCausalLM", lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT))),
     "conv1d": ("AutoModelForCausalLM", lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2))),
     "vision": ("AutoModelForImageClassification", lambda: hf.ViTForImageClassification(hf.ViTConfig(**IMAGE))),
+    "convolutions": (
+        "AutoModelForImageClassification",
+        lambda: hf.RegNetForImageClassification(hf.RegNetConfig(**GROUPED)),
+    ),
     "encoder-decoder": ("AutoModelForSeq2SeqLM", lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5))),
     "of parts": ("AutoModelForSeq2SeqLM", lambda: hf.EncoderDecoderModel(config=parts())),
     "dual encoder": ("AutoModel", lambda: hf.VisionTextDualEncoderModel(config=dual())),
@@ -66,6 +71,7 @@ def batch(name):
     image = torch.linspace(-1, 1, 3 * 256).view(1, 3, 16, 16)
     return {
         "vision": {"pixel_values": image},
+        "convolutions": {"pixel_values": image},
         "encoder-decoder": {"input_ids": ids, "decoder_input_ids": ids.clone()},
         "of parts": {"input_ids": ids, "decoder_input_ids": ids.clone()},
         "dual encoder": {"input_ids": ids, "pixel_values": image},
@@ -84,7 +90,9 @@ def folders(tmp_path_factory) -> Path:
                 parameter.add_(0.05 * torch.randn_like(parameter))
         kinds = [(n, type(m).__name__) for n, m in model.named_modules()]
         blocks = (".layer.", ".layers.", "h.", ".block.")
-        layers = [n for n, kind in kinds if kind in ("Linear", "Conv1D") and any(b in f".{n}" for b in blocks)]
+        layers = [
+            n for n, kind in kinds if kind in ("Linear", "Conv1D", "Conv2d") and any(b in f".{n}" for b in blocks)
+        ]
         factorize(model, dict.fromkeys(layers, 6))
         model.save_pretrained(root / name)
         with torch.no_grad():
@@ -136,7 +144,7 @@ torch.set_num_threads(1)
 hf.utils.logging.disable_progress_bar()
 trust = {"trust_remote_code": True} if place == "trust" else {}
 def low(model):
-    return sum(type(module).__name__ == "LowRankLinear" for module in model.modules())
+    return sum(type(module).__name__.startswith("LowRank") for module in model.modules())
 def answers(model, wanted):
     with torch.no_grad():
         out = model(**{k: v for k, v in wanted.items() if k != "logits"})

@@ -16,8 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.trainer_utils import load_sharded_checkpoint
 
-from hf_cuttlefish import LowRankLinear, factorize, follow_checkpoints, merge
+from hf_cuttlefish import factorize, follow_checkpoints, merge
 from hf_cuttlefish.decide.targets import find_targets, skipped_parameters
+from hf_cuttlefish.layers.kinds import kind_of
+from hf_cuttlefish.layers.low_rank import LowRankLayer
 from tiny_models import BY_NAME, FAMILIES, RANK, Family, aligned, are_close, assert_close, assert_same, outputs, starred
 
 NOT_PICKLED = {"wav2vec2"}
@@ -51,16 +53,18 @@ def on_disk(family, folder):
     return saved(family.name, folder)
 
 
-def low_rank(model: nn.Module) -> dict[str, LowRankLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+def low_rank(model: nn.Module) -> dict[str, LowRankLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
 
 
 def dense_kinds(model: nn.Module) -> dict[str, type]:
-    return {name: type(module) for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
+    return {
+        name: type(module) for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D, nn.Conv2d)
+    }
 
 
 @every_family
-def test_all_linear_takes_the_projections_of_the_blocks_and_nothing_else(family):
+def test_all_takes_the_projections_of_the_blocks_and_nothing_else(family):
     model = family.build()
     targets = find_targets(model)
     assert starred(targets) == family.targets
@@ -76,7 +80,8 @@ def test_all_linear_takes_the_projections_of_the_blocks_and_nothing_else(family)
 @every_family
 def test_full_rank_changes_nothing_and_low_rank_trains(family):
     model, batch = family.build(), family.inputs()
-    dense, shapes = outputs(model, batch), {name: tuple(m.weight.shape) for name, m in find_targets(model).items()}
+    dense, shapes = outputs(model, batch), {name: kind_of(m).size for name, m in find_targets(model).items()}
+    counts = {name: kind_of(m).count for name, m in find_targets(model).items()}
     exact = copy.deepcopy(model)
     factorize(exact, {name: min(shape) for name, shape in shapes.items()})
     assert_close(dense, outputs(exact, batch))
@@ -84,7 +89,7 @@ def test_full_rank_changes_nothing_and_low_rank_trains(family):
     before = sum(p.numel() for p in model.parameters())
     report = factorize(model, dict.fromkeys(shapes, RANK))
     after = sum(p.numel() for p in model.parameters())
-    assert before - after == sum(m * n - RANK * (m + n) for m, n in shapes.values())
+    assert before - after == sum(counts[name] * (m * n - RANK * (m + n)) for name, (m, n) in shapes.items())
     assert (report.parameters_before, report.parameters_after) == (before, after)
     assert starred(report.skipped) == family.dense and ("left dense" in str(report)) == bool(family.dense)
     assert not are_close(dense, outputs(model, batch))  # the blocks matter, so the other comparisons can fail
