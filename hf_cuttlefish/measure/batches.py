@@ -40,7 +40,7 @@ class Batches:
         self._pending: torch.Tensor | float | None = None
         self._is_told = False
         self._weights: dict[int, torch.Tensor] = {}
-        self._spread: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._spread: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def hooks(self, model: nn.Module, is_here: Callable[[nn.Module], bool]) -> list[Any]:
         """Follow the forwards of the model; returns handles. is_here: whether a module is the model, or its replica here."""
@@ -81,7 +81,7 @@ class Batches:
         self._pending = None
 
     @torch.no_grad()
-    def factors(self, number: int, grad: torch.Tensor, rows: int) -> torch.Tensor:
+    def factors(self, number: int, grad: torch.Tensor, rows: int, pick: slice | None = None) -> torch.Tensor:
         """By what each token's output gradient is multiplied: one over the square root of its example's norm, (tokens,) in fp32.
 
         The first layer that backward reaches in a batch has the norms. Examples may be in parts (windows of images, tokens
@@ -89,7 +89,9 @@ class Batches:
 
         Args:
             number: of the forward. grad: (examples or parts of them, ..., m). rows: examples of the batch.
+            pick: tokens that are asked for; all by default.
         """
+        pick = slice(None) if pick is None else pick
         tokens = grad.numel() // grad.shape[-1]
         weights = self._weights.get(number)
         if weights is None and tokens:
@@ -99,12 +101,12 @@ class Batches:
             self._weights[number] = weights = torch.where(norms > 0, norms, torch.inf).rsqrt()
             self.norms, self.squares = self.norms + norms.sum(), self.squares + norms.square().sum()
         if weights is None or not tokens:
-            return torch.ones(tokens, device=grad.device)
+            return torch.ones(tokens, device=grad.device)[pick]
         if len(grad) % len(weights):
-            return self.mean_factor(number, grad.device).expand(tokens)
-        key = number, tokens, len(weights)
-        if key not in self._spread:
-            self._spread[key] = weights.repeat_interleave(tokens // len(weights))
+            return self.mean_factor(number, grad.device).expand(tokens)[pick]
+        key = number, tokens, pick.start, pick.step
+        if key not in self._spread:  # the same for most layers
+            self._spread[key] = weights.repeat_interleave(tokens // len(weights))[pick]
         return self._spread[key]
 
     def mean_factor(self, number: int, device: torch.device) -> torch.Tensor:

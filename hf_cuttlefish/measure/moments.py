@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers.kind import Kind
 from ..layers.kinds import dense_weight, kind_of, layer_at
 from ..layers.parts import is_empty_between_uses, is_sharded, whole
 from ..maths.factors import LayerMoments, Moments
@@ -79,6 +80,9 @@ class MomentCollector:
         self._waiting: list[tuple[dict[str, torch.Tensor], Sample]] = []
         self.together: bool | None = None
         """Whether samples of several layers are added together; None: on a GPU."""
+        self._kinds: dict[str, Kind] = {}
+        self._last: tuple[torch.Tensor, tuple[Any, ...], torch.Tensor] | None = None
+        self._on_gpu = any(layer.weight.device.type == "cuda" for layer in self._running.values())
         self._held_in_parts = any(is_sharded(layer.weight) for layer in self._running.values())
 
     @property
@@ -121,6 +125,7 @@ class MomentCollector:
     def step(self) -> None:
         """Note that an optimizer step has ended."""
         self.steps += 1
+        self._last = None
         self.batches.step()
 
     def moments(self) -> dict[str, Moments]:
@@ -250,7 +255,10 @@ class MomentCollector:
 
     def weight_of(self, name: str) -> torch.Tensor:
         """The weight that a layer computes with now, (m, n)."""
-        return kind_of(self.layers[name]).matrix(whole(cast(torch.Tensor, self._running[name].weight)))
+        weight = whole(cast(torch.Tensor, self._running[name].weight))
+        if name not in self._kinds:
+            self._kinds[name] = kind_of(self.layers[name])
+        return self._kinds[name].matrix(weight)
 
     def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         kind = kind_of(self.layers[name])
@@ -296,10 +304,22 @@ class MomentCollector:
         sums = {k: v[at] for k, v in self.sums_of(name).items()}
         self._add_soon(sums, Sample(x, y, g, stride, weight, by))
 
+    @property
+    def spares_launches(self) -> bool:
+        """Whether samples of several layers are added together, and outputs worked out from inputs."""
+        return not self._held_in_parts and (self._on_gpu if self.together is None else self.together)
+
+    def sample_of(self, name: str, kind: Kind, given: torch.Tensor, pick: slice) -> torch.Tensor:
+        """A copy of the picked tokens of a layer's input; one for all layers that read one tensor."""
+        key = given._version, kind.is_linear, pick.start, pick.step
+        if self._last is None or self._last[0] is not given or self._last[1] != key or not kind.is_linear:
+            x = self.whole_flow(name, kind.rows(given.detach(), "input", pick).clone(), "input")
+            self._last = given, key, x
+        return self._last[2]
+
     def _add_soon(self, sums: dict[str, torch.Tensor], sample: Sample) -> None:
         """At once; on a GPU, where each launch counts, with others: when there are several, or backward ends."""
-        together = sample.x.is_cuda if self.together is None else self.together
-        if not together or not in_backward() or self._held_in_parts:
+        if not self.spares_launches or not in_backward():
             self._add([(sums, sample)])
             return
         if not self._waiting:

@@ -18,7 +18,8 @@ class Sample:
     """Tokens of one layer in one micro-batch.
 
     Attributes:
-        x: inputs (t, n), or numbers of tokens (t,), which stand for one-hot rows. y: outputs (t, m) where m <= n, else None. g: output gradients (t, m).
+        x: inputs (t, n), or numbers of tokens (t,), which stand for one-hot rows. g: output gradients (t, m).
+        y: outputs (t, m) where m <= n; None: to be worked out from the inputs.
         stride: how many tokens each of them stands for. weight: (m, n), that the layer ran with.
         by: what each token's gradient is multiplied by, (t,); None: 1.
     """
@@ -77,8 +78,12 @@ def add_samples(
             x = torch.where(used, x.float(), 0.0)
             _add(sums, "x", x.sum(1), first.stride)
         _add(sums, "count", used.sum((1, 2)).float(), first.stride)
-        if first.y is not None:  # m <= n: covariance of the outputs, moment of the output gradients
-            y = torch.where(used, _together([s.y for s in samples]).float(), 0.0)  # type: ignore[misc]
+        m, n = first.weight.shape
+        if m <= n:  # covariance of the outputs (without the bias: about their mean), moment of the output gradients
+            if first.y is None:
+                y = x @ _together([s.weight for s in samples]).float().mT
+            else:
+                y = torch.where(used, _together([s.y for s in samples]).float(), 0.0)  # type: ignore[misc]
             _add_squares(sums, "signal", y, first.stride)
             _add_squares(sums, "metric", g, first.stride)
             _add(sums, "y", y.sum(1), first.stride)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..layers.kind import note_norm
+from ..layers.kind import Kind, note_norm
 from ..layers.kinds import dense_weight, kind_of
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class Tap:
     def __init__(self, collector: MomentCollector, name: str) -> None:
         self.collector, self.name = collector, name
         self._weight: torch.Tensor | None = None
+        self._known: tuple[Kind, int, int] | None = None  # looked up once: the host has to be spared
 
     def keep_weight(self, module: nn.Module, args: tuple) -> None:
         """Before the forward, under ZeRO-3: it is whole only now, and the gradient comes before it is gathered again."""
@@ -48,15 +49,17 @@ class Tap:
             output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         seen = collector.batches
         seen.called(len(given))
-        kind = kind_of(collector.layers[name])
-        m, n = kind.size
+        if self._known is None:
+            known = kind_of(collector.layers[name])
+            self._known = known, *known.size
+        kind, m, n = self._known
         tokens = kind.features_last(output).shape[:-1].numel()
         stride = -(-tokens // collector.max_tokens) if tokens else 1
         first = (seen.count + 1) % stride  # other tokens in each batch, and no random number drawn
         pick = slice(first, None, stride)
-        x = collector.whole_flow(name, kind.rows(given.detach(), "input", pick).clone(), "input")
+        x = collector.sample_of(name, kind, given, pick)
         y = None
-        if m <= n:
+        if m <= n and not (kind.is_linear and collector.spares_launches):
             y = kind.rows(output.detach(), "output", pick)
             y = collector.whole_flow(name, y.clone() if stride > 1 else y, "output")
 
@@ -66,7 +69,7 @@ class Tap:
         def arrived(grad: torch.Tensor) -> None:
             seen.arrived()
             grad = collector.whole_flow(name, grad.detach(), "output")
-            by = seen.factors(number, kind.features_last(grad), rows)[pick]
+            by = seen.factors(number, kind.features_last(grad), rows, pick)
             weight = collector.weight_of(name) if kept is None else kept
             g = kind.rows(grad, "output", pick)
             collector.add(name, x, y, g.clone() if stride > 1 else g, stride, weight, by)
