@@ -1,4 +1,4 @@
-"""The commands: inspect, factorize, merge, plot, env; `train` has a file of its own."""
+"""The commands: inspect, factorize, merge, plot, env; `train`, `bench` and `export` have files of their own."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from ..report.plotting import plot_loss, plot_ranks, plot_spectra, plot_stable_r
 from ..saving.companions import copy_companions, remember
 from ..saving.merged import save_merged
 from ..switch import factorize as factorize_model
+from .bench import bench as bench
 from .data import read_rows
 from .data import statistics as statistics_of
+from .export import export as export
 from .files import (
     cuttlefish_states,
     load_config,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from ..decide.plan import RankPlan
 from .talking import one_line, warn
@@ -27,6 +28,11 @@ def load_config(name: str) -> Any:
     """
     if is_local(name):
         folder = Path(name)
+        if folder.is_file():
+            hint = "load it with from_pretrained(FOLDER, gguf_file=NAME), save_pretrained, and give that folder"
+            raise ValueError(
+                f"{name} is a file: {hint if folder.suffix == '.gguf' else 'give the folder that holds it'}"
+            )
         if not folder.is_dir():
             raise FileNotFoundError(f"{name}: no such folder")
         if not (folder / "config.json").is_file():
@@ -110,6 +116,8 @@ def output(options: argparse.Namespace) -> Iterator[Path]:
                 shutil.rmtree(target)
             os.replace(new, target)
         made = []
+    except SafetensorError as error:  # the disk is full, or a limit is reached
+        raise OSError(f"{out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for folder in made:

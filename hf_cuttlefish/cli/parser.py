@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from .. import __version__
 from ..config import RANK_RULES
@@ -69,6 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL", help="folder or hub name of a factorized model")
     sub.add_argument("out", metavar="OUT", help="folder to write")
     _add_force(sub)
+
+    _add_serving(command)
 
     sub = command("plot", "draw a run from the state that the Trainer saved in its checkpoints")
     sub.add_argument(
@@ -198,6 +201,37 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--json", action="store_true", help="print the results as JSON")
     _add_force(sub)
+
+
+def _add_serving(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """What comes after training: export and bench."""
+    sub = command("export", "write a model in the form that a server takes: dense, ONNX or GGUF")
+    sub.add_argument("model", metavar="MODEL", help="folder or hub name")
+    sub.add_argument("out", metavar="OUT", help="folder to write; with gguf a file that ends in .gguf")
+    sub.add_argument("--format", choices=("dense", "onnx", "gguf"), required=True, help="what to write")
+    sub.add_argument("--int8", action="store_true", help="onnx: matrices in eight bits")
+    sub.add_argument("--outtype", choices=("f32", "f16", "bf16", "q8_0", "auto"), default="f16", help="gguf: numbers")
+    sub.add_argument("--converter", metavar="PATH", help="gguf: a clone of llama.cpp, or its convert_hf_to_gguf.py")
+    _add_force(sub)
+
+    sub = command("bench", "time a model on this machine, beside its dense form or another model")
+    sub.add_argument("model", metavar="MODEL", help="folder or hub name")
+    sub.add_argument("--against", metavar="DENSE", help="folder or hub name (default: MODEL's own dense form)")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    sub.add_argument(
+        "--batch", type=_count, nargs="+", default=[1, 8], metavar="N", help="examples at once (default: 1 8)"
+    )
+    sub.add_argument("--length", type=_count, metavar="N", help="tokens of an example (default: 128)")
+    sub.add_argument(
+        "--backend",
+        type=lambda text: text.split(","),
+        default=["torch"],
+        metavar="NAMES",
+        help="some of torch,onnx,compile (default: torch)",
+    )
+    sub.add_argument("--rounds", type=_count, default=7, metavar="N", help="turns of each (default: %(default)s)")
+    sub.add_argument("--threads", type=_count, metavar="N", help="threads on a CPU (default: all cores)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_force(sub: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -64,9 +65,10 @@ class KeptBatches:
             self._handle = None
 
     def _keep(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and not args and not getattr(module, "_is_replica", False):
+        named = _by_name(module, args)
+        if torch.is_grad_enabled() and named is not None and not getattr(module, "_is_replica", False):
             kind = next(module.parameters()).device.type
-            given = {name: value for name, value in kwargs.items() if name not in _NOT_KEPT}
+            given = {name: value for name, value in {**named, **kwargs}.items() if name not in _NOT_KEPT}
             self._kept.append((given, (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))))
 
     def effect(self, layers: Mapping[str, nn.Module], factors: Mapping[str, Factors]) -> Effect:
@@ -125,6 +127,16 @@ class KeptBatches:
         for _, batch in sorted(batches.items()):
             mark = batch.pop("")
             self._kept.append(({k: v.to(device) for k, v in batch.items()}, (bool(len(mark)), mark.dtype)))
+
+
+def _by_name(module: nn.Module, args: tuple) -> dict[str, Any] | None:
+    """Positional arguments under the names that forward has for them; None where it has none, as behind a bare *args."""
+    if not args:
+        return {}
+    parameters = list(inspect.signature(module.forward).parameters.values())[: len(args)]
+    if len(parameters) < len(args) or any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
+        return None
+    return {parameter.name: value for parameter, value in zip(parameters, args, strict=True)}
 
 
 def _mean(losses: Iterable[float | None]) -> float | None:

@@ -120,3 +120,33 @@ def test_a_model_without_scores_has_no_divergence():
     effect = kept.effect({"a": model.a}, factors_of({"a": model.a}))
     assert effect.divergence is None
     assert effect.loss > 0
+
+
+def test_a_batch_given_by_position_counts_as_by_name(model):
+    """`model(input_ids, attention_mask, labels=labels)` measured nothing, and the size was the one for runs without a measure."""
+    batch = BY_NAME["bert"].inputs()
+    found = []
+    for positional in (False, True):
+        kept, layers = KeptBatches(model), find_targets(model)
+        kept.start()
+        model(batch["input_ids"], **{k: v for k, v in batch.items() if k != "input_ids"}) if positional else model(
+            **batch
+        )
+        kept.stop()
+        assert len(kept) == 1
+        again = KeptBatches(model)
+        again.load_state_dict(kept.state_dict())
+        found += [kept.effect(layers, factors_of(layers)), again.effect(layers, factors_of(layers))]
+    assert found[0].divergence > 0 and found[0].loss > 0 and found == [found[0]] * 4
+
+
+def test_a_batch_that_has_no_names_is_left_out():
+    class Anything(nn.Linear):
+        def forward(self, *inputs):
+            return {"loss": super().forward(inputs[0]).square().mean()}
+
+    model = Anything(4, 4)
+    kept = KeptBatches(model)
+    kept.start()
+    model(torch.ones(2, 4)), model.eval()
+    assert len(kept) == 0

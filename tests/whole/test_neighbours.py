@@ -279,6 +279,33 @@ def test_trls_sft_trainer_switches(tmp_path):
     assert_close(outputs(loaded, ids), outputs(trainer.model.eval(), ids), 1e-6)
 
 
+def test_trls_reference_model_that_follows_is_refused_at_the_start(tmp_path):
+    """It is averaged with the model parameter by parameter, and after the switch these are others: said before the first step."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    config = hf.LlamaConfig(**{**LLAMA, "vocab_size": len(WORDS), "eos_token_id": 3, "bos_token_id": 2})
+    pairs = {"prompt": ["a b", "c d"] * 8, "chosen": ["e f", "g h"] * 8, "rejected": ["i j", "k l"] * 8}
+    callback = CuttlefishCallback(CONFIG)
+
+    def trainer(**settings: Any) -> Any:
+        return trl.DPOTrainer(
+            model=hf.LlamaForCausalLM(config),
+            ref_model=hf.LlamaForCausalLM(config),
+            args=arguments(tmp_path, trl.DPOConfig, max_length=12, bf16=False, **settings),
+            train_dataset=datasets.Dataset.from_dict(pairs),
+            processing_class=tokenizer(),
+            callbacks=[callback],
+        )
+
+    run = trainer(sync_ref_model=True, ref_model_sync_steps=2)
+    with pytest.raises(ValueError, match=r"sync_ref_model=True copies .* set it to False"):
+        run.train()
+    assert run.state.global_step == 0 and not low_rank_layers(run.model)
+    run = trainer(sync_ref_model=False)
+    run.train()
+    assert callback.switch_step == SWITCH and low_rank_layers(run.model) and not low_rank_layers(run.ref_model)
+
+
 # --- timm ---
 
 
