@@ -24,10 +24,10 @@ from ..report.plotting import plot_loss, plot_ranks, plot_spectra, plot_stable_r
 from ..saving.companions import copy_companions, remember
 from ..saving.merged import save_merged
 from ..switch import factorize as factorize_model
-from .bench import bench as bench
+from .bench import bench
 from .data import read_rows
 from .data import statistics as statistics_of
-from .export import export as export
+from .export import export
 from .files import (
     cuttlefish_states,
     load_config,
@@ -40,7 +40,7 @@ from .sizes import compare_sizes
 from .talking import bar
 from .train import train
 
-__all__ = ["env", "factorize", "inspect", "merge", "plot", "train"]
+__all__ = ["bench", "env", "export", "factorize", "inspect", "merge", "plot", "train"]
 
 PACKAGES = (
     *("hf-cuttlefish", "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "tokenizers", "numpy"),

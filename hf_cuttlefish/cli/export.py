@@ -14,6 +14,7 @@ from typing import Any
 
 from ..layers.low_rank import low_rank_layers
 from ..patch.structure import QUANT_METHOD
+from ..report.inspection import present_plan
 from ..saving.companions import TOKENIZER, copy_companions
 from ..saving.gguf_export import check_gguf, export_gguf, find_converter
 from ..saving.merged import save_merged
@@ -61,7 +62,7 @@ def _dense(options: argparse.Namespace) -> None:
         layers = len(low_rank_layers(model))
         before = sum(p.numel() for p in model.parameters())
         _write_dense(options.model, model, folder)
-        after = before + sum(_gained(layer) for layer in low_rank_layers(model).values())
+        after = before + _gained(model)
     print(f"merged {layers} layers, {before:,} -> {after:,} parameters; saved in {options.out}, which loads without us")
 
 
@@ -113,16 +114,19 @@ def _load(options: argparse.Namespace, folder: Path, times: float = 1.0) -> Any:
         raise ValueError(f"{options.model} is no factorized model: its config.json names no low-rank layers")
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if options.format != "onnx":
-        size += sum(_gained(layer) * layer.up.weight.element_size() for layer in layers.values())
+        size += _gained(model) * next(model.parameters()).element_size()
     needed, free = int(size * times * MARGIN), shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(f"no room for {options.out}: {needed:,} bytes are needed, and the disk has {free:,}")
     return model
 
 
-def _gained(layer: Any) -> int:
-    """Parameters that the dense layer has more."""
-    return layer.in_features * layer.out_features - layer.rank * (layer.in_features + layer.out_features)
+def _gained(model: Any) -> int:
+    """Parameters that the dense form has more."""
+    if not low_rank_layers(model):
+        return 0
+    full, low_rank = present_plan(model).parameters()
+    return full - low_rank
 
 
 def _write_dense(name: str, model: Any, folder: Path) -> None:

@@ -87,8 +87,9 @@ def example_inputs(model: nn.Module, batch: int, length: int | None = None) -> d
         most = None if most is None or most <= 0 else most - _positions_taken(model)
         if length is not None and most is not None and length > most:
             raise ValueError(f"length is {length}, and {type(model).__name__} has {most} positions")
-        size = (batch, length or min(128, most or 128))
-        ids = torch.randint(min(3, text.vocab_size - 1), text.vocab_size, size, generator=draw).to(device)
+        tokens = length or min(128, most or 128)
+        first = min(3, text.vocab_size - 1)  # behind the padding, usually
+        ids = torch.randint(first, text.vocab_size, (batch, tokens), generator=draw).to(device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if getattr(config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = ids.clone()
@@ -97,7 +98,7 @@ def example_inputs(model: nn.Module, batch: int, length: int | None = None) -> d
         vision = getattr(config, "vision_config", config)
         size = getattr(vision, "image_size", None) or 224
         height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch, getattr(vision, "num_channels", 3), height, width)
+        shape: tuple[int, ...] = (batch, getattr(vision, "num_channels", 3), height, width)
     elif name == "input_values":
         shape = (batch, length or 16_000)
     else:
