@@ -24,11 +24,12 @@ from ..layers.embedding import LowRankOutput
 from ..layers.low_rank import LowRankLinear, low_rank_layers
 from ..patch.structure import QUANT_METHOD, configs_of, write_structure
 from . import modeling_low_rank as standalone
+from .standalone import standalone_text
 
 logger = logging.getLogger(__name__)
 
 STANDALONE_FILE = f"{standalone.NAME}.py"
-STANDALONE_TEXT = Path(standalone.__file__).read_text("utf-8")
+STANDALONE_TEXT = standalone_text()
 
 Companion = Callable[[Path, Any, bool], None]
 """Called with a folder, the factorized model that is being saved there, and whether as a dense one; before any upload."""

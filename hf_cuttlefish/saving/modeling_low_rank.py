@@ -2,7 +2,7 @@
 
 hf-cuttlefish (https://pypi.org/project/hf-cuttlefish) writes this file beside the weights of each model that it has made low
 rank. It is the same text for all of them and holds no code of the model: it builds the class of transformers that config.json
-asks for, and puts two small linear layers in the place of each layer that `quantization_config` in config.json names. Where
+asks for, and puts two small layers in the place of each layer that `quantization_config` in config.json names. Where
 the package is imported, the package loads the folder and this file is not run.
 """
 
@@ -12,15 +12,15 @@ import os
 import re
 import sys
 
-import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-FORMAT = 2
+from .standalone_layers import PAIRS, LowRankLinear, exchange, is_dense, largest_rank, resized_head, without_ties
+
+FORMAT = 3
 """Version of this text, raised with each change of it."""
 
 NAME = "modeling_low_rank"
@@ -93,105 +93,6 @@ def complete(folder, config_class, text):
     return True
 
 
-# --- the layer ---
-
-
-class LowRankLinear(nn.Module):
-    """y = up(down(x)) + bias, in the place of an `nn.Linear` or a `Conv1D`."""
-
-    def __init__(self, dense, rank):
-        super().__init__()
-        weight = dense.weight
-        self.origin = type(dense).__name__
-        out_features, in_features = weight.shape if self.origin == "Linear" else weight.shape[::-1]
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.down = nn.Linear(in_features, rank, bias=False, device=weight.device, dtype=weight.dtype)
-        self.up = nn.Linear(rank, out_features, bias=False, device=weight.device, dtype=weight.dtype)
-        self.up.bias = dense.bias
-        self.down._is_hf_initialized = self.up._is_hf_initialized = True  # by nn.Linear, or by the file
-        vars(self.down)["bias"] = torch.empty(0)  # until `_settled`: OneFormer and xLSTM fill it without asking
-
-    def forward(self, x):
-        """(..., in_features) -> (..., out_features)."""
-        return self.up(self.down(x))
-
-    @property
-    def weight(self):
-        """The product; T5 asks for its dtype in each forward, so it is multiplied out only when its values are used."""
-        if torch.compiler.is_compiling():
-            return self.up.weight @ self.down.weight
-        return _Product(self.up.weight, self.down.weight)
-
-    @property
-    def bias(self):
-        return self.up.bias
-
-
-class LowRankConv2d(nn.Module):
-    """up(down(x)), in the place of an `nn.Conv2d`: its kernel into `rank` filters for each group, then 1 x 1."""
-
-    def __init__(self, dense, rank):
-        super().__init__()
-        for name in (
-            "in_channels",
-            "out_channels",
-            "kernel_size",
-            "stride",
-            "padding",
-            "dilation",
-            "groups",
-            "padding_mode",
-        ):
-            setattr(self, name, getattr(dense, name))
-        self.rank, middle = rank, dense.groups * rank
-        made = {"bias": False, "groups": dense.groups, "device": dense.weight.device, "dtype": dense.weight.dtype}
-        geometry = (dense.kernel_size, dense.stride, dense.padding, dense.dilation)
-        self.down = nn.Conv2d(dense.in_channels, middle, *geometry, padding_mode=dense.padding_mode, **made)
-        self.up = nn.Conv2d(middle, dense.out_channels, 1, **made)
-        self.up.bias = dense.bias
-        self.down._is_hf_initialized = self.up._is_hf_initialized = True
-
-    def forward(self, x):
-        return self.up(self.down(x))
-
-
-_KINDS = {nn.Linear: LowRankLinear, transformers.pytorch_utils.Conv1D: LowRankLinear, nn.Conv2d: LowRankConv2d}
-_PAIRS = (LowRankLinear, LowRankConv2d)
-
-
-class _Product(torch.Tensor):
-    """A dtype, a shape and a device; up @ down in any operation."""
-
-    _is_hf_initialized = True
-
-    @staticmethod
-    def __new__(cls, up, down):
-        shape = (up.shape[0], down.shape[1])
-        product = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=up.dtype, device=up.device)
-        product._factors = (up, down)
-        return product
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func in _NEED_NO_VALUES:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        multiplied = torch.utils._pytree.tree_map_only(
-            cls, lambda p: p._factors[0] @ p._factors[1], (args, kwargs or {})
-        )
-        return func(*multiplied[0], **multiplied[1])
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return cls.__torch_function__(func, types, args, kwargs)
-
-
-_NEED_NO_VALUES = {
-    *(getattr(torch.Tensor, name).__get__ for name in ("dtype", "shape", "device", "ndim", "is_meta")),
-    *(getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "element_size")),
-}
-
-
 # --- the model ---
 
 
@@ -205,18 +106,15 @@ class _LowRank:
         modules, prefix, found = dict(self.named_modules()), f"{self.base_model_prefix}.", {}
         for name, rank in ranks.items():
             for own in (name, name.removeprefix(prefix), prefix + name):
-                if _is_dense(modules.get(own)):
-                    found[own] = rank
+                if is_dense(modules.get(own)):
+                    found[own] = _checked(rank, modules[own], own)
                     break
         if not found:
             raise ValueError(
                 f"config.json names {len(ranks)} low-rank layers, such as {next(iter(ranks), None)!r}, and "
                 f"{type(self).__name__} has none of them"
             )
-        new = {id(m): _KINDS[type(m)](m, _checked(rank, m, n)) for n, rank in found.items() for m in (modules[n],)}
-        for parent in list(self.modules()):
-            for name, child in list(parent._modules.items()):
-                parent._modules[name] = new.get(id(child), child)
+        exchange(self, found)
         _note(self)
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
@@ -233,12 +131,15 @@ class _LowRank:
         _complete(working_dir, self)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
+    def _get_resized_lm_head(self, old, tokens=None, *args, **kwargs):
+        return resized_head(super()._get_resized_lm_head, old, tokens, *args, **kwargs)
+
     def __reduce_ex__(self, protocol):
         return _blank, (type(self).__mro__[2],), vars(self)
 
 
 def _settled(model):
-    for layer in (module for module in model.modules() if isinstance(module, _PAIRS)):
+    for layer in (module for module in model.modules() if isinstance(module, PAIRS)):
         vars(layer.down).pop("bias", None)
     return model
 
@@ -263,13 +164,8 @@ def _low_rank_class(stock):
     return _CLASSES[stock]
 
 
-def _is_dense(module):
-    return type(module) in _KINDS
-
-
 def _checked(rank, module, name):
-    rows, groups = len(module.weight), getattr(module, "groups", 1)
-    most = min(rows // groups, module.weight.numel() // rows)
+    most = largest_rank(module)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
         raise ValueError(f"config.json: rank of {name!r} is {rank!r}: it must be a whole number from 1 to {most}")
     return rank
@@ -279,7 +175,7 @@ def _note(model):
     """Note the ranks in the config of the model, and of each model inside it."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model]
     for part in [*parts, model]:  # of models that share a config the outermost has its say
-        ranks = {n: m.rank for n, m in part.named_modules() if isinstance(m, _PAIRS)}
+        ranks = {n: m.rank for n, m in part.named_modules() if isinstance(m, PAIRS)}
         if ranks:
             linear = all(isinstance(part.get_submodule(n), LowRankLinear) for n in ranks)
             version = 1 if linear else NOTE_VERSION
@@ -302,8 +198,9 @@ def _extend_plan(model):
                 rules |= {f"{name}.down": "replicate", f"{name}.up": plan[name]}
             elif plan[name].startswith("rowwise"):
                 rules |= {f"{name}.down": plan[name], f"{name}.up": "replicate"}
-        dense = {re.sub(r"\d+", "*", n) for n, m in model.named_modules() if _is_dense(m)}
+        dense = {re.sub(r"\d+", "*", n) for n, m in model.named_modules() if is_dense(m)}
         rest = {name: style for name, style in plan.items() if name not in layers or name in dense}
+        rest = without_ties(model, rest)
         setattr(holder, key, {**rules, **rest})
 
 
@@ -403,7 +300,7 @@ class _Remote:
             folder, *args, config=config, output_loading_info=True, **kwargs
         )
         _settled(model)
-        factors = {f"{n}.{p}.weight" for n, m in model.named_modules() if isinstance(m, _PAIRS) for p in ("down", "up")}
+        factors = {f"{n}.{p}.weight" for n, m in model.named_modules() if isinstance(m, PAIRS) for p in ("down", "up")}
         lost = sorted(factors & set(info["missing_keys"]))
         if lost:
             raise ValueError(f"the weights hold no {lost[0]}: config.json and the tensors belong to different models")

@@ -38,6 +38,12 @@ T5 = {
     "vocab_size": 99,
     "decoder_start_token_id": 0,
 }
+GEMMA = {**TEXT, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TABLES = {
+    "vocabulary": ["bert.embeddings.word_embeddings"],
+    "vocabulary, three tables": ["shared"],
+    "vocabulary, scaled": ["model.embed_tokens"],
+}
 GROUPED = {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [2, 2], "groups_width": 8, "num_labels": 4}
 MODELS = {
     "encoder": ("AutoModelForSequenceClassification", lambda: hf.BertForSequenceClassification(hf.BertConfig(**TEXT))),
@@ -49,6 +55,9 @@ MODELS = {
         lambda: hf.RegNetForImageClassification(hf.RegNetConfig(**GROUPED)),
     ),
     "encoder-decoder": ("AutoModelForSeq2SeqLM", lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5))),
+    "vocabulary": ("AutoModelForMaskedLM", lambda: hf.BertForMaskedLM(hf.BertConfig(**TEXT))),
+    "vocabulary, three tables": ("AutoModelForSeq2SeqLM", lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5))),
+    "vocabulary, scaled": ("AutoModelForCausalLM", lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**GEMMA))),
     "of parts": ("AutoModelForSeq2SeqLM", lambda: hf.EncoderDecoderModel(config=parts())),
     "dual encoder": ("AutoModel", lambda: hf.VisionTextDualEncoderModel(config=dual())),
 }
@@ -73,6 +82,7 @@ def batch(name):
         "vision": {"pixel_values": image},
         "convolutions": {"pixel_values": image},
         "encoder-decoder": {"input_ids": ids, "decoder_input_ids": ids.clone()},
+        "vocabulary, three tables": {"input_ids": ids, "decoder_input_ids": ids.clone()},
         "of parts": {"input_ids": ids, "decoder_input_ids": ids.clone()},
         "dual encoder": {"input_ids": ids, "pixel_values": image},
     }.get(name, {"input_ids": ids})
@@ -93,6 +103,7 @@ def folders(tmp_path_factory) -> Path:
         layers = [
             n for n, kind in kinds if kind in ("Linear", "Conv1D", "Conv2d") and any(b in f".{n}" for b in blocks)
         ]
+        layers += TABLES.get(name, [])
         factorize(model, dict.fromkeys(layers, 6))
         model.save_pretrained(root / name)
         with torch.no_grad():
@@ -144,7 +155,12 @@ torch.set_num_threads(1)
 hf.utils.logging.disable_progress_bar()
 trust = {"trust_remote_code": True} if place == "trust" else {}
 def low(model):
-    return sum(type(module).__name__.startswith("LowRank") for module in model.modules())
+    names = [type(module).__name__ for module in model.modules()]
+    return sum(name.startswith("LowRank") and name != "LowRankOutput" for name in names)
+def resized(name):
+    model = hf.AutoModelForMaskedLM.from_pretrained(root / name, **trust)
+    model.resize_token_embeddings(107)
+    return list(model(torch.arange(3, 9)[None]).logits.shape)
 def answers(model, wanted):
     with torch.no_grad():
         out = model(**{k: v for k, v in wanted.items() if k != "logits"})
@@ -175,6 +191,7 @@ for folder in sorted(root.iterdir()):
     results[folder.name] = {"auto": load(getattr(hf, facts["auto"]), folder.name, full=(folder / "whole").exists())}
     if (folder / "whole").exists():
         results[folder.name]["concrete"] = load(getattr(hf, facts["class"]), folder.name)
+results["resized"] = tried(lambda: resized("vocabulary"))
 results["base"] = load(hf.AutoModel, "encoder")
 results["parts"] = tried(lambda: {"low": low(hf.EncoderDecoderModel.from_encoder_decoder_pretrained(root / "encoder", root / "encoder"))})
 results["pipeline"] = tried(lambda: {"low": low(hf.pipeline("feature-extraction", model=str(root / "decoder"), device="cpu", **trust).model)})
@@ -215,6 +232,11 @@ def results(folders, tmp_path_factory) -> dict[str, dict]:
         assert done.returncode == 0, done.stderr[-3000:]
         found[place] = json.loads(done.stdout.split("RESULTS")[1]) | {"out": done.stdout, "err": done.stderr}
     return found
+
+
+@pytest.mark.parametrize("place", ["import", "trust"])
+def test_a_vocabulary_is_resized(results, place):
+    assert results[place]["resized"] == [1, 6, 107]
 
 
 def refused(result) -> bool:
