@@ -80,6 +80,8 @@ class Runner:
                     os.killpg(process.pid, 9)
         record["seconds"] = round(time.time() - started, 1)
         text = log.read_text("utf-8", errors="replace")
+        if launch.fails and "SIGKILL" not in text and "exitcode: -9" not in text and "Signal 9" not in text:
+            record["error"] = "it ended, but not by the signal"
         record["said"] = [
             li for li in text.splitlines() if li.startswith(("Cuttlefish", "hf_cuttlefish")) or "fresh process" in li
         ][-8:]

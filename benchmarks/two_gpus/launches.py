@@ -40,7 +40,7 @@ class Launch:
         arguments = [str(part) for key, value in self.arguments.items() for part in (f"--{key}", value)]
         arguments = [part.replace("{out}", str(out)) for part in arguments]
         if self.after is not None:
-            found = checkpoints(out / self.after)
+            found = checkpoints(out / self.after, self.processes)
             arguments = [{"{first}": found[:1], "{last}": found[-1:]}.get(part, [part])[0] for part in arguments]
         if self.config == "python":
             return [sys.executable, str(self.script), *arguments]
@@ -55,11 +55,11 @@ class Launch:
         return [*run, str(self.script), *arguments]
 
 
-def checkpoints(folder: Path) -> list[str]:
+def checkpoints(folder: Path, processes: int) -> list[str]:
     """The checkpoints of a run that are whole, in their order; [""] where there is none."""
     from hf_cuttlefish.saving.checkpoints import last_whole_checkpoint
 
-    last = last_whole_checkpoint(folder / "cuttlefish")
+    last = last_whole_checkpoint(folder / "cuttlefish", processes)
     if last is None:
         return [""]
     steps = sorted(int(p.name.split("-")[1]) for p in Path(last).parent.glob("checkpoint-*"))
@@ -124,8 +124,8 @@ def all_launches(data: Path, quick: bool, cpu: bool) -> list[Launch]:
         classified("killed at the switch", ddp, own, script=HERE / "killed.py", fails=True, save_strategy="steps", save_steps=steps // 2),
         classified("killed, resumed", ddp, own, after="killed at the switch", resume_from_checkpoint="{last}"),
     ]  # fmt: skip
-    if cpu:
-        return found
+    if cpu:  # torch's bf16 hook wants CUDA
+        return [launch for launch in found if launch.name != "communication hook bf16"]
     return [
         classified("one gpu bf16", ONE, processes=1, per_device_train_batch_size=32),
         classified("ddp fp16", DDP),

@@ -128,6 +128,10 @@ class Dataset:
         return Dataset(columns, features or Features({n: known.get(n) or _kind(v) for n, v in columns.items()}))
 
 
+class IterableDataset:
+    """There are none here."""
+
+
 class DatasetDict(dict):
     """Split -> its rows; what is asked of it is asked of each."""
 
