@@ -58,6 +58,7 @@ class CuttlefishArguments:
     rank_ratio: float | None = field(default=None, metadata={"help": "Rank as a share of the full rank."})
     switch_step: int | None = field(default=None, metadata={"help": "Switch after this step. None: when ranks settle."})
     target_ratio: float | None = field(default=None, metadata={"help": "Share of the parameters to keep."})
+    embeddings: bool | None = field(default=None, metadata={"help": "The table of tokens and its output layer, too."})
     switch: str | None = field(
         default=None,
         metadata={"help": "auto, in_place, or restart: save at the switch, stop, go on with a new Trainer."},

@@ -189,4 +189,4 @@ def _config(options: argparse.Namespace, **settings: Any) -> CuttlefishConfig:
         settings["target_modules"] = options.target_modules
     if options.exclude_modules:
         settings["exclude_modules"] = options.exclude_modules
-    return CuttlefishConfig(rank_multiple=options.rank_multiple, **settings)
+    return CuttlefishConfig(rank_multiple=options.rank_multiple, embeddings=options.embeddings, **settings)

@@ -116,6 +116,10 @@ def _add_inspect(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--save-plan", metavar="FILE", help="write the ranks as JSON, for factorize --plan")
 
 
+def _add_embeddings(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--embeddings", action="store_true", help="the table of tokens and its output layer, too")
+
+
 def _add_model(sub: argparse.ArgumentParser) -> None:
     """The model, its target layers, and the data for statistics."""
     sub.add_argument("model", metavar="MODEL", help="folder or hub name")
@@ -128,6 +132,7 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
         help="endings of module names (default: all linear layers of the blocks)",
     )
     layers.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="endings of module names that stay dense")
+    _add_embeddings(layers)
     layers.add_argument(
         "--rank-multiple",
         type=_count,
@@ -199,6 +204,7 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--max-loss-increase", type=_above_zero, metavar="R", help="as small as the loss rises by at most this share"
     )
+    _add_embeddings(sub)
     sub.add_argument("--json", action="store_true", help="print the results as JSON")
     _add_force(sub)
 

@@ -52,6 +52,7 @@ def train(options: argparse.Namespace) -> None:
 
 def _config(options: argparse.Namespace) -> CuttlefishConfig:
     given = {"target_ratio": options.ratio, "max_loss_increase": options.max_loss_increase}
+    given["embeddings"] = options.embeddings
     return CuttlefishConfig(**{name: value for name, value in given.items() if value is not None})
 
 
