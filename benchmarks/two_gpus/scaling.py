@@ -161,7 +161,10 @@ def through_link(link: Link, bucket: dist.GradBucket) -> torch.futures.Future[to
     return future.then(then)
 
 
-through_link.__annotations__ = {"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]}  # DDP looks at them
+through_link.__annotations__ = {
+    "bucket": dist.GradBucket,
+    "return": torch.futures.Future[torch.Tensor],
+}  # DDP looks at them
 
 
 def cycles_a_second() -> float:
