@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from .config import CuttlefishConfig
-from .decide.left import left_blind, left_frozen, left_unseen
+from .decide.aligning import aligned
+from .decide.left import UNBOUNDED, UNRECOVERED, left_blind, left_frozen, left_unseen
 from .decide.plan import RankPlan, break_even_rank
 from .decide.ranks import BATCH_BYTES, BATCHED_ON, needs_no_weights, plan_ranks, rank_by_hand, spectra_of, spectrum_of
 from .decide.rules import LayerSpectrum
-from .decide.size import measured_size
+from .decide.size import DENSE, measured_size
 from .decide.speed import keep_faster
 from .engines.around import check_not_wrapped
 from .engines.base import Engine, Layers
@@ -115,6 +116,7 @@ def choose(
     Raises:
         ValueError: weights that are not finite, naming the layer.
     """
+    config = aligned(config, engine.model, watch.layers)
     mine: dict[str, Factors] = {}
     keep = "none" if not engine.holds_whole_weights else "found" if engine.processes.size == 1 else "all"
 
@@ -172,6 +174,9 @@ def plan_and_factors(
     if kept and parts and config.target_ratio is None and all(spectra[n].loss_spectrum is not None for n in chosen):
         ratio, note = measured_size(layers, spectra, parts, config, kept, alignment, loss, left)
         if ratio is not None:
+            if ratio == DENSE:
+                why = UNRECOVERED if config.max_loss_increase is None else UNBOUNDED
+                left = {name: why for name in layers if rank_by_hand(name, config) is None} | left
             config, notes = replace(config, target_ratio=ratio, max_loss_increase=None), [note]
     plan = plan_ranks(spectra, config, loss, left)
     plan.notes += notes

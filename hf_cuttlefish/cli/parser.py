@@ -136,9 +136,8 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
     layers.add_argument(
         "--rank-multiple",
         type=_count,
-        default=8,
         metavar="N",
-        help="ranks are multiples of this (default: %(default)s)",
+        help="ranks are multiples of this (default: 32 in a wide decoder, else 8)",
     )
     data = sub.add_argument_group("data", "With texts the ranks and the factors suit what flows through the layers.")
     data.add_argument(

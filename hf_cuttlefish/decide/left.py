@@ -11,6 +11,11 @@ from ..maths.factors import LayerMoments, Moments
 from .ranks import rank_by_hand
 
 FROZEN = "frozen: what a cut costs could not be trained back (name it in target_modules to cut it all the same)"
+UNRECOVERED = (
+    "even at the largest size a cut changes what the model says by more than the rest of the run would bring back (set target_ratio "
+    "to cut it all the same)"
+)
+UNBOUNDED = "no size keeps within max_loss_increase (a larger one would)"
 UNSEEN = "no gradient was seen at its output, so what it is worth is not known"
 
 

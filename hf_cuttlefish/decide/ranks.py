@@ -13,6 +13,7 @@ from ..layers.dense import check_rank
 from ..layers.kinds import dense_weight, kind_of
 from ..maths.factors import Decomposition, LayerMoments, Moments, decompose, decompose_together
 from ..maths.stable_ranks import stable_rank
+from .aligning import aligned, multiple_of
 from .plan import RankDecision, RankPlan
 from .rules import RULES, LayerSpectrum, allowed_rank, dropped_loss
 from .targets import find_targets, matches
@@ -51,6 +52,7 @@ def estimate_ranks(
     """
     config = CuttlefishConfig.coerce(config)
     layers = find_targets(model, config)
+    config = aligned(config, model, layers)
     spectra = {}
     shapes_only = needs_no_weights(config, statistics)
     for name, layer in layers.items():
@@ -174,7 +176,8 @@ def plan_ranks(
             check_rank(by_hand, s.in_features, s.out_features, name)
             rank, reason = by_hand, "rank_pattern"
         else:
-            rank, reason = allowed_rank(max(wanted[name], s.least), s.in_features, s.out_features, config.rank_multiple)
+            least = max(wanted[name], s.least)
+            rank, reason = allowed_rank(least, s.in_features, s.out_features, multiple_of(config))
         decisions[name] = RankDecision(
             s.in_features,
             s.out_features,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config import CuttlefishConfig
+from .aligning import multiple_of
 from .plan import break_even_rank
 
 DEFAULT_RATIO = 0.4
@@ -133,16 +134,7 @@ def scaled_stable_rank_rule(
     initial = {n: s.initial_stable_rank for n, s in spectra.items() if s.initial_stable_rank}
     scale = config.stable_rank_scale
     if scale == "auto":
-        # Random weights have the stable rank of a random matrix, pretrained ones one far below it.
-        shares = sorted(
-            r * random_matrix_scale(spectra[n].in_features, spectra[n].out_features) / spectra[n].full_rank
-            for n, r in initial.items()
-        )
-        scale = (
-            "initial"
-            if len(initial) == len(spectra) and shares and shares[len(shares) // 2] >= 0.8
-            else "random_matrix"
-        )
+        scale = "initial" if starts_at_random(spectra) else "random_matrix"
         notes.append(f"xi from {'the initial weights' if scale == 'initial' else 'random-matrix theory'}")
     if scale == "initial" and len(initial) < len(spectra):
         raise ValueError(
@@ -155,6 +147,16 @@ def scaled_stable_rank_rule(
         xi = s.full_rank / first if scale == "initial" and first else random_matrix_scale(s.in_features, s.out_features)
         result[name] = min(float(s.full_rank), xi * (s.stable_rank or 0.0))
     return result
+
+
+def starts_at_random(spectra: Spectra) -> bool:
+    """Whether the run began with random weights, as far as is known: these have the stable rank of a random matrix."""
+    shares = sorted(
+        s.initial_stable_rank * random_matrix_scale(s.in_features, s.out_features) / s.full_rank
+        for s in spectra.values()
+        if s.initial_stable_rank
+    )
+    return bool(shares) and len(shares) == len(spectra) and shares[len(shares) // 2] >= 0.8
 
 
 def accumulative_rule(
@@ -178,7 +180,7 @@ def energy_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, 
 
 def ratio_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, notes: list[str]) -> dict[str, float]:
     """A fixed share of the full rank (Pufferfish, arXiv 2103.03936), at least one multiple; just below break-even at most."""
-    return {n: _ratio_rank(s, config.rank_ratio, config.rank_multiple) for n, s in spectra.items()}
+    return {n: _ratio_rank(s, config.rank_ratio, multiple_of(config)) for n, s in spectra.items()}
 
 
 def loss_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, notes: list[str]) -> dict[str, float]:
@@ -206,7 +208,7 @@ def loss_rule(spectra: Spectra, config: CuttlefishConfig, loss: float | None, no
     wanted = {n: _fallback_rank(s, config) for n, s in missing.items()}
     if not known:
         return wanted
-    thresholds = _Thresholds(known, config.rank_multiple)
+    thresholds = _Thresholds(known, multiple_of(config))
     if not thresholds.levels:
         return {**wanted, **thresholds.ranks(0.0)}
     # The lowest threshold that the size asked for allows, or the highest that the loss allows.
@@ -290,9 +292,9 @@ RULES: dict[str, Rule] = {
 def _fallback_rank(s: LayerSpectrum, config: CuttlefishConfig) -> float:
     """The rank of a layer without statistics under rule "loss"."""
     if config.target_ratio is None:
-        return _ratio_rank(s, config.rank_ratio, config.rank_multiple)
+        return _ratio_rank(s, config.rank_ratio, multiple_of(config))
     rank = config.target_ratio * s.in_features * s.out_features / (s.in_features + s.out_features)
-    return float(max(1, int(rank) // config.rank_multiple * config.rank_multiple or int(rank)))
+    return float(max(1, int(rank) // multiple_of(config) * multiple_of(config) or int(rank)))
 
 
 def _ratio_rank(s: LayerSpectrum, ratio: float, multiple: int) -> float:

@@ -11,17 +11,30 @@ from ..config import CuttlefishConfig
 from ..maths.factors import Decomposition, rough_cut
 from ..measure.kept import Effect, KeptBatches
 from .ranks import plan_ranks
-from .rules import DEFAULT_RATIO, LayerSpectrum
+from .rules import DEFAULT_RATIO, LayerSpectrum, starts_at_random
 
 SIZES = (0.3, 0.35, 0.4, 0.45, 0.5)
 """Default sizes to choose from: shares of the target layers' parameters."""
-BOUNDED_SIZES = (0.1, 0.14, 0.18, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8)
+BOUNDED_SIZES = (0.1, 0.14, 0.18, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Sizes that `max_loss_increase` chooses from."""
+TOKEN_SIZES = (*SIZES, 0.6, 0.7, 0.8, 0.9)
+"""Sizes to choose from for a pretrained language model."""
+DENSE = 1.0
+"""What is chosen where no size is within a bound."""
 DIVERGENCE = 0.1
 """Largest mean divergence of the cut model's outputs, as a share of the loss (issue 16; docs/results.md)."""
+TOKEN_DIVERGENCE = 0.06
+"""The same for a pretrained language model, in nats a token. Most of its loss cannot be learnt, so that a share of it says nothing.
+Of what a cut takes a fine-tune brings 50 to 77% back, whatever the size: 0.06 are then 1.5 to 3% of perplexity
+(docs/language-models.md)."""
 UNSETTLED = 0.25
 """With a larger alignment of the weights' travel much is still to be learnt, of which the outputs know nothing yet: no default
 size below `DEFAULT_RATIO` then."""
+
+
+def largest_divergence(loss: float, of_tokens: bool) -> float:
+    """What a default cut may change of the outputs. of_tokens: whether the model is a language model, and a pretrained one."""
+    return min(DIVERGENCE * loss, TOKEN_DIVERGENCE) if of_tokens else DIVERGENCE * loss
 
 
 def measured_size(
@@ -36,6 +49,8 @@ def measured_size(
 ) -> tuple[float | None, str]:
     """The size (a `target_ratio`) and a note of what was measured; None and "" where nothing can be measured.
 
+    `DENSE` where a bound holds for no size: that of the config, or the one for pretrained language models.
+
     Args:
         layers: name -> dense layer. spectra, parts: of the layers. kept: batches to try sizes on.
         alignment: of the weights' travel (`Heading`). training_loss: where the kept batches give none. left: see `plan_ranks`.
@@ -45,26 +60,36 @@ def measured_size(
     bound = config.max_loss_increase
     if not len(kept) or not loss or (before.divergence is None and bound is None) or (bound and before.loss is None):
         return None, ""
+    settled = alignment is None or alignment <= UNSETTLED
+    cautious = before.of_tokens and settled and not starts_at_random(spectra)
+    limit = largest_divergence(loss, cautious)
     measured: dict[float, Effect] = {}
 
     def within(ratio: float) -> bool:
+        if ratio == DENSE:
+            return True
         sized = replace(config, target_ratio=ratio, max_loss_increase=None)
         plan = plan_ranks(spectra, sized, left=left)
         cuts = {name: rough_cut(parts[name], rank) for name, rank in plan.items() if name in parts}
         measured[ratio] = found = kept.effect(layers, cuts)
         if bound is not None:
             return found.loss is not None and found.loss - loss <= bound * loss
-        return found.divergence is not None and found.divergence <= DIVERGENCE * loss
+        return found.divergence is not None and found.divergence <= limit
 
-    sizes: Sequence[float] = BOUNDED_SIZES if bound is not None else SIZES
-    if bound is None and alignment is not None and alignment > UNSETTLED:
-        sizes = [size for size in sizes if size >= DEFAULT_RATIO]
+    if bound is not None:
+        sizes: Sequence[float] = (*BOUNDED_SIZES, DENSE)
+    elif cautious:
+        sizes = (*TOKEN_SIZES, DENSE)
+    else:
+        sizes = [size for size in SIZES if settled or size >= DEFAULT_RATIO]
     size = _smallest(sizes, within)
     told = ", ".join(
         f"{ratio:g}: loss {'?' if e.loss is None else f'{e.loss:.4g}'}, outputs {e.divergence or 0:.3g}"
         for ratio, e in sorted(measured.items())
     )
-    return size, f"size {size:g}, measured on {len(kept)} batches (uncut: loss {loss:.4g}; {told})"
+    allowed = f"loss {(1 + bound) * loss:.4g}" if bound is not None else f"outputs {limit:.3g}"
+    chosen = "no size is within bounds" if size == DENSE else f"size {size:g}"
+    return size, f"{chosen}, measured on {len(kept)} batches (uncut: loss {loss:.4g}; allowed: {allowed}; {told})"
 
 
 def _smallest(sizes: Sequence[float], within: Callable[[float], bool]) -> float:

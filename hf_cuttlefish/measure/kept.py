@@ -31,10 +31,12 @@ class Effect:
     Attributes:
         loss: mean loss, or None where the model returns none. divergence: mean Kullback-Leibler divergence of its outputs from
             those of the uncut model, nats an example or token; None where there are no class scores.
+        of_tokens: whether each token of an example has scores of its own, as in language models.
     """
 
     loss: float | None
     divergence: float | None
+    of_tokens: bool = False
 
 
 class KeptBatches:
@@ -77,8 +79,9 @@ class KeptBatches:
             self._reference = list(self._forward())
         before = [scores.log_probabilities for scores in self._reference]
         measured = all(old is not None and old.shape[-1] > 1 for old in before) and bool(before)
+        of_tokens = measured and all(scores.of_tokens for scores in self._reference)
         if not factors:
-            return Effect(_mean(scores.loss for scores in self._reference), 0.0 if measured else None)
+            return Effect(_mean(scores.loss for scores in self._reference), 0.0 if measured else None, of_tokens)
         losses: list[float | None] = []
         total = count = 0.0
         with standing_in(self.model, layers, factors):
@@ -88,7 +91,7 @@ class KeptBatches:
                 if old is not None and new is not None:
                     total += float((old.exp() * (old - new)).sum())
                     count += len(old)
-        return Effect(_mean(losses), total / count if measured and count else None)
+        return Effect(_mean(losses), total / count if measured and count else None, of_tokens)
 
     @torch.no_grad()
     def _forward(self) -> Iterator[Scores]:

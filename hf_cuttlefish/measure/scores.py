@@ -23,10 +23,12 @@ class Scores:
     Attributes:
         log_probabilities: (positions, classes) in fp32, or None where the model gives no class scores.
         loss: mean loss, or None where the model returns none.
+        of_tokens: whether each token of an example has scores of its own.
     """
 
     log_probabilities: torch.Tensor | None
     loss: float | None
+    of_tokens: bool = False
 
 
 def scores_of(model: nn.Module, batch: Mapping[str, Any]) -> Scores:
@@ -44,7 +46,8 @@ def scores_of(model: nn.Module, batch: Mapping[str, Any]) -> Scores:
     output = model(**batch)
     loss = output.get("loss") if hasattr(output, "get") else None
     known = float(loss) if isinstance(loss, torch.Tensor) and loss.ndim == 0 else None
-    return Scores(_log_probabilities(model, output, labels), known)
+    found = _log_probabilities(model, output, labels)
+    return Scores(found, known, found is not None and output["logits"].ndim > 2)
 
 
 def _next_tokens(model: nn.Module, batch: Mapping[str, Any], labels: torch.Tensor) -> Scores:
@@ -59,7 +62,7 @@ def _next_tokens(model: nn.Module, batch: Mapping[str, Any], labels: torch.Tenso
     following = labels.to(logits.device)[:, columns.to(logits.device) + 1]
     used = following.ne(-100)
     found = functional.log_softmax(logits[used].float(), -1)
-    return Scores(found, float(functional.nll_loss(found, following[used])))
+    return Scores(found, float(functional.nll_loss(found, following[used])), True)
 
 
 def _log_probabilities(model: nn.Module, output: Any, labels: torch.Tensor | None) -> torch.Tensor | None:

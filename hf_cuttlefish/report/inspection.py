@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..config import RANK_RULES, CuttlefishConfig
+from ..decide.aligning import aligned
 from ..decide.plan import RankDecision, RankPlan
 from ..decide.ranks import plan_ranks
 from ..decide.rules import DEFAULT_RATIO, LayerSpectrum
@@ -176,6 +177,7 @@ def inspect_model(
     if not statistics and config.target_ratio is None and config.max_loss_increase is None:
         config = replace(config, rank_rule="loss", target_ratio=DEFAULT_RATIO)
     layers = find_targets(model, config)
+    config = aligned(config, model, layers)
     spectra = {}
     for name in progress(list(layers)):
         weight, moments = dense_weight(layers[name]), (statistics or {}).get(name)

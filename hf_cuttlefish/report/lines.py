@@ -9,10 +9,11 @@ from typing import Protocol
 from torch import nn
 
 from ..config import CuttlefishConfig
-from ..decide.left import FROZEN, UNSEEN, left_frozen
+from ..decide.aligning import is_decoder
+from ..decide.left import FROZEN, UNBOUNDED, UNRECOVERED, UNSEEN, left_frozen
 from ..decide.plan import RankPlan
 from ..decide.schedule import Schedule
-from ..decide.size import SIZES
+from ..decide.size import SIZES, TOKEN_SIZES
 from ..decide.tables import short_count
 from ..layers.low_rank import low_rank_layers
 from ..layers.parts import numel
@@ -47,7 +48,7 @@ def start(model: nn.Module, layers: Mapping[str, nn.Module], config: CuttlefishC
     left = f"; {frozen} of them are frozen and stay dense" if frozen else ""
     return (
         f"Cuttlefish is on: it watches {len(layers)} layers ({short_count(size)} of {short_count(count_parameters(model))} "
-        f"parameters{left}) and factorizes them {_when(schedule)}, {_size(config)}."
+        f"parameters{left}) and factorizes them {_when(schedule)}, {_size(config, is_decoder(model))}."
     )
 
 
@@ -165,7 +166,7 @@ def why_dense(plan: RankPlan, config: CuttlefishConfig) -> str:
     reasons = dict.fromkeys(d.reason for d in plan.decisions.values())
     if config.objective == "speed" and plan.notes:
         return plan.notes[-1]
-    if len(reasons) == 1 and next(iter(reasons)) in (FROZEN, UNSEEN):
+    if len(reasons) == 1 and next(iter(reasons)) in (FROZEN, UNSEEN, UNRECOVERED, UNBOUNDED):
         return f"of all {len(plan.decisions)} layers it is true: {next(iter(reasons))}"
     return "no layer would get smaller at the ranks that it needs"
 
@@ -184,11 +185,13 @@ def _when(schedule: Schedule) -> str:
     return f"{between} of {schedule.total_steps}"
 
 
-def _size(config: CuttlefishConfig) -> str:
+def _size(config: CuttlefishConfig, decoder: bool) -> str:
     if config.rank_rule != "loss":
         return f"at the ranks of rule {config.rank_rule!r}"
     if config.max_loss_increase is not None:
         return f"as far as the training loss rises by at most {config.max_loss_increase:.0%}"
     if config.target_ratio is not None:
         return f"to {config.target_ratio:.0%} of their size"
+    if decoder:
+        return f"to {SIZES[0]:.0%} to {TOKEN_SIZES[-1]:.0%} of their size or not at all, by what is measured then"
     return f"to {SIZES[0]:.0%} to {SIZES[-1]:.0%} of their size, by what is measured then"

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from ..config import CuttlefishConfig
+from ..decide.aligning import aligned
 from ..decide.plan import RankPlan, break_even_rank
 from ..decide.ranks import plan_ranks, rank_by_hand, spectrum_of
 from ..decide.rules import LayerSpectrum
-from ..decide.size import DIVERGENCE
+from ..decide.size import largest_divergence
 from ..decide.tables import text_table
 from ..decide.targets import find_targets
 from ..layers.sizes import count_parameters
@@ -95,10 +96,10 @@ class SizeCurve:
 
     def within_bound(self) -> SizePoint | None:
         """The smallest size whose outputs stay within the bound that a run's default size keeps to; None if none does."""
-        loss = None if self.dense.measured is None else self.dense.measured.loss
-        if loss is None:
+        if self.dense.measured is None or (loss := self.dense.measured.loss) is None:
             return None
-        near = [p for p in self.points if p.measured is not None and _divergence(p.measured) <= DIVERGENCE * loss]
+        limit = largest_divergence(loss, self.dense.measured.perplexity is not None)
+        near = [p for p in self.points if p.measured is not None and _divergence(p.measured) <= limit]
         return near[-1] if near else None
 
     def panels(self) -> list[Panel]:
@@ -212,6 +213,7 @@ def size_curve(
         raise ValueError(f"ratios are {ratios}: give one or more, each above 0 and below 1")
     config = replace(CuttlefishConfig.coerce(config), rank_rule="loss", max_loss_increase=None)
     layers = find_targets(model, config)
+    config = aligned(config, model, layers)
     # One decomposition of each layer, cut off at break-even, serves every size.
     spectra: dict[str, LayerSpectrum] = {}
     parts: dict[str, Decomposition] = {}

@@ -1,5 +1,7 @@
 """How small: by bisection over sizes that are tried on kept batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,16 @@ from torch import nn
 from hf_cuttlefish import CuttlefishConfig
 from hf_cuttlefish.decide.ranks import plan_ranks
 from hf_cuttlefish.decide.rules import DEFAULT_RATIO, LayerSpectrum
-from hf_cuttlefish.decide.size import BOUNDED_SIZES, DIVERGENCE, SIZES, UNSETTLED, measured_size
+from hf_cuttlefish.decide.size import (
+    BOUNDED_SIZES,
+    DENSE,
+    DIVERGENCE,
+    SIZES,
+    TOKEN_DIVERGENCE,
+    TOKEN_SIZES,
+    UNSETTLED,
+    measured_size,
+)
 from hf_cuttlefish.maths.factors import decompose, rough_cut
 from hf_cuttlefish.measure.kept import Effect, KeptBatches
 
@@ -28,18 +39,18 @@ class Net(nn.Module):
 class Told:
     """Stands in for kept batches: the effect follows from the share that is kept, as a test says."""
 
-    def __init__(self, divergence, loss=1.0):
-        self.divergence, self.loss, self.asked = divergence, loss, []
+    def __init__(self, divergence, loss=1.0, of_tokens=False):
+        self.divergence, self.loss, self.asked, self.of_tokens = divergence, loss, [], of_tokens
 
     def __len__(self):
         return 4
 
     def effect(self, layers, factors):
         if not factors:
-            return Effect(self.loss, 0.0)
+            return Effect(self.loss, 0.0, self.of_tokens)
         kept = sum(f.down.numel() + f.up.numel() for f in factors.values()) / (2 * WIDTH * WIDTH)
         self.asked.append(kept)
-        return Effect(self.loss, self.divergence(kept))
+        return Effect(self.loss + self.divergence(kept), self.divergence(kept), self.of_tokens)
 
 
 @pytest.fixture
@@ -76,6 +87,32 @@ def test_a_run_with_much_to_learn_keeps_the_usual_size(parts_of_model):
     harmless = Told(lambda share: 0.0)
     assert choose(parts_of_model, harmless, UNSETTLED + 0.01)[0] == DEFAULT_RATIO
     assert choose(parts_of_model, harmless, UNSETTLED - 0.01)[0] == SIZES[0]
+
+
+@pytest.mark.parametrize("least", [0.29, 0.49, 0.59, 0.79, 0.89, 0.95])
+def test_a_language_model_may_keep_more_or_all(parts_of_model, least):
+    kept = Told(lambda share: 0.9 * TOKEN_DIVERGENCE if share >= least - 0.02 else 1.1 * TOKEN_DIVERGENCE, 3.0, True)
+    size, note = choose(parts_of_model, kept)
+    assert size == next((s for s in TOKEN_SIZES if s >= least), DENSE)
+    assert len(kept.asked) <= 4
+    assert ("no size is within bounds" in note) == (least > TOKEN_SIZES[-1])
+
+
+def test_what_will_be_relearnt_is_left_to_the_usual_sizes(parts_of_model):
+    """Runs from random weights, and those whose weights still travel straight: their loss falls further than a cut lifts it."""
+    layers, spectra, parts, model = parts_of_model
+    rise = Told(lambda share: 0.2, 3.0, True)
+    assert choose(parts_of_model, rise)[0] == DENSE
+    assert choose(parts_of_model, rise, UNSETTLED + 0.01)[0] == DEFAULT_RATIO
+    random = {n: replace(s, initial_stable_rank=s.full_rank / 4) for n, s in spectra.items()}
+    assert choose((layers, random, parts, model), rise)[0] == SIZES[0]
+    pretrained = {n: replace(s, initial_stable_rank=3.0) for n, s in spectra.items()}
+    assert choose((layers, pretrained, parts, model), rise)[0] == DENSE
+
+
+def test_a_bound_that_no_size_keeps_keeps_all(parts_of_model):
+    size, note = choose(parts_of_model, Told(lambda share: 0.5), max_loss_increase=0.1)
+    assert size == DENSE and "allowed: loss 1.1" in note
 
 
 def test_nothing_measured_nothing_said(parts_of_model):
