@@ -113,12 +113,14 @@ def median_seconds(step_seconds: dict[int, float], switch_step: int | None) -> t
     return (statistics.median(before) if before else None, statistics.median(after) if after else None)
 
 
-def train_and_measure(method: str, new_trainer: Callable[[], Trainer], test: Dataset, data: str = "") -> dict[str, Any]:
+def train_and_measure(
+    method: str, new_trainer: Callable[[], Trainer], test: Dataset | None, data: str = ""
+) -> dict[str, Any]:
     """Train, save in the folder `model` of the Trainer's output folder, evaluate on `test`; what its arguments ask for.
 
     Args:
         new_trainer: makes model and Trainer, with the same callbacks each time; called again where --switch restart has
-            stopped the run at its switch, to go on from there. data: name of the data set, for a picture's title.
+            stopped the run at its switch, to go on from there. test: None if it is the Trainer's own evaluation set. data: name of the data set, for a picture's title.
 
     Returns:
         What was measured, JSON-ready. With a CuttlefishCallback that switched, also step and ranks, which are drawn into

@@ -159,20 +159,25 @@ def make_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_s
     """The pretrained model, or a Llama with random weights for this tokenizer and length."""
     if args.model_name_or_path is not None:
         return AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+    return make_small_llama(len(tokenizer), block_size, tokenizer.eos_token_id, args.config_overrides)
+
+
+def make_small_llama(vocab_size: int, length: int, end: int, overrides: str | None) -> LlamaForCausalLM:
+    """A Llama with random weights; overrides: of its config, as "hidden_size=256,num_hidden_layers=6"."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=block_size,
+        max_position_embeddings=length,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=end,
+        eos_token_id=end,
     )
-    if args.config_overrides:
-        config.update_from_string(args.config_overrides)
+    if overrides:
+        config.update_from_string(overrides)
     return LlamaForCausalLM(config)
 
 

@@ -1,4 +1,4 @@
-"""Data for the examples from wherever a name points: a bundled set, a file, a folder, or the hub."""
+"""Data for the examples from wherever a name points: a bundled set, a file, a folder, or the hub; and models from GGUF files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import ClassLabel, DatasetDict, Features, load_dataset, load_from_disk
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 """The reader of `datasets` for a single file, by its ending."""
@@ -117,3 +119,21 @@ def limited(splits: DatasetDict, most_train: int | None, most_eval: int | None) 
     return DatasetDict(
         {name: part(split, most_train if name == "train" else most_eval) for name, split in splits.items()}
     )
+
+
+def from_gguf(name: str, file: str) -> PreTrainedModel:
+    """A decoder from a GGUF file, its weights as fp32 numbers; one that can be trained and saved like any other (needs gguf).
+
+    Transformers reads such a file into full weights, and still takes the model for a quantized one, which the Trainer refuses.
+
+    Args:
+        name: folder or hub name. file: in it.
+    """
+    read = AutoModelForCausalLM.from_pretrained(name, gguf_file=file, dtype=torch.float32)
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    return model

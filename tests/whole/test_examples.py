@@ -25,7 +25,14 @@ sys.path.insert(0, str(EXAMPLES))
 bundled_data = importlib.import_module("bundled_data")
 loading = importlib.import_module("loading")
 
-SCRIPTS = ("image_classification", "language_modeling", "lora", "text_classification", "text_classification_no_trainer")
+SCRIPTS = (
+    "image_classification",
+    "language_modeling",
+    "lora",
+    "sft",
+    "text_classification",
+    "text_classification_no_trainer",
+)
 SMALL = {"per_device_train_batch_size": 8, "disable_tqdm": True, "use_cpu": True, "max_train_samples": 96}
 
 
@@ -94,6 +101,23 @@ def test_lora_trains_saves_and_merges(tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 4e6
 
 
+def test_sft_trains_generates_and_adapts(tmp_path):
+    pytest.importorskip("trl", reason="needs trl (the extra neighbours)")
+    sizes = "hidden_size=64,intermediate_size=128,num_hidden_layers=2"
+    out = run_example(
+        "sft", **SMALL, method="both", max_steps=10, switch_step=4, max_eval_samples=48, vocab_size=300, max_length=64,
+        config_overrides=sizes, lora_steps=3, new_tokens=4, output_dir=tmp_path,
+    )  # fmt: skip
+    dense, low_rank = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert low_rank["switch_step"] == 4 and low_rank["encoder_parameters"] < 0.55 * dense["encoder_parameters"]
+    assert "lora" not in dense and low_rank["lora"]["trained"] > 1000
+    assert low_rank["lora"]["perplexity_before"] == pytest.approx(low_rank["test_perplexity"], rel=1e-4)
+    for measured in (dense, low_rank):
+        assert 1 < measured["test_perplexity"] < 300
+        assert [set(row) for row in measured["generated"]] == [{"prompt", "before", "after"}] * 3
+    assert "LoRA on the factors" in out
+
+
 # --- what they say ---
 
 
@@ -105,12 +129,14 @@ def call(name, monkeypatch, *arguments):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_shows_the_arguments(name, monkeypatch, capsys):
     pytest.importorskip("peft")
+    if name == "sft":
+        pytest.importorskip("trl", reason="needs trl (the extra neighbours)")
     with pytest.raises(SystemExit) as end:
         call(name, monkeypatch, "--help")
     assert end.value.code == 0
     shown = capsys.readouterr().out
     assert "--dataset_name" in shown and "--output_dir" in shown
-    if name in SCRIPTS[:3]:  # it teaches before it lists
+    if name in SCRIPTS[:4]:  # it teaches before it lists
         assert f"python examples/{name}.py" in shown.split("options:")[0]
 
 
