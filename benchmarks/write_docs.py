@@ -1,4 +1,4 @@
-"""Write docs/results.md, docs/results-rates.md, plots and the tables of the README and docs/speed.md from benchmarks/results: `python -m benchmarks.write_docs`.
+"""Write docs/results.md, docs/results-rates.md, plots and the tables of the README, docs/speed.md and docs/language-models.md from benchmarks/results: `python -m benchmarks.write_docs`.
 
 The tables are made from the JSON records alone, so they can't drift from them.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from hf_cuttlefish.decide.rules import DEFAULT_RATIO
 
 from .accuracy.explored_tables import after_switch_table, explored_table, latest_switch_table
+from .accuracy.language_tables import perplexity_table, repair_table
 from .accuracy.plots import plot_calibration, plot_sizes, plot_switch
 from .accuracy.rates_page import rates_page
 from .accuracy.records import Record, base_of, measured
@@ -149,6 +150,9 @@ def main() -> None:
     for what, name in SPEED.items():
         record = json.loads((ROOT / "benchmarks" / "results" / name).read_text("utf-8"))
         fill(ROOT / "docs" / "speed.md", what, "\n".join(speed_tables(record)))
+    language = load("language_h100")
+    fill(ROOT / "docs" / "language-models.md", "perplexities", perplexity_table(language))
+    fill(ROOT / "docs" / "language-models.md", "repair", repair_table(language))
     (ROOT / "docs" / "results-rates.md").write_text(rates_page(load("rates_h100")), encoding="utf-8")
     (ROOT / "docs" / "results.md").write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
 

@@ -55,7 +55,7 @@ SUITES: dict[str, dict[str, Any]] = {
     "language": {
         "datasets": tuple(f"gemma_{data}_{rate}" for data in ("dialogs", "snippets") for rate in ("5e-5", "1e-4")),
         "seeds": 2,
-        "budgets": (1 / 2, 0.7),
+        "budgets": (1 / 2, 0.7, 0.8, 0.9),
         "help": "a pretrained language model on two texts at two learning rates: perplexity by size, and a control",
     },
     "embeddings": {
@@ -139,12 +139,11 @@ def _scratch(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:
 
 
 def _language(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:
-    runs = [Run(dataset, method, seed=seed, group="language") for method in ("dense", "cuttlefish")]
-    runs += [Run(dataset, "cuttlefish", budget, seed, group="language") for budget in budgets]
-    runs.append(Run(dataset, "cuttlefish", None, seed, {"max_loss_increase": 0.02}, "language"))
+    runs = [Run(dataset, method, seed=seed, group="default") for method in ("dense", "cuttlefish")]
+    runs += [Run(dataset, "cuttlefish", budget, seed, group="sizes") for budget in budgets]
     # Two epochs: `whitened_after`, which waits for whole ones, would come at their end.
     whitened = {"at": 2 / 3, "metric": "input", "ranks": "uniform", "state": "reset"}
-    return [*runs, Run(dataset, "ablation", min(budgets), seed, whitened, group="language")]
+    return [*runs, Run(dataset, "ablation", min(budgets), seed, whitened, group="sizes")]
 
 
 def _embeddings(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:

@@ -1,0 +1,62 @@
+"""Tables of the suite "language": perplexity by size, and how much of a cut's damage the rest of a run repairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..markdown import markdown_table
+from .records import Record, grouped, mean_and_error, measured
+
+TEXTS = {"dialogs": "film dialogs", "snippets": "reviews and editorials"}
+CONTROL = "whitened SVD after 2/3"
+Column = tuple[str, float]
+"""Method and size."""
+
+
+def perplexity_table(records: Sequence[Record]) -> str:
+    """Perplexity on the test split, and how far it lies above dense; a row for each text and learning rate."""
+    columns = sorted({column_of(r) for r in records if r["method"] != "dense"}, key=lambda c: (c[0] == CONTROL, -c[1]))
+    rows = []
+    for cell, runs in grouped(records, cell_of).items():
+        dense = {r["seed"]: r["test_split"]["loss"] for r in runs if r["method"] == "dense"}
+        row = [*cell, f"{_perplexity(list(dense.values())):.1f}"]
+        for column in columns:
+            losses = {r["seed"]: r["test_split"]["loss"] for r in runs if column_of(r) == column}
+            gaps = [losses[seed] - dense[seed] for seed in losses if seed in dense]
+            more = 100 * (math.exp(mean_and_error(gaps)[0]) - 1) if gaps else math.nan
+            row.append(f"{_perplexity(list(losses.values())):.1f} ({more:+.1f}%)" if losses else "")
+        rows.append(row)
+    names = [f"{size:.2g} kept" if method != CONTROL else f"{CONTROL}, {size:.2g}" for method, size in columns]
+    return markdown_table(["text", "learning rate", "dense", *names], rows)
+
+
+def repair_table(records: Sequence[Record]) -> str:
+    """What a cut adds to the validation loss at the switch and what is left of it at the end, in nats a token."""
+    dense = {(cell_of(r), r["seed"]): r["validation"]["loss"] for r in records if r["method"] == "dense"}
+    rows = []
+    ours = [r for r in records if r["method"] == "cuttlefish"]
+    for (cell, column), runs in sorted(grouped(ours, lambda r: (cell_of(r), column_of(r))).items()):
+        rises = [both[1] for r in runs if (both := measured(r)) is not None]
+        left = [r["validation"]["loss"] - dense[cell, r["seed"]] for r in runs]
+        rise, gap = mean_and_error(rises)[0], mean_and_error(left)[0]
+        after = runs[0]["steps"] - runs[0]["switch_step"]
+        rows.append([*cell, f"{column[1]:.2g}", after, f"{rise:.3f}", f"{gap:.3f}", f"{1 - gap / rise:.0%}"])
+    header = ["text", "learning rate", "kept", "steps afterwards", "rise at the switch", "left at the end", "came back"]
+    return markdown_table(header, rows)
+
+
+def cell_of(record: Record) -> tuple[str, str]:
+    """Text and learning rate."""
+    text = next(label for name, label in TEXTS.items() if name in record["dataset"])
+    return text, f"{record['task']['learning_rate']:.0e}".replace("e-0", "e-")
+
+
+def column_of(record: Record) -> Column:
+    """Method and the size that came of it."""
+    method = CONTROL if record["method"] == "ablation" else record["method"]
+    return method, round(record["kept"], 2)
+
+
+def _perplexity(losses: Sequence[float]) -> float:
+    return math.exp(mean_and_error(losses)[0])
