@@ -22,6 +22,7 @@ from .engines.base import Engine, Layers
 from .engines.find import check_is_free
 from .layers.kinds import dense_weight, kind_of
 from .maths.factors import Decomposition, Factors, Moments, cut, cut_together, decompose
+from .measure.eager import said_of_shapes
 from .measure.kept import KeptBatches
 from .measure.moments import MomentCollector
 from .measure.shapes import FlowRecorder
@@ -179,7 +180,7 @@ def plan_and_factors(
                 left = {name: why for name in layers if rank_by_hand(name, config) is None} | left
             config, notes = replace(config, target_ratio=ratio, max_loss_increase=None), [note]
     plan = plan_ranks(spectra, config, loss, left)
-    plan.notes += notes
+    plan.notes += [*notes, *([told] if (told := said_of_shapes()) else [])]
     if flow is not None:
         plan = keep_faster(plan, flow, config.min_speedup)
     factors = _cut_all(parts, plan)

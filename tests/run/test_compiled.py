@@ -1,0 +1,154 @@
+"""Through the switch compiled: the losses of an uncompiled run, old graphs gone, accumulation, checkpointing and resume."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertForSequenceClassification, TrainerCallback
+
+from hf_cuttlefish import Cuttlefish, CuttlefishConfig
+from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.layers.low_rank import low_rank_layers
+from hf_cuttlefish.measure.eager import said_of_shapes
+from tiny_trainer import CONFIG, SWITCH, assert_same_run, run, tiny_bert
+
+STEPS = 14
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def train(folder: Path, **arguments: Any) -> tuple[Any, Any]:
+    arguments = {"save_strategy": "no", "max_steps": STEPS, "logging_steps": 1} | arguments
+    return run(folder, **arguments)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"bf16": True},
+    ],
+    ids=["plain", "accumulation", "checkpointing", "bf16"],
+)
+def test_trainer_loses_what_it_would_uncompiled(tmp_path: Path, more: dict[str, Any]) -> None:
+    plain, _ = train(tmp_path, **more)
+    compiled, callback = train(tmp_path, **more, **COMPILED)
+    assert callback.switch_step == SWITCH and low_rank_layers(compiled.model)
+    assert len(losses(compiled)) == STEPS
+    assert losses(compiled) == pytest.approx(losses(plain), rel=2e-2 if more.get("bf16") else 1e-4)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    assert callback.cuttlefish.phase.multiplied is None
+
+
+def test_a_compiled_run_resumes_before_and_after_the_switch(tmp_path: Path) -> None:
+    whole, _ = train(tmp_path, save_strategy="steps", save_steps=1, **COMPILED)
+    for step in (SWITCH - 2, SWITCH + 2):
+        again, callback = train(tmp_path, model=tiny_bert(9), resume=str(tmp_path / f"checkpoint-{step}"), **COMPILED)
+        assert callback.switch_step == SWITCH
+        assert_same_run(whole, again)
+
+
+def test_graphs_of_the_dense_model_are_gone(tmp_path: Path) -> None:
+    weights: list[weakref.ref[Any]] = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
+            weights.extend(weakref.ref(layer.weight) for layer in find_targets(model).values())
+
+    compiled, _ = train(tmp_path, callbacks=[Look()], **COMPILED)
+    factorized = low_rank_layers(compiled.model)
+    gc.collect()
+    assert sum(ref() is None for ref in weights) == len(factorized) > 0
+
+
+class Blocks:
+    """A hand-written loop whose blocks are compiled one by one, as Accelerate's compile_regions does; or none are."""
+
+    def __init__(self, compile: bool) -> None:
+        self.model: BertForSequenceClassification = tiny_bert().train()
+        if compile:
+            for block in self.model.bert.encoder.layer:
+                block.compile(backend="eager")
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.cuttlefish = Cuttlefish(self.model, self.optimizer, CONFIG, total_steps=20)
+
+    def run(self) -> list[float]:
+        found = []
+        for step in range(STEPS):
+            ids = torch.randint(3, 50, (8, 10), generator=torch.Generator().manual_seed(step))
+            torch.manual_seed(step)
+            loss = self.model(input_ids=ids, labels=ids[:, 0] % 3).loss
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.cuttlefish.step()
+            found.append(float(loss.detach()))
+        return found
+
+
+def test_blocks_compiled_one_by_one() -> None:
+    plain, compiled = Blocks(False), Blocks(True)
+    wanted = plain.run()
+    assert compiled.run() == pytest.approx(wanted, rel=1e-4)
+    assert compiled.cuttlefish.switch_step == SWITCH
+
+
+def test_blocks_of_different_ranks_all_stay_compiled() -> None:
+    """torch gives up after 8 versions of one code; ranks that differ are versions."""
+    model = tiny_bert()
+    blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(10))
+    for block in blocks:
+        block.compile(backend="eager")
+    model.add_module("more", blocks)
+    before = torch._dynamo.config.recompile_limit
+    try:
+        for block in blocks:
+            block(torch.ones(1, 8))
+        loop = Blocks(False)
+        loop.model.add_module("more", blocks)
+        loop.optimizer.add_param_group({"params": list(blocks.parameters())})
+        loop.run()
+        assert torch._dynamo.config.recompile_limit >= 10
+    finally:
+        torch._dynamo.config.recompile_limit = before
+
+
+def test_many_shapes_are_said_with_how_to_bound_them() -> None:
+    assert said_of_shapes() is None
+    torch._dynamo.utils.counters["stats"]["unique_graphs"] = 12
+    told = said_of_shapes()
+    assert told is not None and "12 graphs" in told and "pad_to_multiple_of" in told
+
+
+def test_the_report_of_the_switch_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_cuttlefish.switch.said_of_shapes", lambda: "many shapes")
+    loop = Blocks(False)
+    loop.run()
+    assert "many shapes" in str(loop.cuttlefish.report)
+
+
+def test_a_config_of_a_compiled_run_may_ask_for_speed() -> None:
+    loop = Blocks(True)
+    loop.cuttlefish = Cuttlefish(loop.model, loop.optimizer, CuttlefishConfig(objective="speed"), total_steps=20)
+    loop.run()
+    assert loop.cuttlefish.watch.flow is not None
