@@ -40,19 +40,26 @@ def train(folder: Path, **arguments: Any) -> tuple[Any, Any]:
     return run(folder, **arguments)
 
 
+def without_dropout() -> BertForSequenceClassification:
+    """A checkpointed block draws other random numbers when torch's compiler runs it, with or without us."""
+    model = tiny_bert()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 @pytest.mark.parametrize(
     "more",
     [
-        {},
-        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "bf16": True},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"bf16": True},
     ],
-    ids=["plain", "accumulation", "checkpointing", "bf16"],
+    ids=["accumulation in bf16", "checkpointing"],
 )
 def test_trainer_loses_what_it_would_uncompiled(tmp_path: Path, more: dict[str, Any]) -> None:
-    plain, _ = train(tmp_path, **more)
-    compiled, callback = train(tmp_path, **more, **COMPILED)
+    plain, _ = train(tmp_path, model=without_dropout(), **more)
+    compiled, callback = train(tmp_path, model=without_dropout(), **more, **COMPILED)
     assert callback.switch_step == SWITCH and low_rank_layers(compiled.model)
     assert len(losses(compiled)) == STEPS
     assert losses(compiled) == pytest.approx(losses(plain), rel=2e-2 if more.get("bf16") else 1e-4)
@@ -62,20 +69,22 @@ def test_trainer_loses_what_it_would_uncompiled(tmp_path: Path, more: dict[str, 
 
 def test_a_compiled_run_resumes_before_and_after_the_switch(tmp_path: Path) -> None:
     whole, _ = train(tmp_path, save_strategy="steps", save_steps=1, **COMPILED)
-    for step in (SWITCH - 2, SWITCH + 2):
+    for step in (SWITCH - 1, SWITCH + 2):
         again, callback = train(tmp_path, model=tiny_bert(9), resume=str(tmp_path / f"checkpoint-{step}"), **COMPILED)
         assert callback.switch_step == SWITCH
         assert_same_run(whole, again)
 
 
-def test_graphs_of_the_dense_model_are_gone(tmp_path: Path) -> None:
+def test_the_losses_are_the_same_with_dropout_and_graphs_of_the_dense_model_go(tmp_path: Path) -> None:
     weights: list[weakref.ref[Any]] = []
 
     class Look(TrainerCallback):
         def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
             weights.extend(weakref.ref(layer.weight) for layer in find_targets(model).values())
 
+    plain, _ = train(tmp_path)
     compiled, _ = train(tmp_path, callbacks=[Look()], **COMPILED)
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
     factorized = low_rank_layers(compiled.model)
     gc.collect()
     assert sum(ref() is None for ref in weights) == len(factorized) > 0
