@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .saving.merged import save_merged
     from .switch import factorize, merge
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Cuttlefish",
