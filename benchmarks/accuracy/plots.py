@@ -6,12 +6,30 @@ import math
 from pathlib import Path
 from typing import Any
 
+from hf_cuttlefish.report.drawing import COLOURS, DASHES, MARKERS
+from hf_cuttlefish.report.size_plots import plot_accuracy
+
 from .records import LABELS, Record, grouped, mean_and_error, measured, method_key, paired, score, unique
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999", "#D55E00", "#F0E442")
-"""Okabe and Ito's, which colour-blind readers tell apart; markers differ as well."""
-
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+LOOKS = {
+    "cuttlefish": {"color": COLOURS[0], "marker": "o"},
+    "former": {"color": COLOURS[0], "marker": "o", "markerfacecolor": "white"},
+    "whitened_after": {"color": COLOURS[1], "marker": "X"},
+    "paper_at_budget": {"color": COLOURS[4], "marker": "s"},
+    "paper": {"color": COLOURS[4], "marker": "s", "markerfacecolor": "white"},
+    "reference_bert": {"color": COLOURS[2], "marker": "^"},
+    "pufferfish": {"color": COLOURS[3], "marker": "D"},
+    "sifd": {"color": COLOURS[5], "marker": "v"},
+    "svd_after": {"color": COLOURS[6], "marker": "P"},
+    "lora": {"color": COLOURS[7], "marker": "*"},
+}
+"""A method's colour and marker, the same in every picture. Okabe and Ito's colours, which colour-blind readers tell apart."""
+NAMES = {
+    "trec": "TREC questions, MiniLM",
+    "movie_snippets": "Movie snippets, MiniLM",
+    "reuters_r8": "Reuters R8, MiniLM",
+    "fashion_mnist_vit": "Fashion-MNIST, ViT-S",
+}
 YOUNG = 0.2
 """Share of the run before which a switch counts as early in the calibration."""
 
@@ -36,41 +54,26 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def plot_sizes(records: list[Record], path: Path) -> None:
-    """Accuracy by the share of the target parameters kept, a line for each method."""
-    figure, axes = _axes()
-    methods = [m for m in LABELS if any(r["method"] == m for r in records)]
-    others = [m for m in methods if m not in ("dense", "cuttlefish")]
-    looks = {m: (COLOURS[i % 8], MARKERS[i % 8]) for i, m in enumerate(others)}
-    looks |= {"dense": ("black", ""), "cuttlefish": ("black", "o")}
-    for method in methods:
+    """Test accuracy by the share of the target parameters kept, a line for each method."""
+    points, dense = [], None
+    for method in (m for m in ("cuttlefish", *LABELS) if any(r["method"] == m for r in records)):
+        if method == "cuttlefish" and points:
+            continue  # ours comes first
         groups = grouped((r for r in records if r["method"] == method), method_key)
-        points = {
-            key: (sum(r["kept"] for r in members) / len(members), *mean_and_error([score(r) for r in members]))
-            for key, members in groups.items()
-        }
-        if method == "dense":
-            axes.axhline(points[method, 0.0][1], color="black", linewidth=1, linestyle="--", label=LABELS[method])
-            continue
-        own = method == "cuttlefish"
-        colour, usual = looks[method]
-        style = {"color": colour, "linewidth": 2.4 if own else 1.2, "zorder": 3 if own else 2, "capsize": 2}
-        free = points.pop((method, 0.0), None) if own else None
-        for label, marker, line in ((LABELS[method], usual, sorted(points.values())), ("our default", "*", [free])):
-            if not line or line[0] is None:
+        for members in groups.values():
+            mean, error = mean_and_error([score(r) for r in members])
+            if method == "dense":
+                dense = mean
                 continue
-            xs, ys, errors = zip(*line, strict=True)
-            errors = [0 if math.isnan(e) else e for e in errors]
-            axes.errorbar(xs, ys, errors, marker=marker, markersize=12 if marker == "*" else 6, label=label, **style)
-    axes.set_xscale("log")
-    ticks = [0.1, 1 / 5.6, 1 / 3, 0.5, 1]
-    axes.set_xticks(ticks, ["10%", "1/5.6", "1/3", "1/2", "1"])
-    axes.minorticks_off()
-    axes.set_xlabel("share of the target layers' parameters kept")
-    axes.set_ylabel("accuracy, %")
-    axes.set_title(records[0]["dataset"])
-    axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
-    _save(figure, path)
+            kept = sum(r["kept"] for r in members) / len(members)
+            points.append({"method": LABELS[method], "size": kept, "score": mean, "error": error})
+    dataset = records[0]["dataset"]
+    title = f"{NAMES.get(dataset, dataset)}: test accuracy against size"
+    looks = {
+        LABELS[method]: {"markerfacecolor": look["color"], "ls": DASHES[i % len(DASHES)], **look}
+        for i, (method, look) in enumerate(LOOKS.items())
+    }
+    plot_accuracy(points, dense, path, title, "test accuracy, %", looks)
 
 
 def plot_calibration(records: list[Record], path: Path) -> None:
@@ -95,10 +98,10 @@ def plot_calibration(records: list[Record], path: Path) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_ylim(bottom=FELL * 0.8)
-        axes.set_title(split)
-        axes.set_xlabel("predicted increase of the loss")
+        axes.set_title(split, loc="left")
+        axes.set_xlabel("predicted increase of the loss, nats")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("measured increase at the switch")
+    panels[0].set_ylabel("measured increase at the switch, nats")
     keys = [
         Line2D([], [], linestyle="", marker=marker, color=colour, label=dataset)
         for dataset, colour, marker in zip(datasets, COLOURS, MARKERS, strict=False)
@@ -130,6 +133,7 @@ def plot_switch(records: list[Record], dense: dict[Any, Record], path: Path) -> 
             style = {"color": colour, "marker": marker, "capsize": 2, "label": f"{budget:.3f} kept"}
             axes.errorbar(xs, ys, errors, **style)
     axes.axhline(0, color="black", linewidth=1, linestyle="--")
+    axes.set_title("When to switch: validation accuracy, one seed", loc="left")
     axes.set_xlabel("switch, % of the run")
     axes.set_ylabel("accuracy against full rank, points")
     axes.legend(fontsize=8)

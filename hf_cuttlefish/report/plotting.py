@@ -138,7 +138,7 @@ def plot_loss(
     """
     runs = [("with the switch" if full_rank is not None else "training", list(log_history), COLOURS[0], "-")]
     if full_rank is not None:
-        runs.append(("full rank", list(full_rank), COLOURS[1], DASHES[1]))
+        runs.append(("full rank", list(full_rank), "#000000", DASHES[1]))
     if not any("loss" in r or "eval_loss" in r for _, records, *_ in runs for r in records):
         raise ValueError("no loss was logged, so there is nothing to draw")
     figure = new_figure(height=4.4)
