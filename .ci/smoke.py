@@ -20,8 +20,18 @@ CONFIG = {
     "intermediate_size": 64,
 }
 WITHOUT = """
-import sys, torch, transformers
-sys.modules["hf_cuttlefish"] = None  # as if it were not installed
+import sys
+
+
+class Hidden:  # as if the package were not installed
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_cuttlefish":
+            raise ModuleNotFoundError(name)
+
+
+sys.meta_path.insert(0, Hidden())
+import torch, transformers
+
 model = transformers.AutoModelForSequenceClassification.from_pretrained("out", trust_remote_code=True).eval()
 with torch.no_grad():
     print(model(input_ids=torch.tensor([[3, 4, 5]])).logits.tolist())

@@ -21,8 +21,8 @@ def test_a_committed_notebook_is_whole(path):
     assert check.problems_of_run(notebook) + check.problems_of_file(path, notebook) == []
 
 
-def test_there_are_four_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart", "02_ranks", "03_vit", "04_accelerate"]
+def test_there_are_five_notebooks():
+    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart", "02_ranks", "03_vit", "04_accelerate", "05_language_model"]
 
 
 @pytest.fixture
