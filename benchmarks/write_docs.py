@@ -1,4 +1,4 @@
-"""Write docs/results.md, docs/results-rates.md, plots and the tables of the README, docs/speed.md and docs/language-models.md from benchmarks/results: `python -m benchmarks.write_docs`.
+"""Write docs/results-records.md, docs/results-rates.md, plots and the tables of the README, docs/results.md, docs/speed.md and docs/language-models.md from benchmarks/results: `python -m benchmarks.write_docs`.
 
 The tables are made from the JSON records alone, so they can't drift from them.
 """
@@ -23,16 +23,12 @@ RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 SPEED = {"speed": "speed_cpu.json", "GPU": "speed_h100.json"}
 """What stands in docs/speed.md between which marks, and the records it is made of."""
 IMAGES = ROOT / "docs" / "images"
-HEAD = """# Results
+HEAD = """# Results, the records
 
 > These runs are of the former defaults: size 0.40, the learning rate left alone (times 1.5 below a quarter), statistics from 4% of the run, gradient
 > damping 0.03. The defaults of today, on two text models, a ViT and several learning rates: [results by model and rate](results-rates.md).
 
-Written by `python -m benchmarks.write_docs` from the records in `benchmarks/results/accuracy`. Settings were chosen on
-validation splits (records `choose_h100`, `tune_h100`, `explore_h100`, `after_switch_cpu`), and the weighting of examples, the learning
-rate at small sizes and everything that was turned down were settled before their tests were run. Not all of it so strictly: earlier runs that
-compared settings also recorded test accuracies, and these were on screen when the switch at 30% and, more so, the default size of 0.4
-were settled. The controls have no setting that was chosen here.
+Written by `python -m benchmarks.write_docs` from the records in `benchmarks/results/accuracy`; the answer is in [Results](results.md).
 """
 
 SCRATCH = """No pretrained weights (`--suite scratch`). Digits: a ViT of 4 x 96 on scikit-learn's 8 x 8 digits, 40 epochs (800 steps), on one
@@ -104,7 +100,7 @@ def fill(path: Path, what: str, text: str) -> None:
 
 
 def main() -> None:
-    """Write docs/results.md, its plots and the tables of the README and docs/speed.md."""
+    """Write the pages of records, their plots, and the tables of the README, docs/results.md and docs/speed.md."""
     table, choose = load("table_h100"), load("choose_h100")
     dense = {base_of(r): r for r in [*table, *choose] if r["method"] == "dense"}
     parts = [
@@ -146,7 +142,8 @@ def main() -> None:
         ablation_table(ablation, dense),
         LIMITS,
     ]
-    fill(ROOT / "README.md", "results", summary_table(with_default(table), dense))
+    for page in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+        fill(page, "results", summary_table(with_default(table), dense))
     for what, name in SPEED.items():
         record = json.loads((ROOT / "benchmarks" / "results" / name).read_text("utf-8"))
         fill(ROOT / "docs" / "speed.md", what, "\n".join(speed_tables(record)))
@@ -154,7 +151,7 @@ def main() -> None:
     fill(ROOT / "docs" / "language-models.md", "perplexities", perplexity_table(language))
     fill(ROOT / "docs" / "language-models.md", "repair", repair_table(language))
     (ROOT / "docs" / "results-rates.md").write_text(rates_page(load("rates_h100")), encoding="utf-8")
-    (ROOT / "docs" / "results.md").write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
+    (ROOT / "docs" / "results-records.md").write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
