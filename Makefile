@@ -73,10 +73,11 @@ docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(INSTALLED_DOCS)  ## build the documentation into runs/site; any warning is an error
 	$(RUN) -m mkdocs build --strict
 
-nightly: $(INSTALLED)  ## the long forms: kill 200 runs and resume them, spoil 10,000 files, try every model class
+nightly: $(INSTALLED)  ## the long forms: kill 200 runs, spoil 10,000 files, try every model class and the oldest versions
 	$(RUN) -m benchmarks.robustness.kill --kills 200 --disk 40 --out runs/kill.json
 	$(RUN) -m benchmarks.robustness.fuzz --mutations 10000 --out runs/fuzz.json
 	$(RUN) -m benchmarks.compatibility --out runs/compatibility.json
+	PYTHON=$(PYTHON) .ci/oldest
 
 clean:  ## remove the virtual environment and the caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -151,7 +151,9 @@ def main() -> None:
     fill(ROOT / "docs" / "language-models.md", "perplexities", perplexity_table(language))
     fill(ROOT / "docs" / "language-models.md", "repair", repair_table(language))
     (ROOT / "docs" / "results-rates.md").write_text(rates_page(load("rates_h100")), encoding="utf-8")
-    (ROOT / "docs" / "results-records.md").write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
+    (ROOT / "docs" / "results-records.md").write_text(
+        "\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

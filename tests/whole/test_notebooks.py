@@ -22,7 +22,13 @@ def test_a_committed_notebook_is_whole(path):
 
 
 def test_there_are_five_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart", "02_ranks", "03_vit", "04_accelerate", "05_language_model"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "01_quickstart",
+        "02_ranks",
+        "03_vit",
+        "04_accelerate",
+        "05_language_model",
+    ]
 
 
 @pytest.fixture

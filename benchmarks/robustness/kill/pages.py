@@ -22,8 +22,7 @@ def write_docs(record: dict[str, Any]) -> None:
     choice = ", ".join(f"{count} times: {what}" for what, count in record["trainers_own_choice_then"].items()) or "-"
     lines = [
         f"{record['runs']} runs, {record['kills']} kills and {record['disk_faults']} faults of the disk ({by_job}), on CPUs.",
-        f"{record['newest_folder_not_whole']} times the newest folder was not whole; what came of resuming from it all the "
-        f"same: {choice}.",
+        f"In {record['newest_folder_not_whole']} cases the newest folder was incomplete. Resuming from it anyway: {choice}.",
     ]
     page = Path(__file__).resolve().parents[3] / "docs" / "robustness.md"
     begin, end = "<!-- kills -->\n", "<!-- end of kills -->"

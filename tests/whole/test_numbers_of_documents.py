@@ -1,0 +1,66 @@
+"""The numbers that the README shows are those of the records."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def cells(beginning: str) -> list[str]:
+    """The cells of the README's table row that begins so."""
+    row = next(line for line in README.splitlines() if line.startswith(f"| {beginning}"))
+    return [cell.strip() for cell in row.strip("|").split("|")[1:]]
+
+
+def test_the_demo_is_the_recorded_one():
+    dense, ours = json.loads((RESULTS / "demo_cpu.json").read_text("utf-8"))["runs"]
+    assert cells("MiniLM on TREC") == [f"{r['test_accuracy']:.1%}" for r in (dense, ours)]
+    share = ours["encoder_parameters"] / dense["encoder_parameters"]
+    blocks = [f"{r['encoder_parameters'] / 1e6:.1f}M" for r in (dense, ours)]
+    assert cells("parameters of its blocks") == [blocks[0], f"{blocks[1]} ({share:.0%})"]
+    share = ours["saved_bytes"] / dense["saved_bytes"]
+    assert cells("saved folder") == [
+        f"{dense['saved_bytes'] / 1e6:.1f} MB",
+        f"{ours['saved_bytes'] / 1e6:.1f} MB ({share:.0%})",
+    ]
+    assert cells("training on 2 CPU cores") == [f"{r['train_seconds']:.0f} s" for r in (dense, ours)]
+    for number in (
+        f"{ours['test_accuracy']:.2%}",
+        f"{ours['total_parameters']:,}",
+        f"{ours['switch_step']} of {ours['train_steps']}",
+    ):
+        assert number in README
+
+
+def test_the_steps_on_a_cpu_are_the_recorded_ones():
+    rows = [
+        r for r in json.loads((RESULTS / "speed_cpu.json").read_text("utf-8"))["steps"] if r["model"] == "bert-base"
+    ]
+
+    def relative(mode: str, batch: int) -> str:
+        found = {
+            r["ratio"]: r["ms"]
+            for r in rows
+            if r["mode"] == mode and r["batch"] == batch and r["variant"] in ("dense", "pairs")
+        }
+        return f"{found[0.25] / found[None]:.2f}"
+
+    assert cells("BERT-base, a quarter kept, 2 CPU threads")[1] == relative("eager", 16)
+    assert {relative("infer", batch) for batch in (1, 64)} == {cells("the same model, inference")[1]}
+
+
+def test_the_steps_on_a_gpu_are_the_recorded_ones():
+    runs = json.loads((RESULTS / "end_to_end_h100.json").read_text("utf-8"))
+    seconds = {r["method"]: r["seconds"] for r in runs if r["case"] == "bert-base" and r["mode"] == "eager"}
+    found = [float(re.match(r"[\d.]+", cell).group()) for cell in cells("BERT-base, a quarter kept, H100")]
+    assert found == pytest.approx([seconds["dense"], seconds["cuttlefish"]], abs=0.05)
+
+
+def test_every_link_of_the_readme_leads_somewhere():
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", README)
+    assert links and not [link for link in links if not (ROOT / link).exists()]
