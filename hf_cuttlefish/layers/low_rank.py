@@ -140,7 +140,7 @@ class LowRankLinear(LowRankLayer):
 
         With no factors (then `rank` is needed) the weights are NaN until they are loaded: what is forgotten shows.
         """
-        origin = next(word for word, dense in ORIGINS.items() if type(linear) is dense)
+        origin = {dense: word for word, dense in ORIGINS.items()}[type(linear)]
         shape, weight = shape_of(linear.weight), linear.weight
         out_features, in_features = shape[::-1] if origin == "Conv1D" else shape
         rank = down.shape[0] if down is not None else rank
