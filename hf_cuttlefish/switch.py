@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import CuttlefishConfig
 from .decide.aligning import aligned
-from .decide.left import UNBOUNDED, UNRECOVERED, left_blind, left_frozen, left_unseen
+from .decide.left import UNBOUNDED, UNRECOVERED, left_blind, left_frozen, left_unseen, notes_of_dense
 from .decide.plan import RankPlan, break_even_rank
 from .decide.ranks import BATCH_BYTES, BATCHED_ON, needs_no_weights, plan_ranks, rank_by_hand, spectra_of, spectrum_of
 from .decide.rules import LayerSpectrum
@@ -124,6 +124,7 @@ def choose(
     def decide(layers: Layers) -> tuple[RankPlan, list[str]]:
         seen = (watch.moments, watch.initial(), watch.flow)
         plan, found = plan_and_factors(layers, config, *seen, keep, watch.kept, alignment)
+        plan.notes += notes_of_dense(watch.model)
         mine.update(found)
         return plan, [name for name, f in found.items() if f.bias_shift is not None]
 

@@ -8,6 +8,7 @@ same share of the dense layer's FLOPs as of its parameters: one break-even rank 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -114,6 +115,30 @@ class LowRankConv2d(LowRankLayer):
         return f"{self.down.in_channels}, {self.up.out_channels}, rank={self.rank}"
 
 
+@dataclass(frozen=True)
+class ConvForm:
+    """A convolution without its weights. geometry: values of `GEOMETRY`. channels_last: how its weight lies in memory."""
+
+    geometry: tuple[Any, ...]
+    bias: bool
+    channels_last: bool
+
+    def build(self, rank: int | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The layer with random weights: dense, or low rank."""
+        geometry = dict(zip(GEOMETRY, self.geometry, strict=True))
+        layer: nn.Module = nn.Conv2d(**geometry, bias=self.bias, device=device, dtype=dtype)
+        if rank is not None:
+            layer = LowRankConv2d(cast(nn.Conv2d, layer), rank)
+            for factor in layer.factors:
+                nn.init.normal_(factor, std=0.02)
+        return layer.to(memory_format=torch.channels_last) if self.channels_last else layer  # type: ignore[call-overload]
+
+    def input(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        """A random input of that shape in fp32, laid out as the layer's are."""
+        x = torch.randn(*shape, device=device)
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.ndim == 4 else x
+
+
 class Conv2dKind(Kind):
     """nn.Conv2d. A token is a position of the output, and its input the patch that it sees."""
 
@@ -157,6 +182,12 @@ class Conv2dKind(Kind):
             bias = bias + factors.bias_shift.reshape(-1).to(bias)
         hidden = functional.conv2d(self._padded(x), down, None, conv.stride, 0, conv.dilation, conv.groups)
         return functional.conv2d(hidden, up, bias, groups=conv.groups)
+
+    def form(self) -> ConvForm:
+        weight = self.conv.weight
+        last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        geometry = tuple(getattr(self.layer, name) for name in GEOMETRY)
+        return ConvForm(geometry, self.layer.bias is not None, last)
 
     def features_last(self, output: torch.Tensor) -> torch.Tensor:
         return _in_batch(output).movedim(1, -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,16 @@ _NORMS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.W
 def note_norm(layer: nn.Module, norm: nn.Module) -> None:
     """A batch norm was seen to read what the layer gives."""
     _NORMS[layer] = weakref.ref(norm)
+
+
+class Form(Protocol):
+    """A layer without its weights; equal ones run equally long."""
+
+    def build(self, rank: int | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The layer with random weights: dense, or low rank."""
+
+    def input(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        """A random input of that shape in fp32, laid out as the layer's are."""
 
 
 class Kind(Layout):
@@ -203,6 +213,10 @@ class Kind(Layout):
         return []
 
     # --- what it costs ---
+
+    def form(self) -> Form | None:
+        """What is needed to time such a layer with other weights; None for a linear layer, whose size is enough."""
+        return None
 
     def flops_per_parameter(self, output: torch.Tensor | None = None) -> int:
         """Multiplications and additions of one example for each number of the weight, by the output for one example if it takes that."""

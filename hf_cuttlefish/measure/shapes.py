@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..layers.dense import bias_of
+from ..layers.kind import Form
 from ..layers.kinds import kind_of
 from ..layers.low_rank import LowRankLayer
 from .eager import run_eagerly
@@ -29,6 +30,7 @@ class Group:
         tokens: rows that enter in one call. calls: calls in one optimizer step.
         device, weight_dtype: of the weights. input_dtype: of what arrives. autocast: dtype of autocast, or None.
         input_grad, weight_grad: whether backward needs them.
+        forms, input_shape: of layers that are not linear; their in_features and out_features are those of the matrix.
     """
 
     layers: tuple[str, ...]
@@ -42,11 +44,13 @@ class Group:
     input_grad: bool = True
     weight_grad: bool = True
     calls: int = 1
+    forms: tuple[Form | None, ...] = ()
+    input_shape: tuple[int, ...] = ()
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What its time depends on, names aside."""
-        shape = (self.in_features, self.outs, self.tokens)
+        shape = (self.in_features, self.outs, self.tokens, self.forms, self.input_shape)
         return (
             *shape,
             self.device,
@@ -156,6 +160,8 @@ class FlowRecorder:
                     input_grad=what["grad"],
                     weight_grad=_any_weight(first).requires_grad,
                     calls=max(self._calls[name] for name in names),
+                    forms=what["forms"],
+                    input_shape=what["input_shape"],
                 )
             )
         return found
@@ -168,18 +174,25 @@ class FlowRecorder:
                 return
             if args[0].device != _any_weight(self.layers[name]).device:  # a replica of nn.DataParallel, elsewhere
                 return
+            kind = kind_of(self.layers[name])
+            form = kind.form()
+            if form is None and not kind.is_linear:
+                return  # a kind that cannot be timed by itself
             self._calls[name] = self._calls.get(name, 0) + 1
             if name in self._names:
                 return
             self._names.add(name)
             x = args[0]
-            for ref, names, _ in self._seen:
-                if ref() is x:
+            for ref, names, seen in self._seen:
+                if ref() is x and form is None and not seen["forms"]:
                     names.append(name)
                     return
-            kind = x.device.type
-            autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            where = x.device.type
+            autocast = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else None
             what = {"in_features": x.shape[-1], "tokens": x.numel() // max(1, x.shape[-1]), "device": x.device}
+            what |= {"forms": (), "input_shape": ()}
+            if form is not None:
+                what |= {"in_features": kind.size[1], "forms": (form,), "input_shape": tuple(x.shape)}
             what |= {"dtype": x.dtype, "autocast": autocast, "grad": x.requires_grad}
             self._seen.append((weakref.ref(x), [name], what))
 

@@ -96,7 +96,15 @@ def measure_groups(
     jobs: list[tuple[Group, tuple[int | None, ...]]] = []
     for group, some in planned:
         jobs.append((group, (None,) * len(some)))
-        jobs.append((group, tuple(None if r is None else _rounded(r, group.in_features) for r in some)))
+        jobs.append(
+            (
+                group,
+                tuple(
+                    None if r is None else _rounded(r, min(group.in_features, out))
+                    for r, (out, _) in zip(some, group.outs, strict=True)
+                ),
+            )
+        )
     times = time_in_turn(jobs, compiled, timer)
     return [GroupTiming(*row, dense, low) for row, dense, low in zip(planned, times[::2], times[1::2], strict=True)]
 
@@ -138,14 +146,22 @@ def _rounded(rank: int, limit: int) -> int:
 def _training_call(group: Group, ranks: Sequence[int | None], compiled: bool) -> Callable[[], Any]:
     made: dict[str, Any] = {"device": group.device, "dtype": group.weight_dtype}
     layers: list[nn.Module] = []
-    for (out, bias), rank in zip(group.outs, ranks, strict=True):
+    layer: nn.Module
+    forms = group.forms or (None,) * len(group.outs)
+    for form, (out, bias), rank in zip(forms, group.outs, ranks, strict=True):
         n = group.in_features
-        layer = nn.Linear(n, out, bias, **made) if rank is None else LowRankLinear(n, out, rank, bias, **made)
+        if form is not None:
+            layer = form.build(rank, group.device, group.weight_dtype)
+        else:
+            layer = nn.Linear(n, out, bias, **made) if rank is None else LowRankLinear(n, out, rank, bias, **made)
         layers.append(layer.requires_grad_(group.weight_grad))
     # A compiler lets the producer write what the product reads; eagerly the cast is the layer's own.
     dtype = group.autocast if compiled and group.autocast is not None else group.input_dtype
     generator = torch.Generator(group.device).manual_seed(0)
-    x = torch.randn(group.tokens, group.in_features, generator=generator, device=group.device).to(dtype)
+    if forms[0] is not None:
+        x = forms[0].input(group.input_shape, group.device).to(dtype)
+    else:
+        x = torch.randn(group.tokens, group.in_features, generator=generator, device=group.device).to(dtype)
     x.requires_grad_(group.input_grad)
     wanted = [t for t in (x, *(p for layer in layers for p in layer.parameters())) if t.requires_grad]
     kind = group.device.type
