@@ -124,7 +124,7 @@ def choose(
     def decide(layers: Layers) -> tuple[RankPlan, list[str]]:
         seen = (watch.moments, watch.initial(), watch.flow)
         plan, found = plan_and_factors(layers, config, *seen, keep, watch.kept, alignment)
-        plan.notes += notes_of_dense(watch.model)
+        plan.notes[:0] = notes_of_dense(watch.model)
         mine.update(found)
         return plan, [name for name, f in found.items() if f.bias_shift is not None]
 

@@ -52,10 +52,10 @@ def left_unseen(layers: Mapping[str, nn.Module], config: CuttlefishConfig, seen:
 
 
 def notes_of_dense(model: nn.Module) -> list[str]:
-    """A note for each reason why layers of a class that can be factorized are no targets (depthwise convolutions)."""
+    """A note for each reason why layers of a class that can be factorized are no targets (depthwise convolutions), of kinds that "all" takes."""
     reasons: dict[str, list[str]] = {}
     for name, layer in find_layers(model):
-        if is_dense(layer) and (why := kind_of(layer).why_dense()):
+        if is_dense(layer) and kind_of(layer).in_blocks and (why := kind_of(layer).why_dense()):
             reasons.setdefault(why, []).append(name)
     return [
         f"{len(names)} layers stay dense ({names[0]}{', ...' if names[1:] else ''}): {why}"
