@@ -1,4 +1,4 @@
-"""Write docs/results-records.md, docs/results-rates.md, plots and the tables of the README, docs/results.md, docs/speed.md and docs/language-models.md from benchmarks/results: `python -m benchmarks.write_docs`.
+"""Write docs/results-records.md, docs/results-rates.md, plots and the tables of the README, docs/results.md, docs/speed-tables.md, docs/fast-on-a-gpu.md and docs/language-models.md from benchmarks/results: `python -m benchmarks.write_docs`.
 
 The tables are made from the JSON records alone, so they can't drift from them.
 """
@@ -17,11 +17,12 @@ from .accuracy.rates_page import rates_page
 from .accuracy.records import Record, base_of, measured
 from .accuracy.tables import ablation_table, calibration_ratios, conditions, methods_table, summary_table, switch_table
 from .speed.tables import tables as speed_tables
+from .steps.tables import runs_table, steps_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 SPEED = {"speed": "speed_cpu.json", "GPU": "speed_h100.json"}
-"""What stands in docs/speed.md between which marks, and the records it is made of."""
+"""What stands in docs/speed-tables.md between which marks, and the records it is made of."""
 IMAGES = ROOT / "docs" / "images"
 HEAD = """# Results, the records
 
@@ -99,8 +100,17 @@ def fill(path: Path, what: str, text: str) -> None:
     path.write_text(f"{before}{mark}{text.rstrip()}\n{end}{after}", encoding="utf-8")
 
 
+def write_gpu_page() -> None:
+    """The tables of docs/fast-on-a-gpu.md."""
+    page, results = ROOT / "docs" / "fast-on-a-gpu.md", ROOT / "benchmarks" / "results"
+    steps = json.loads((results / "steps_h100.json").read_text("utf-8"))["records"]
+    for what, modes in (("graphs", ["graphs"]), ("eager", ["eager"]), ("inference", ["infer"])):
+        fill(page, what, steps_table(steps, modes))
+    fill(page, "runs", runs_table(json.loads((results / "end_to_end_h100.json").read_text("utf-8"))))
+
+
 def main() -> None:
-    """Write the pages of records, their plots, and the tables of the README, docs/results.md and docs/speed.md."""
+    """Write the pages of records, their plots, and the tables of the README, docs/results.md, docs/speed-tables.md and docs/fast-on-a-gpu.md."""
     table, choose = load("table_h100"), load("choose_h100")
     dense = {base_of(r): r for r in [*table, *choose] if r["method"] == "dense"}
     parts = [
@@ -146,7 +156,8 @@ def main() -> None:
         fill(page, "results", summary_table(with_default(table), dense))
     for what, name in SPEED.items():
         record = json.loads((ROOT / "benchmarks" / "results" / name).read_text("utf-8"))
-        fill(ROOT / "docs" / "speed.md", what, "\n".join(speed_tables(record)))
+        fill(ROOT / "docs" / "speed-tables.md", what, "\n".join(speed_tables(record)))
+    write_gpu_page()
     language = load("language_h100")
     fill(ROOT / "docs" / "language-models.md", "perplexities", perplexity_table(language))
     fill(ROOT / "docs" / "language-models.md", "repair", repair_table(language))

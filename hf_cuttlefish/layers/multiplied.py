@@ -203,7 +203,15 @@ class _Layout:
 
     def unstack_ups(self, up: torch.Tensor) -> Sequence[torch.Tensor]:
         """(layers, m, most) -> (m, rank) of each."""
-        return up.unbind() if self.is_even else [u[:, :rank] for u, rank in zip(up, self.ranks, strict=True)]
+        if self.is_even:
+            return up.unbind()
+        if torch.is_grad_enabled():  # a derivative of derivatives is asked for
+            return [u[:, :rank] for u, rank in zip(up, self.ranks, strict=True)]
+        # By one kernel, and as autograd wants gradients: parts of a larger tensor it would copy one by one.
+        columns = up.transpose(0, 1).reshape(up.shape[1], -1).index_select(1, self.keep)
+        parts = [columns.new_empty(len(columns), rank) for rank in self.ranks]
+        torch.split_with_sizes_copy(columns, self.ranks, 1, out=parts)
+        return parts
 
 
 class _Products(torch.autograd.Function):

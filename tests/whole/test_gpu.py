@@ -27,11 +27,12 @@ from transformers import (
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, LowRankLinear, factorize
 from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.layers.low_rank import low_rank_layers
-from hf_cuttlefish.maths.factors import factor_weight
+from hf_cuttlefish.maths.factors import LayerMoments, cut, cut_together, decompose, decompose_together, factor_weight
 from hf_cuttlefish.maths.stable_ranks import stable_rank
 from hf_cuttlefish.measure.shapes import Group
 from hf_cuttlefish.measure.timing import time_group
 from hf_cuttlefish.measure.tracker import StableRankTracker
+from hf_cuttlefish.patch.running import RunMultiplied
 from launch import PLAIN, by_hand
 
 DEVICE = "cuda"
@@ -242,6 +243,60 @@ def test_factors_from_the_gpu_are_the_best_ones(shape: tuple[int, int]) -> None:
     error = (weight.double() - factors.up.double() @ factors.down.double()).norm()
     values = torch.linalg.svdvals(weight.cpu().double())
     assert float(error) == pytest.approx(float(values[16:].square().sum().sqrt()), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 200), (200, 64)])
+def test_a_batch_on_the_gpu_is_each_alone_in_float64_on_the_cpu(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(5, *shape, generator=generator)
+    moments, k = [], min(shape)
+    for weight in weights.double():
+        x, g = torch.randn(400, shape[1], generator=generator), torch.randn(400, shape[0], generator=generator)
+        covariance, gradient = x.mT @ x / 400, g.mT @ g / 400
+        moments.append(LayerMoments.from_full(weight, covariance.double(), gradient.double(), torch.zeros(shape[1])))
+    together = decompose_together(weights.to(DEVICE), moments)
+    ranks = [k // 4, k // 3, k // 4, k // 2, 8]
+    for i, factors in enumerate(cut_together(together, ranks)):
+        alone = decompose(weights[i], moments[i])
+        torch.testing.assert_close(together[i].spectrum.cpu(), alone.spectrum, rtol=1e-7, atol=1e-9)
+        wanted = cut(alone, ranks[i])
+        torch.testing.assert_close((factors.up @ factors.down).cpu(), wanted.up @ wanted.down, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_multiplied_out_gives_the_gradients_of_pairs(precision: str) -> None:
+    model, batch = build(), make_batch()
+    factorize(model, {name: 8 + 8 * (i % 3) for i, name in enumerate(find_targets(model))})
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(**batch).loss
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    pairs = gradients()
+    form = RunMultiplied(model)
+    form.start()
+    gradients()
+    found = gradients()
+    assert form.batches and set(found) == set(pairs)
+    size = max(float(g.norm()) for g in pairs.values())
+    for name, g in pairs.items():
+        assert float((found[name] - g).norm()) < (1e-4 if precision == "fp32" else 0.05) * max(
+            float(g.norm()), 0.01 * size
+        ), name
+
+
+def test_the_quicker_form_is_found_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    torch._dynamo.utils.counters.clear()
+    loop = Loop(build(), "bf16", switch_step=6)
+    loop.cuttlefish.schedule.total_steps = 200
+    with caplog.at_level("INFO", logger="hf_cuttlefish"):
+        loop.run(40)
+    assert set(loop.cuttlefish.phase.tried) == {"multiplied", "pairs"}
+    assert "multiplied out" in caplog.text and "as pairs" in caplog.text
+    assert all(math.isfinite(loss) for loss in loop.losses)
 
 
 def test_stable_ranks_on_the_gpu() -> None:

@@ -1,0 +1,59 @@
+"""Tables of docs/fast-on-a-gpu.md, from records of `benchmarks.steps` and `benchmarks.end_to_end`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+NAMES = {
+    "bert-base": "BERT-base, 12 blocks, 32 x 128",
+    "bert-large": "BERT-large shapes, 6 blocks, 64 x 128",
+    "vit-large": "ViT-large shapes, 6 blocks, 64 images",
+    "llama-1b": "Llama-1B shapes, 4 blocks, 8 x 1024",
+    "llama-8b": "Llama-8B shapes, 2 blocks, 4 x 1024",
+}
+FORMS = {
+    "dense": "dense",
+    "pairs": "pairs",
+    "multiplied": "multiplied out",
+    "uneven": "multiplied out, ranks differ",
+    "shared": "pairs, one `down` for q, k, v and gate, up (by hand)",
+    "mlp": "pairs in the MLP alone",
+    "lora": "LoRA, rank 16",
+}
+Record = Mapping[str, Any]
+
+
+def steps_table(records: Iterable[Record], modes: Sequence[str]) -> str:
+    """One row a case and form: wall time of a step, the device's own, kernels, memory, and time to compile where there is any."""
+    lines = ["| model | layers | ms | / dense | GPU ms | kernels | peak MiB | first steps, s |", "|" + " --- |" * 8]
+    for r in records:
+        if r["mode"] not in modes:
+            continue
+        form = FORMS[r["variant"].partition(" ")[0]]
+        batch = f", batch {r['rows']}" if r["mode"].startswith("infer") else ""
+        spread = f"{r['ms']:.1f} ({r['quartiles'][0]:.1f}-{r['quartiles'][1]:.1f})"
+        name = NAMES[r["case"]].rpartition(",")[0] if batch else NAMES[r["case"]]
+        cells = [f"{name}{batch}", form, spread, f"{r['of_dense']:.2f}", f"{r['gpu_ms']:.1f}", f"{r['kernels']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} | {r['peak_mib']:.0f} | {r['first_seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def runs_table(records: Sequence[Record]) -> str:
+    """One column a run through the Trainer, everything counted."""
+    modes = {"eager": "eager", "graphs": "CUDA graphs"}
+    rows: dict[str, list[str]] = {
+        "a step before the switch, ms": [_number(r["ms_before"]) for r in records],
+        "a step that gathers statistics, ms": [_number(r.get("ms_gathering")) for r in records],
+        "a step after the switch, ms": [_number(r["ms_after"]) for r in records],
+        "the switch, s": [_number((r["switch_seconds"] or {}).get("total")) for r in records],
+        "whole run, s": [_number(r["seconds"]) for r in records],
+        "peak memory, GiB": [f"{r['peak_memory'] / 2**30:.1f}" for r in records],
+    }
+    heads = [f"{'dense' if r['method'] == 'dense' else 'Cuttlefish'}, {modes[r['mode']]}" for r in records]
+    lines = ["| | " + " | ".join(heads) + " |", "|" + " --- |" * (1 + len(records))]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(values)} |" for name, values in rows.items())])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
