@@ -205,3 +205,14 @@ def test_a_killed_process_ends_the_others_and_the_last_checkpoint_resumes(tmp_pa
     assert (tmp_path / "killed" / f"checkpoint-{trainers.SWITCH - 1}").is_dir()
     assert not (tmp_path / "killed" / f"checkpoint-{trainers.SWITCH}").exists()
     launch(2, "trainers.py", tmp_path, "resumed")
+
+
+def test_a_table_of_tokens_is_cut_alike_on_two_processes_and_on_one(tmp_path):
+    found = {}
+    for processes in (1, 2):
+        (tmp_path / str(processes)).mkdir()
+        launch(processes, "embeddings_loop.py", tmp_path / str(processes))
+        found[processes] = json.loads((tmp_path / str(processes) / "results.json").read_text())
+    assert found[2]["plan"] == found[1]["plan"] and "bert.embeddings.word_embeddings" in found[2]["plan"]
+    assert found[2]["differing"] == [] and found[2]["shape"] == [80, found[2]["rank"]]
+    assert found[2]["losses"] == pytest.approx(found[1]["losses"], abs=1e-5)
