@@ -148,7 +148,8 @@ def _by_gradient(
     if kind == "normalized":
         left, right = left / left.norm(dim=-2, keepdim=True), right / right.norm(dim=-1, keepdim=True)
     found = {"down": left.mT @ dense, "up": dense @ right.mT}
-    return {part: layout.tensor(matrix, part, factors[part].shape) for part, matrix in found.items()}
+    # In memory as the parameter lies: fused optimizers on a GPU take no other strides.
+    return {p: torch.empty_like(factors[p]).copy_(layout.tensor(x, p, factors[p].shape)) for p, x in found.items()}
 
 
 def _outer(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:

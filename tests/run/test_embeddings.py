@@ -7,7 +7,8 @@ import torch
 import transformers as hf
 from torch import nn
 
-from hf_cuttlefish import Cuttlefish, CuttlefishConfig
+from hf_cuttlefish import Cuttlefish, CuttlefishConfig, factorize
+from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.layers.embedding import LowRankEmbedding
 from hf_cuttlefish.layers.kinds import kind_of
 from hf_cuttlefish.layers.low_rank import low_rank_layers
@@ -96,6 +97,25 @@ def test_the_table_is_cut_in_a_run_and_trained_on(kind):
     # The state is that of the table, projected: its first moment times `up`.
     state = optimizer.state[low[tables[0]].down.weight]
     assert state["exp_avg"].shape == low[tables[0]].down.weight.shape and int(state["step"]) == 12
+
+
+@pytest.mark.parametrize("optim", [torch.optim.AdamW, torch.optim.Adafactor, torch.optim.SGD])
+def test_state_lies_in_memory_as_its_parameter_does(optim):
+    """A fused optimizer on a GPU takes no other dtype, device or strides."""
+    model = build("tied")
+    more = {"fused": True} if optim is torch.optim.AdamW else {"momentum": 0.9} if optim is torch.optim.SGD else {}
+    optimizer = optim(model.parameters(), lr=1e-3, **more)
+    rows = next(batches("tied"))
+    for _ in range(2):
+        model(**rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    factorize(model, dict.fromkeys(find_targets(model, CuttlefishConfig(embeddings=True)), 4), optimizer)
+    for parameter, state in optimizer.state.items():
+        for value in (v for v in state.values() if isinstance(v, torch.Tensor) and v.shape == parameter.shape):
+            assert (value.dtype, value.device, value.stride()) == (parameter.dtype, parameter.device, parameter.stride())
+    model(**rows).loss.backward()
+    optimizer.step()
 
 
 def test_what_is_seen_of_a_table_are_its_tokens_and_their_embeddings():
