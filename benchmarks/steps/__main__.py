@@ -163,10 +163,6 @@ class Job:
         if form in ("multiplied", "uneven", "alone"):
             self.form = RunMultiplied(self.model, together=form != "alone")
             self.form.start()
-            if self.mode.startswith("infer"):  # a training forward shows what flows
-                with self._autocast():
-                    self.model.train()(**self.batch)
-                self.model.eval()
         elif form == "shared":
             batch = {
                 name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in self.batch.items()

@@ -17,7 +17,7 @@ class RunMultiplied:
 
         form = RunMultiplied(model); form.start(); model(**inputs).loss.backward(); form.stop()
 
-    The structure stays as it is. The first training forward shows which layers read one tensor. It steps aside by itself in
+    The structure stays as it is, and in evaluation pairs run. The first training forward shows which layers read one tensor. It steps aside by itself in
     compiled code, in replicas of nn.DataParallel, in checkpointed blocks, and for layers whose factors hold adapters or hooks.
 
     Args:
@@ -56,6 +56,8 @@ class RunMultiplied:
     def _open(self, module: nn.Module, args: Any) -> None:
         if module is not self.model or torch.compiler.is_compiling():
             return
+        if not module.training:
+            return  # a step of generation would multiply all out for one token
         if self.batches is None:
             self._flow = FlowRecorder(self.model, _linear_pairs(self.model))
             self._flow.start()

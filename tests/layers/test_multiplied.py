@@ -280,3 +280,13 @@ def test_batches_are_bounded_by_bytes() -> None:
         True,
         True,
     ]
+
+
+def test_in_evaluation_pairs_run(model: Any) -> None:
+    form = run_multiplied(model)
+    model.eval()
+    called: list[int] = []
+    next(iter(low_rank_layers(model).values())).down.register_forward_pre_hook(lambda *_: called.append(1))
+    with torch.no_grad():
+        model(**batch())
+    assert called == [1] and not any(b.is_open for b in form.batches or ())
