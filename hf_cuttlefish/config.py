@@ -40,7 +40,7 @@ class CuttlefishConfig:
     target_modules: str | list[str] = field(
         default="all",
         metadata={
-            "help": "'all' (every kind of layer in the repeated blocks: attention and MLP projections, convolutions), 'all-linear' (the "
+            "help": "'all' (every kind of layer in the repeated blocks: attention and MLP projections, convolutions, experts), 'all-linear' (the "
             "linear ones alone), a list of name endings such as ['query', 'value'], or a regular expression that matches whole names."
         },
     )

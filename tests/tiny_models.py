@@ -37,7 +37,6 @@ class Family:
     config: dict[str, Any]
     inputs: Callable[[], Batch]
     targets: frozenset[str]
-    dense: frozenset[str] = frozenset()
     others: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -329,7 +328,7 @@ FAMILIES = [
     ),
     Family(
         "mixtral", "MixtralForCausalLM", CAUSAL, {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
-        next_token, under("model.layers.*", *projections("self_attn", "q k v o")), EXPERTS,
+        next_token, under("model.layers.*", *projections("self_attn", "q k v o")) | EXPERTS,
     ),
     Family(
         "qwen2-moe", "Qwen2MoeForCausalLM", CAUSAL,
@@ -337,7 +336,7 @@ FAMILIES = [
          "shared_expert_intermediate_size": 24}, next_token,
         under(
             "model.layers.*", *projections("self_attn", "q k v o"), *projections("mlp.shared_expert", "gate up down")
-        ), EXPERTS,
+        ) | EXPERTS,
     ),
     Family(
         "wav2vec2", "Wav2Vec2ForSequenceClassification", "AutoModelForAudioClassification",

@@ -41,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--texts", type=int, default=None, help="train on this many texts at most")
+    parser.add_argument("--rows", type=int, default=8, help="pieces of 128 tokens in a batch")
+    parser.add_argument("--hidden", type=int, default=96)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--evaluated", type=int, default=400, help="pieces of the test split, evenly spaced")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -53,32 +56,38 @@ def run(arguments: argparse.Namespace) -> None:
             "transformers": transformers.__version__,
             "hf_cuttlefish": __version__,
         },
-        "steps": arguments.steps,
+        "sizes": {name: getattr(arguments, name) for name in ("steps", "rows", "hidden", "layers", "evaluated")},
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
     }
-    data = _data(arguments)
+    data = _data()
     done = {(found["method"], found["seed"]) for found in record["runs"]}
     for seed in arguments.seeds:
         for method in arguments.methods:
             if (method, seed) not in done:
                 record["runs"].append(
-                    {"method": method, "seed": seed, **_train(METHODS[method], seed, data, arguments.steps)}
+                    {"method": method, "seed": seed, **_train(METHODS[method], seed, data, arguments)}
                 )
                 write_json(arguments.out, record)
     print("\n".join(table(record)))
 
 
-def _data(arguments: argparse.Namespace) -> dict[str, Any]:
-    options = language_modeling.DataArguments(max_train_samples=arguments.texts, max_eval_samples=arguments.texts)
+def _data() -> dict[str, Any]:
+    options = language_modeling.DataArguments()
     splits = language_modeling.load_texts(options)
     tokenizer = language_modeling.make_tokenizer(splits["train"]["text"], options.vocab_size)
     return dict(language_modeling.to_blocks(splits, tokenizer, options.block_size)) | {"vocabulary": len(tokenizer)}
 
 
-def _train(choices: dict[str, Any] | None, seed: int, data: dict[str, Any], steps: int) -> dict[str, Any]:
+def _train(
+    choices: dict[str, Any] | None, seed: int, data: dict[str, Any], sizes: argparse.Namespace
+) -> dict[str, Any]:
     set_seed(seed)
     config = MixtralConfig(
-        **{"vocab_size": data["vocabulary"], "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 3},
-        **{"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 8, "num_experts_per_tok": 2},
+        **{"vocab_size": data["vocabulary"], "hidden_size": sizes.hidden, "intermediate_size": sizes.hidden},
+        **{"num_hidden_layers": sizes.layers, "num_attention_heads": 4, "num_key_value_heads": 4},
+        **{"num_local_experts": 8, "num_experts_per_tok": 2},
         **{"max_position_embeddings": 128, "tie_word_embeddings": True, "sliding_window": None},
     )
     model = MixtralForCausalLM._from_config(config, experts_implementation="grouped_mm")
@@ -86,8 +95,14 @@ def _train(choices: dict[str, Any] | None, seed: int, data: dict[str, Any], step
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             folder,
-            **{"max_steps": steps, "learning_rate": 2e-3, "warmup_steps": 0.05, "weight_decay": 0.1, "seed": seed},
-            **{"per_device_train_batch_size": 16, "per_device_eval_batch_size": 32, "report_to": "none"},
+            **{
+                "max_steps": sizes.steps,
+                "learning_rate": 2e-3,
+                "warmup_steps": 0.05,
+                "weight_decay": 0.1,
+                "seed": seed,
+            },
+            **{"per_device_train_batch_size": sizes.rows, "per_device_eval_batch_size": 32, "report_to": "none"},
             **{
                 "save_strategy": "no",
                 "logging_steps": 50,
@@ -105,7 +120,8 @@ def _train(choices: dict[str, Any] | None, seed: int, data: dict[str, Any], step
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
-        loss = trainer.evaluate(data["test"])["eval_loss"]
+        test = data["test"]
+        loss = trainer.evaluate(test.select(range(0, len(test), max(1, len(test) // sizes.evaluated))))["eval_loss"]
     return {"test_perplexity": math.exp(loss), "seconds": seconds, **_sizes(model, callbacks)}
 
 

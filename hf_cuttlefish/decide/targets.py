@@ -83,7 +83,7 @@ def _in_blocks(model: nn.Module, candidates: dict[str, nn.Module], linear: bool)
     chosen = {
         name: module
         for name, module in candidates.items()
-        if name in inside
+        if (name in inside or (name.rpartition(".")[0] in inside and is_part(module)))
         and min(kind_of(module).size) > 1
         and kind_of(module).in_blocks
         and (kind_of(module).is_linear or not (linear or module is first))
@@ -94,6 +94,11 @@ def _in_blocks(model: nn.Module, candidates: dict[str, nn.Module], linear: bool)
             f"{type(model).__name__}: {_why_none(model)}"
         )
     return chosen
+
+
+def is_part(layer: nn.Module) -> bool:
+    """Whether a layer is a parameter of a larger module, by whose name it is meant, too."""
+    return not isinstance(kind_of(layer).seat, nn.Module)
 
 
 def _check_target(name: str, module: nn.Module, config: CuttlefishConfig) -> None:
@@ -216,7 +221,11 @@ def _matching(
     patterns = [wanted] if isinstance(wanted, str) else wanted
     found: set[str] = set()
     for pattern in patterns:
-        names = {name for name in candidates if hit(pattern, name, is_regex)}
+        names = {
+            name
+            for name, module in candidates.items()
+            if hit(pattern, name, is_regex) or (is_part(module) and hit(pattern, name.rpartition(".")[0], is_regex))
+        }
         if not names:
             others = [name for name, _ in model.named_modules() if name and hit(pattern, name, is_regex)]
             if others and field == "exclude_modules":

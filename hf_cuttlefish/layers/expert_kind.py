@@ -23,6 +23,7 @@ class ExpertsKind(Kind):
     dense = ExpertStack
     low_rank = LowRankExperts
     label = "stacks of experts"
+    in_blocks = True
     weight_key = ""
 
     layer: ExpertStack | LowRankExperts
@@ -82,9 +83,6 @@ class ExpertsKind(Kind):
         if shift is not None and layer.bias is not None:
             handles.append(Shadow(layer.owner, f"{layer.attribute}_bias", lambda module, bias: bias + shift.to(bias)))
         return handles
-
-    def answer(self, x: torch.Tensor, factors: Factors) -> torch.Tensor:
-        raise TypeError("experts answer through their owner's forward alone, which knows whose tokens are whose")
 
     # --- what flows through it ---
 

@@ -55,7 +55,7 @@ def rename_keys(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: 
         else:
             left.append((old, new))
     for olds, values in _converted(module, left, {old: state_dict[prefix + old] for old, _ in left}):
-        if not values or any(own.get(name) != value.shape for name, value in values.items()):
+        if not values or any(_shape(module, own, name) != value.shape for name, value in values.items()):
             logger.warning(
                 "Cuttlefish: %s and %d more of the checkpoint's tensors are not loaded, because the others that they "
                 "belong together with are in another file; load it with from_pretrained first.",
@@ -66,6 +66,14 @@ def rename_keys(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: 
         for old in olds:
             del state_dict[prefix + old]
         state_dict.update({prefix + name: value for name, value in values.items()})
+
+
+def _shape(module: nn.Module, own: Mapping[str, torch.Size], name: str) -> torch.Size | None:
+    """Of the parameter of that name: one that the model has, or that it has factors of."""
+    layer = layer_at(module, name)
+    if isinstance(layer, LowRankLayer) and not kind_of(layer).weight_key:
+        return torch.Size(kind_of(layer).shapes(1)["dense"])
+    return own.get(name)
 
 
 def renamed_keys(module: nn.Module, keys: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -110,7 +118,7 @@ def names_factor(module: nn.Module, key: str) -> bool:
     for ending in (".weight", ".bias"):  # of the dense layer
         if key.endswith(ending):
             return is_low_rank(module, key.removesuffix(ending))
-    return False
+    return is_low_rank(module, key)  # a stack of experts, dense
 
 
 def is_layer(module: nn.Module, name: str) -> bool:

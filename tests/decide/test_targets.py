@@ -176,9 +176,11 @@ def test_blocks_of_any_model_are_found_by_structure(blocks):
 )
 def test_no_repeated_block_is_said(model):
     with pytest.raises(
-        ValueError, match=r"finds no nn\.Linear, Conv1D or nn\.Conv2d inside a repeated block.*target_modules="
+        ValueError, match=r"finds no nn\.Linear, Conv1D.* inside a repeated block.*target_modules="
     ):
         find_targets(model)
+    with pytest.raises(ValueError, match=r"'all-linear' finds no nn\.Linear or Conv1D inside a repeated block"):
+        find_targets(model, CuttlefishConfig(target_modules="all-linear"))
 
 
 def test_a_module_registered_twice_is_taken_once_under_its_first_name():
@@ -250,6 +252,21 @@ def test_experts_are_told_by_name_and_size():
         for name, size in (("gate_up_proj", 3 * 2 * 64 * 32), ("down_proj", 3 * 32 * 64))
     }
     assert not skipped_parameters(BY_NAME["bert"].build())
+
+
+def test_experts_are_taken_by_default_and_left_out_by_name():
+    model = hf.MixtralForCausalLM(hf.MixtralConfig(**LLAMA, num_local_experts=3, num_experts_per_tok=2))
+    stacks = [f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")]
+    linear = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qkvo"]
+    assert set(find_targets(model)) == {*stacks, *linear}
+    assert names(model, target_modules="all-linear") == linear
+    assert names(model, target_modules=["down_proj"]) == stacks[1::2]
+    for experts in (["experts"], ["mlp.experts"], r".*\.experts", ["gate_up_proj", "down_proj"]):
+        assert names(model, exclude_modules=experts) == linear
+        assert names(model, target_modules=experts) == stacks
+    assert set(names(model, rank_pattern={"experts.down_proj": 4})) == {*stacks, *linear}
+    with pytest.raises(ValueError, match=r"must lie between 1 and min\(in_features, out_features\) = min\(64, 32\)"):
+        find_targets(model, CuttlefishConfig(rank_pattern={"experts.down_proj": 40}))
 
 
 @pytest.mark.parametrize("model", [None, "bert-base-cased", hf.BertConfig(**LM)], ids=["None", "a name", "a config"])

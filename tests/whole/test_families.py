@@ -68,7 +68,7 @@ def test_all_takes_the_projections_of_the_blocks_and_nothing_else(family):
     model = family.build()
     targets = find_targets(model)
     assert starred(targets) == family.targets
-    assert starred(skipped_parameters(model)) == family.dense
+    assert set(skipped_parameters(model)) <= set(targets)
     head = model.get_output_embeddings()
     assert head is None or not any(layer.weight is head.weight for layer in targets.values())
     base = getattr(model, model.base_model_prefix, None)
@@ -91,7 +91,7 @@ def test_full_rank_changes_nothing_and_low_rank_trains(family):
     after = sum(p.numel() for p in model.parameters())
     assert before - after == sum(counts[name] * (m * n - RANK * (m + n)) for name, (m, n) in shapes.items())
     assert (report.parameters_before, report.parameters_after) == (before, after)
-    assert starred(report.skipped) == family.dense and ("left dense" in str(report)) == bool(family.dense)
+    assert not report.skipped and "left dense" not in str(report)
     assert not are_close(dense, outputs(model, batch))  # the blocks matter, so the other comparisons can fail
     assert set(low_rank(model)) == set(shapes)
 
