@@ -263,7 +263,7 @@ def prepare_push(args: TrainingArguments, model: nn.Module | None, state: Traine
     """Trainer copies a checkpoint's weights and config.json into the output folder, and uploads that: the rest follows."""
     folder = Path(str(args.output_dir))
     if state.is_world_process_zero and folder.is_dir() and model is not None and low_rank_layers(model):
-        put_beside(folder)
+        put_beside(folder, model)
         write_card(folder, model, state, report)
 
 

@@ -8,17 +8,14 @@ transformers' own.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from .dense import check_rank
 from .low_rank import LowRankLayer
 from .parts import shape_of
-from .stack_views import Pairs, StackView
+from .stack_views import Stack, StackOfPairs, is_transposed
 
 ORIGIN = "Experts"
 
@@ -92,35 +89,7 @@ def _is_stack(module: nn.Module, name: str, parameter: torch.Tensor) -> bool:
     return len(shape) == 3 and "expert" in type(module).__name__.lower() and min(shape) > 1 and "bias" not in name
 
 
-def is_transposed(module: nn.Module, name: str) -> bool:
-    """Whether a stack is held as (E, in, out). Where the class does not say it, the sizes of its two stacks do."""
-    said = getattr(module, "is_transposed", None)
-    if isinstance(said, bool):
-        return said
-    first, second = (module._parameters.get(n) for n in ("gate_up_proj", "down_proj"))
-    if first is None or second is None or first.ndim != 3 or second.ndim != 3:
-        return False
-    (a, b), (c, d) = first.shape[1:], second.shape[1:]
-    return (b, a) == (2 * c, d)
-
-
-class Stack(nn.Module):
-    """One factor of each expert's matrix: (E, r, in) or (E, out, r)."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self) -> torch.Tensor:
-        """The factors; a call, so that hooks that fetch parameters fire."""
-        return self.weight
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return " x ".join(map(str, self.weight.shape))
-
-
-class LowRankExperts(LowRankLayer):
+class LowRankExperts(StackOfPairs, LowRankLayer):
     """A pair for each expert, at one rank, in the place of a 3-D parameter: down (E, r, in), up (E, out, r).
 
     It is a module that its owner's code takes for a tensor: indexed, transposed or given to a matrix product it stands for
@@ -133,30 +102,16 @@ class LowRankExperts(LowRankLayer):
         ValueError: factors that do not fit together, or a rank out of range.
     """
 
-    _is_hf_initialized = True
-    """Keeps `_init_weights` of the experts' class from filling it."""
-
     origin = ORIGIN
     child_classes = (Stack, Stack)
 
     def __init__(self, down: nn.Parameter, up: nn.Parameter, transposed: bool = False) -> None:
-        super().__init__()
         if down.ndim != 3 or up.ndim != 3 or (down.shape[0], down.shape[1]) != (up.shape[0], up.shape[2]):
             raise ValueError(
                 f"factors of the shapes {tuple(down.shape)} and {tuple(up.shape)} do not fit: (E, r, in) and (E, out, r) would"
             )
         check_rank(down.shape[1], down.shape[2], up.shape[1], "the experts")
-        self.down, self.up = Stack(down), Stack(up)
-        self.transposed = transposed
-
-    def forward(self) -> StackView:
-        """What stands for the parameter now."""
-        return StackView(Pairs(self.up(), self.down()), flipped=self.transposed)
-
-    @property
-    def weight(self) -> StackView:
-        """What stands for the parameter: its dtype, shape and device, and its values where they are asked for."""
-        return self()
+        super().__init__(down, up, transposed)
 
     @torch.no_grad()
     def product(self) -> torch.Tensor:
@@ -197,36 +152,9 @@ class LowRankExperts(LowRankLayer):
         """Belongs to the experts module, and stays there."""
         return None
 
-    # --- what its owner's code takes for a tensor ---
-
-    def __getitem__(self, key: Any) -> Any:
-        return self()[key]
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self(), name) if name in _LIKE_A_TENSOR else super().__getattr__(name)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        args, kwargs = tree_map_only(cls, lambda stack: stack(), (args, dict(kwargs or {})))
-        return func(*args, **kwargs)
-
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return (
             f"experts={self.count}, in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"transposed={self.transposed}"
         )
-
-
-_LIKE_A_TENSOR = {
-    *("shape", "dtype", "device", "ndim", "size", "dim", "numel", "data_ptr", "is_floating_point"),
-    *("transpose", "mT", "multiplied_out"),
-}

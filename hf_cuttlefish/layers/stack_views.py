@@ -10,14 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch import nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Tokens times matrices, as the model asked for it: (x, matrices (E, out, in)) -> y."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which matrices of a stack multiply which tokens.
+
+    Attributes:
+        index: one matrix (a number), one a token (S,), or None for all.
+        offsets: (E,), where each matrix's tokens end among those sorted by matrix; None: (E, T, in), T tokens for each.
+        columns: whether tokens are columns (..., in, T) and not rows (..., T, in).
+    """
+
+    index: Any = None
+    offsets: torch.Tensor | None = None
+    columns: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,21 +92,6 @@ class Watched:
     def times(self, multiply: Multiply, x: torch.Tensor, part: Part) -> torch.Tensor:
         """The product, as `seen` gives it back."""
         return self.seen(x, multiply(x, self.matrices), part)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Which matrices of a stack multiply which tokens.
-
-    Attributes:
-        index: one matrix (a number), one a token (S,), or None for all.
-        offsets: (E,), where each matrix's tokens end among those sorted by matrix; None: (E, T, in), T tokens for each.
-        columns: whether tokens are columns (..., in, T) and not rows (..., T, in).
-    """
-
-    index: Any = None
-    offsets: torch.Tensor | None = None
-    columns: bool = False
 
 
 class StackView:
@@ -217,9 +218,9 @@ class StackView:
             raise AttributeError(name)
         return getattr(self.multiplied_out(), name)
 
-    def _seen(self, **changes: Any) -> StackView:
+    def _seen(self, **changes: Any) -> Self:
         now = {"index": self._index, "flipped": self._flipped, "dtype": self._dtype}
-        return StackView(self._stack, **{**now, **changes})
+        return type(self)(self._stack, **{**now, **changes})
 
     def _of(self, matrices: torch.Tensor) -> torch.Tensor:
         """The part of a stack (E, a, b) that this is of its own."""
@@ -275,3 +276,95 @@ def _is_grouped(func: Callable[..., Any]) -> bool:
     """Whether a function is one of those that multiply tokens, sorted by expert, by each expert's matrix."""
     name = getattr(func, "__name__", "")
     return "grouped_mm" in name and "backward" not in name
+
+
+# --- the module ---
+
+
+class Stack(nn.Module):
+    """One factor of each expert's matrix: (E, r, in) or (E, out, r)."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self) -> torch.Tensor:
+        """The factors; a call, so that hooks that fetch parameters fire."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return " x ".join(map(str, self.weight.shape))
+
+
+class StackOfPairs(nn.Module):
+    """Two stacks of factors that an experts module takes for the 3-D parameter in whose place they are registered.
+
+        experts.gate_up_proj = StackOfPairs(down, up)
+        functional.linear(x, experts.gate_up_proj[3])  # x down[3]^T up[3]^T
+
+    Args:
+        down: (E, r, in). up: (E, out, r). transposed: whether the parameter was (E, in, out).
+    """
+
+    _is_hf_initialized = True
+    """Keeps `_init_weights` of the experts' class from filling it."""
+
+    down: nn.Module
+    up: nn.Module
+
+    def __init__(self, down: nn.Parameter, up: nn.Parameter, transposed: bool = False) -> None:
+        super().__init__()
+        self.down, self.up = Stack(down), Stack(up)
+        self.transposed = transposed
+
+    def forward(self) -> StackView:
+        """What stands for the parameter now."""
+        return StackView(Pairs(self.up(), self.down()), flipped=self.transposed)
+
+    @property
+    def weight(self) -> StackView:
+        """What stands for the parameter: its dtype, shape and device, and its values where they are asked for."""
+        return self()
+
+    # --- what its owner's code takes for a tensor ---
+
+    def __getitem__(self, key: Any) -> Any:
+        return self()[key]
+
+    def __len__(self) -> int:
+        return len(self())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self(), name) if name in _LIKE_A_TENSOR else super().__getattr__(name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(cls, lambda stack: stack(), (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+
+_LIKE_A_TENSOR = {
+    *("shape", "dtype", "device", "ndim", "size", "dim", "numel", "data_ptr", "is_floating_point"),
+    *("transpose", "mT", "multiplied_out"),
+}
+
+
+def is_transposed(module: nn.Module, name: str) -> bool:
+    """Whether a stack is held as (E, in, out). Where the class does not say it, the sizes of its two stacks do."""
+    said = getattr(module, "is_transposed", None)
+    if isinstance(said, bool):
+        return said
+    for child in module._modules.values():
+        if isinstance(child, StackOfPairs):
+            return child.transposed
+    first, second = (module._parameters.get(n) for n in ("gate_up_proj", "down_proj"))
+    if first is None or second is None or first.ndim != 3 or second.ndim != 3:
+        return False
+    (a, b), (c, d) = first.shape[1:], second.shape[1:]
+    return (b, a) == (2 * c, d)

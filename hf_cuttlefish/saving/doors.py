@@ -24,12 +24,14 @@ from ..layers.embedding import LowRankOutput
 from ..layers.low_rank import LowRankLinear, low_rank_layers
 from ..patch.structure import QUANT_METHOD, configs_of, write_structure
 from . import modeling_low_rank as standalone
-from .standalone import standalone_text
+from .standalone import standalone_text, text_with_stacks
 
 logger = logging.getLogger(__name__)
 
 STANDALONE_FILE = f"{standalone.NAME}.py"
 STANDALONE_TEXT = standalone_text()
+STACKS_TEXT = text_with_stacks()
+"""The same for folders with stacks of experts."""
 
 Companion = Callable[[Path, Any, bool], None]
 """Called with a folder, the factorized model that is being saved there, and whether as a dense one; before any upload."""
@@ -95,7 +97,7 @@ def _look_at_file(name: Any, settings: dict[str, Any]) -> None:
     entries = settings.get("auto_map")
     if isinstance(entries, dict) and any(map(standalone.names_this_file, entries.values())) and path.is_file():
         text = path.read_text("utf-8", errors="replace")
-        if text != STANDALONE_TEXT and f"\nFORMAT = {standalone.FORMAT}\n" in text:
+        if text not in (STANDALONE_TEXT, STACKS_TEXT) and f"\nFORMAT = {standalone.FORMAT}\n" in text:
             logger.warning(
                 "Cuttlefish: %s is not the text that hf_cuttlefish writes. It is not run here; look at it before you load the "
                 "folder with trust_remote_code=True elsewhere, or save the model again.",
@@ -112,7 +114,7 @@ def _writes(original: Callable[..., Any]) -> Callable[..., Any]:
         path = Path(json_file_path)
         if path.name == "config.json":
             model, factorized = _SAVING.get(), _MERGING.get()
-            low_rank = standalone.complete(str(path.parent), type(self), STANDALONE_TEXT)
+            low_rank = standalone.complete(str(path.parent), type(self), _text_for(model, path.parent))
             if not low_rank:
                 _remove_ours(path.parent)
             if model is not None and model.config is self and (low_rank or factorized is not None):
@@ -126,7 +128,7 @@ def _writes(original: Callable[..., Any]) -> Callable[..., Any]:
 def _remove_ours(folder: Path) -> None:
     """A dense model is saved where a factorized one was."""
     file = folder / STANDALONE_FILE
-    if file.is_file() and file.read_text("utf-8", errors="replace") == STANDALONE_TEXT:
+    if file.is_file() and file.read_text("utf-8", errors="replace") in (STANDALONE_TEXT, STACKS_TEXT):
         file.unlink()
 
 
@@ -238,6 +240,16 @@ def _merges(original: Callable[..., Any]) -> Callable[..., Any]:
     return merge_quantization_configs
 
 
-def put_beside(folder: str | os.PathLike[str]) -> None:
+def put_beside(folder: str | os.PathLike[str], model: Any = None) -> None:
     """The modelling file, for a folder into which a factorized model's config.json is copied."""
-    Path(folder, STANDALONE_FILE).write_text(STANDALONE_TEXT, "utf-8")
+    Path(folder, STANDALONE_FILE).write_text(_text_for(model, Path(folder)), "utf-8")
+
+
+def _text_for(model: Any, folder: Path) -> str:
+    """The text of the modelling file: that which knows experts where the model, or the one that lies there, has some."""
+    if model is not None:
+        has_stacks = any(layer.origin == "Experts" for layer in low_rank_layers(model).values())
+    else:
+        file = folder / STANDALONE_FILE
+        has_stacks = file.is_file() and file.read_text("utf-8", errors="replace") == STACKS_TEXT
+    return STACKS_TEXT if has_stacks else STANDALONE_TEXT

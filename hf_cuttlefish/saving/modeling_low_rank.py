@@ -40,14 +40,14 @@ REFUSAL = (
 # --- config.json ---
 
 
-def is_note(note):
+def isnote_ranks(note):
     """Whether a `quantization_config` is ours."""
     return isinstance(note, dict) and note.get("quant_method") == METHOD
 
 
 def holders(settings):
     """The settings, and those of each model inside it, that hold a note of ours."""
-    found = [settings] if is_note(settings.get("quantization_config")) else []
+    found = [settings] if isnote_ranks(settings.get("quantization_config")) else []
     for value in settings.values():
         if isinstance(value, dict):
             found += holders(value)
@@ -103,26 +103,29 @@ class _LowRank:
         note = vars(config).pop("cuttlefish", None)
         super().__init__(config, *args, **kwargs)
         ranks = (note or {}).get("ranks", {})
-        modules, prefix, found = dict(self.named_modules()), f"{self.base_model_prefix}.", {}
+        modules, prefix, found, stacks = dict(self.named_modules()), f"{self.base_model_prefix}.", {}, []
         for name, rank in ranks.items():
             for own in (name, name.removeprefix(prefix), prefix + name):
                 if is_dense(modules.get(own)):
                     found[own] = _checked(rank, modules[own], own)
                     break
-        if not found:
+                if exchange_stack(modules, own, rank):
+                    stacks.append(own)
+                    break
+        if not found and not stacks:
             raise ValueError(
                 f"config.json names {len(ranks)} low-rank layers, such as {next(iter(ranks), None)!r}, and "
                 f"{type(self).__name__} has none of them"
             )
         exchange(self, found)
-        _note(self)
+        note_ranks(self)
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
                 _extend_plan(module)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As of transformers; the folder then loads as the one that this model came from."""
-        _note(self)
+        note_ranks(self)
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True) and os.path.isdir(save_directory):
             _complete(save_directory, self)
@@ -164,6 +167,11 @@ def _low_rank_class(stock):
     return _CLASSES[stock]
 
 
+def exchange_stack(modules, name, rank):
+    """Whether a stack of experts was made low rank: folders with some have a longer text of this file, which can."""
+    return False
+
+
 def _checked(rank, module, name):
     most = largest_rank(module)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
@@ -171,7 +179,7 @@ def _checked(rank, module, name):
     return rank
 
 
-def _note(model):
+def note_ranks(model):
     """Note the ranks in the config of the model, and of each model inside it."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model]
     for part in [*parts, model]:  # of models that share a config the outermost has its say
@@ -225,7 +233,7 @@ class LowRankAutoConfig:
 
 def _set_aside(settings):
     settings = {key: _set_aside(value) if isinstance(value, dict) else value for key, value in settings.items()}
-    if is_note(settings.get("quantization_config")):
+    if isnote_ranks(settings.get("quantization_config")):
         settings["cuttlefish"] = settings.pop("quantization_config")
         settings.pop("transformers_weights", None)
     return settings
@@ -235,13 +243,13 @@ def _prepared(config):
     """A copy of a config with the note set aside, whether it came from `LowRankAutoConfig` or from elsewhere; and the note."""
     config = copy.deepcopy(config)
     own = vars(config)
-    if is_note(own.get("quantization_config")):
+    if isnote_ranks(own.get("quantization_config")):
         own["cuttlefish"] = own.pop("quantization_config")
         own.pop("transformers_weights", None)
     for value in own.values():
         if isinstance(value, PreTrainedConfig):
             for key in ("quantization_config", "cuttlefish", "transformers_weights"):
-                if key != "quantization_config" or is_note(vars(value).get(key)):
+                if key != "quantization_config" or isnote_ranks(vars(value).get(key)):
                     vars(value).pop(key, None)
     note = own.get("cuttlefish")
     if not isinstance(note, dict) or not isinstance(note.get("ranks"), dict) or not note["ranks"]:
@@ -306,7 +314,7 @@ class _Remote:
             raise ValueError(f"the weights hold no {lost[0]}: config.json and the tensors belong to different models")
         for key in info["unexpected_keys"]:
             name = re.sub(r"\.(down|up)\.weight$", "", key)
-            if name != key and f"{name}.weight" in info["missing_keys"]:
+            if name != key and {name, f"{name}.weight"} & set(info["missing_keys"]):
                 raise ValueError(
                     f"config.json does not say that {name} is low rank: it and the tensors belong to different models"
                 )
