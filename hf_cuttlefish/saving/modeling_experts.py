@@ -8,7 +8,8 @@ import re
 from torch import nn
 
 from ..layers.stack_views import StackOfPairs, is_transposed
-from .modeling_low_rank import _PAIRS, _note
+from .modeling_low_rank import note_ranks
+from .standalone_layers import PAIRS
 
 # --- from here on ---
 
@@ -31,7 +32,7 @@ class LowRankStack(StackOfPairs):
         return self.down.weight.shape[1]
 
 
-_PAIRS = (*_PAIRS, LowRankStack)
+PAIRS = (*PAIRS, LowRankStack)
 
 
 def exchange_stack(modules, name, rank):
@@ -47,12 +48,13 @@ def exchange_stack(modules, name, rank):
     return True
 
 
-note_ranks = _note
+note_without_sparing = note_ranks
 
 
-def _note(model):
+def note_ranks(model):
+    """As without stacks, and before anything is saved transformers is told of them."""
     spare_factors(model)
-    note_ranks(model)
+    note_without_sparing(model)
 
 
 def spare_factors(model):

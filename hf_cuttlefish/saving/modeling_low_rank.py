@@ -40,14 +40,14 @@ REFUSAL = (
 # --- config.json ---
 
 
-def isnote_ranks(note):
+def is_note(note):
     """Whether a `quantization_config` is ours."""
     return isinstance(note, dict) and note.get("quant_method") == METHOD
 
 
 def holders(settings):
     """The settings, and those of each model inside it, that hold a note of ours."""
-    found = [settings] if isnote_ranks(settings.get("quantization_config")) else []
+    found = [settings] if is_note(settings.get("quantization_config")) else []
     for value in settings.values():
         if isinstance(value, dict):
             found += holders(value)
@@ -233,7 +233,7 @@ class LowRankAutoConfig:
 
 def _set_aside(settings):
     settings = {key: _set_aside(value) if isinstance(value, dict) else value for key, value in settings.items()}
-    if isnote_ranks(settings.get("quantization_config")):
+    if is_note(settings.get("quantization_config")):
         settings["cuttlefish"] = settings.pop("quantization_config")
         settings.pop("transformers_weights", None)
     return settings
@@ -243,13 +243,13 @@ def _prepared(config):
     """A copy of a config with the note set aside, whether it came from `LowRankAutoConfig` or from elsewhere; and the note."""
     config = copy.deepcopy(config)
     own = vars(config)
-    if isnote_ranks(own.get("quantization_config")):
+    if is_note(own.get("quantization_config")):
         own["cuttlefish"] = own.pop("quantization_config")
         own.pop("transformers_weights", None)
     for value in own.values():
         if isinstance(value, PreTrainedConfig):
             for key in ("quantization_config", "cuttlefish", "transformers_weights"):
-                if key != "quantization_config" or isnote_ranks(vars(value).get(key)):
+                if key != "quantization_config" or is_note(vars(value).get(key)):
                     vars(value).pop(key, None)
     note = own.get("cuttlefish")
     if not isinstance(note, dict) or not isinstance(note.get("ranks"), dict) or not note["ranks"]:

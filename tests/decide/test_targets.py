@@ -175,9 +175,7 @@ def test_blocks_of_any_model_are_found_by_structure(blocks):
     ids=["bare layers", "list of heads", "one block", "one layer"],
 )
 def test_no_repeated_block_is_said(model):
-    with pytest.raises(
-        ValueError, match=r"finds no nn\.Linear, Conv1D.* inside a repeated block.*target_modules="
-    ):
+    with pytest.raises(ValueError, match=r"finds no nn\.Linear, Conv1D.* inside a repeated block.*target_modules="):
         find_targets(model)
     with pytest.raises(ValueError, match=r"'all-linear' finds no nn\.Linear or Conv1D inside a repeated block"):
         find_targets(model, CuttlefishConfig(target_modules="all-linear"))

@@ -72,7 +72,10 @@ def found(tmp_path_factory):
             save_file({"input_ids": ids, "logits": model(input_ids=ids).logits}, root / f"{name}.tensors")
     environment = {**PLAIN, "HF_MODULES_CACHE": str(root / "modules"), "PYTHONPATH": ""}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CHILD, str(root), *NAMES], env=environment, capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", CHILD, str(root), *NAMES],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return root, json.loads((root / "found.json").read_text()), layers
