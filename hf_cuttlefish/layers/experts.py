@@ -34,7 +34,14 @@ class ExpertStack(nn.Module):
         super().__init__()
         self.attribute, self.transposed = attribute, transposed
         self._owner = None if owner is None else weakref.ref(owner)
+        self._follows = True
         self._parameters["weight"] = weight
+
+    def __copy__(self) -> ExpertStack:
+        """The same with a weight of its own, such as one that is whole where the experts hold a part of it."""
+        made = ExpertStack.__new__(ExpertStack)
+        made.__dict__.update(self.__dict__, _parameters=dict(self._parameters), _follows=False)
+        return made
 
     @property
     def owner(self) -> nn.Module:
@@ -47,7 +54,7 @@ class ExpertStack(nn.Module):
     @property
     def weight(self) -> nn.Parameter:
         """The parameter that the experts hold now, or the last one that they held."""
-        now = None if self._owner is None else self.owner._parameters.get(self.attribute)
+        now = None if self._owner is None or not self._follows else self.owner._parameters.get(self.attribute)
         if now is not None:
             self._parameters["weight"] = now
         return self._parameters["weight"]  # type: ignore[return-value]
