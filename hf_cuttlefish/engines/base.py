@@ -52,6 +52,7 @@ class Engine:
     holds_whole_weights: bool = True
     """Whether each process holds every weight whole."""
     takes_vocabulary: ClassVar[bool] = True
+    takes_parts: ClassVar[bool] = True  # layers that are parameters of larger modules: stacks of experts
     """Whether `embeddings=True` can be carried out."""
     replicas: int = 1
 

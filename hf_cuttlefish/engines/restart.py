@@ -41,6 +41,8 @@ FULL_RANK_STATE = f"{TRAINER_STATE_NAME}.full_rank"
 class RestartEngine(ShardedEngine):
     """An engine that fixes the structure when it is built, so that the switch goes through a checkpoint."""
 
+    takes_parts = False
+
     def check(self, layers: Layers, config: CuttlefishConfig, can_restart: bool = False) -> None:
         check_not_wrapped(self.model, sharded=True)
         refuse_redundant(self.optimizer)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..config import CuttlefishConfig
-from ..decide.targets import find_targets
+from ..decide.targets import find_targets, is_part
 from ..layers.dense import is_meta
 from ..layers.kinds import kind_of
 from ..layers.low_rank import low_rank_layers
@@ -58,6 +58,8 @@ def start(
 def _targets(engine: Engine, config: CuttlefishConfig) -> dict[str, nn.Module]:
     check_free(engine.model)
     layers: dict[str, nn.Module] = dict(find_targets(engine.model, config))
+    if not engine.takes_parts:
+        layers = _without_parts(engine, config, layers)
     for name, layer in layers.items():
         if kind_of(layer).is_vocabulary and not engine.takes_vocabulary:
             raise ValueError(
@@ -67,6 +69,17 @@ def _targets(engine: Engine, config: CuttlefishConfig) -> dict[str, nn.Module]:
         if is_meta(layer):
             raise ValueError(f"{name} is on the meta device: load the weights before training")
     return layers
+
+
+def _without_parts(engine: Engine, config: CuttlefishConfig, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The layers that are modules of their own; raises ValueError where the user has named others, or none are left."""
+    parts = [name for name, layer in layers.items() if is_part(layer)]
+    if parts and (config.names_targets or len(parts) == len(layers)):
+        raise ValueError(
+            f"{parts[0]} is a stack of experts, and their switch is not supported under {type(engine).__name__}: use FSDP2 or DDP, or "
+            "leave the experts out of target_modules"
+        )
+    return {name: layer for name, layer in layers.items() if name not in parts}
 
 
 def _facts(engine: Engine, layers: Mapping[str, nn.Module], config: CuttlefishConfig, total: int) -> dict[str, Any]:

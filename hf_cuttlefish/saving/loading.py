@@ -96,6 +96,12 @@ class CuttlefishLoader(HfQuantizer):
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
         """Before the model is made parallel: rules for the factors, as transformers asks for."""
+        stacks = [name for name, layer in low_rank_layers(model).items() if layer.count > 1]
+        if stacks:
+            raise ValueError(
+                f"{stacks[0]} holds factors of experts, which tensor parallelism cannot divide: load the folder without tp_plan, or "
+                "merge it (`hf-cuttlefish merge FOLDER OUT`)"
+            )
         extend_parallel_plan(model, plan)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
