@@ -21,6 +21,7 @@ from ..decide.stored import spared
 from ..engines.find import extend_parallel_plan, settle_loaded
 from ..layers.kinds import layer_at
 from ..layers.low_rank import low_rank_layers
+from ..layers.parts import is_sharded
 from ..patch.structure import QUANT_METHOD, STRUCTURE_VERSION, configs_of, restructure, write_structure
 from .names import DISAGREE, is_layer, rank_of, renamed_keys
 
@@ -96,12 +97,6 @@ class CuttlefishLoader(HfQuantizer):
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
         """Before the model is made parallel: rules for the factors, as transformers asks for."""
-        stacks = [name for name, layer in low_rank_layers(model).items() if layer.count > 1]
-        if stacks:
-            raise ValueError(
-                f"{stacks[0]} holds factors of experts, which tensor parallelism cannot divide: load the folder without tp_plan, or "
-                "merge it (`hf-cuttlefish merge FOLDER OUT`)"
-            )
         extend_parallel_plan(model, plan)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -113,6 +108,12 @@ class CuttlefishLoader(HfQuantizer):
             config = getattr(module, "config", None)
             if isinstance(config, PreTrainedConfig) and "_is_quantized" in vars(config):
                 del config._is_quantized
+        stacks = [name for name, layer in low_rank_layers(model).items() if layer.origin == "Experts"]
+        if stacks and any(map(is_sharded, model.parameters())):
+            raise ValueError(
+                f"{stacks[0]} holds factors of experts, which tensor parallelism cannot divide: load the folder without tp_plan, or "
+                "merge it (`hf-cuttlefish merge FOLDER OUT`)"
+            )
         for layer in low_rank_layers(model).values():
             vars(layer.down).pop("bias", None)
         settle_loaded(model)

@@ -62,7 +62,7 @@ def test_the_folder_loads_and_ships(finished, tmp_path):
     model = trainer.model.eval()
     wanted = model(**tokens()).logits
     model.save_pretrained(tmp_path / "pairs")
-    card = write_model_card(model, tmp_path / "pairs", report=callback.cuttlefish.report)
+    card = write_model_card(tmp_path / "pairs", model, report=callback.cuttlefish.report)
     assert "experts.gate_up_proj" in (tmp_path / "pairs" / "README.md").read_text() and card is not None
     note = json.loads((tmp_path / "pairs" / "config.json").read_text())["quantization_config"]
     assert set(stacks(merge(AutoModelForCausalLM.from_pretrained(tmp_path / "pairs")))) <= set(note["ranks"])
