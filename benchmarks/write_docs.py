@@ -16,6 +16,7 @@ from .accuracy.plots import plot_calibration, plot_sizes, plot_switch
 from .accuracy.rates_page import rates_page
 from .accuracy.records import Record, base_of, measured
 from .accuracy.tables import ablation_table, calibration_ratios, conditions, methods_table, summary_table, switch_table
+from .eight_bits.tables import eight_bits_table
 from .speed.tables import tables as speed_tables
 from .steps.tables import runs_table, steps_table
 
@@ -161,6 +162,8 @@ def main() -> None:
     language = load("language_h100")
     fill(ROOT / "docs" / "language-models.md", "perplexities", perplexity_table(language))
     fill(ROOT / "docs" / "language-models.md", "repair", repair_table(language))
+    record = json.loads((ROOT / "benchmarks" / "results" / "eight_bits.json").read_text("utf-8"))
+    fill(ROOT / "docs" / "serving.md", "eight bits", eight_bits_table(record))
     (ROOT / "docs" / "results-rates.md").write_text(rates_page(load("rates_h100")), encoding="utf-8")
     (ROOT / "docs" / "results-records.md").write_text(
         "\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8"

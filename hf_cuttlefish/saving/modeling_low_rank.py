@@ -13,6 +13,7 @@ import re
 import sys
 
 import transformers
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _get_model_class
@@ -20,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .standalone_layers import PAIRS, LowRankLinear, exchange, is_dense, largest_rank, resized_head, without_ties
 
-FORMAT = 3
+FORMAT = 4
 """Version of this text, raised with each change of it."""
 
 NAME = "modeling_low_rank"
@@ -144,6 +145,19 @@ class _LowRank:
 def _settled(model):
     for layer in (module for module in model.modules() if isinstance(module, PAIRS)):
         vars(layer.down).pop("bias", None)
+    return model
+
+
+def _told_apart(model):
+    """Give each parent of low-rank layers one more child, without weights, whose name says which they are.
+
+    vLLM looks for siblings to fuse (q, k and v) once for all parents of one class whose children have the same names, and would
+    fuse the low-rank ones of a block as the dense ones of the first block.
+    """
+    for parent in list(model.modules()):
+        names = [name for name, child in parent.named_children() if isinstance(child, PAIRS)]
+        if names and not isinstance(parent, (nn.Sequential, nn.ModuleList)):
+            parent.add_module("_".join(["low_rank", *names]), nn.Identity())
     return model
 
 
@@ -324,7 +338,7 @@ class _Remote:
     def _from_config(cls, config, **kwargs):
         """As of the Auto class: the structure, without the weights."""
         stock, config = cls._find(_prepared(config))
-        return _settled(_low_rank_class(stock)._from_config(config, **kwargs))
+        return _told_apart(_settled(_low_rank_class(stock)._from_config(config, **kwargs)))
 
 
 def __getattr__(name):

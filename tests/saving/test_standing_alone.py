@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from hf_cuttlefish import factorize
+from hf_cuttlefish.saving import modeling_low_rank as standalone
+from hf_cuttlefish.saving import standalone_layers
 from hf_cuttlefish.saving.doors import STANDALONE_FILE, STANDALONE_TEXT
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -322,6 +324,24 @@ def test_the_contract_of_vllms_transformers_backend(results):
             rowwise = name.split(".")[-2] in ("o_proj", "down_proj")
             wanted = {"down": "rowwise", "up": "replicate"} if rowwise else {"down": "replicate", "up": "colwise"}
             assert styles[name] == wanted[name.split(".")[-1]], name
+
+
+def test_vllm_can_tell_blocks_apart_whose_low_rank_layers_differ():
+    """It fuses q, k and v of all blocks of one class whose children have the same names as it would those of the first: a dense first
+    block made it fuse the low-rank ones of the others (vLLM 0.33), and their weights had no place."""
+    model = hf.LlamaModel(hf.LlamaConfig(**{**TEXT, "num_hidden_layers": 3}))
+    before, ids = set(model.state_dict()), torch.arange(3, 9)[None]
+    names = [("q_proj", "k_proj", "v_proj", "o_proj"), ("q_proj",)]
+    for layer, low in zip(model.layers[1:], names, strict=True):
+        for name in low:
+            pair = standalone_layers.LowRankLinear(getattr(layer.self_attn, name), 4)
+            vars(pair.down).pop("bias")  # as `_settled` does
+            setattr(layer.self_attn, name, pair)
+    keys, wanted = set(model.state_dict()), model(ids).last_hidden_state
+    standalone._told_apart(model)
+    children = [tuple(name for name, _ in layer.self_attn.named_children()) for layer in model.layers]
+    assert len(set(children)) == 3 and children[0] == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert set(model.state_dict()) == keys != before and torch.equal(model(ids).last_hidden_state, wanted)
 
 
 def test_a_folder_from_before_loads_and_is_saved_as_one_of_today(folders, tmp_path):
