@@ -8,7 +8,13 @@ from torch.optim import lr_scheduler as torch_schedules
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, get_scheduler
 
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, factorize
-from hf_cuttlefish.patch.learning_rate import SCALE_UNKNOWN, ScaleLearningRate, suggested_scale
+from hf_cuttlefish.patch.learning_rate import (
+    SCALE_UNKNOWN,
+    ScaleLearningRate,
+    averages_weights,
+    learning_rate_edit,
+    suggested_scale,
+)
 from launch import launch
 
 STEPS, SWITCH, SCALE = 12, 5, 1.5
@@ -251,6 +257,37 @@ def run_trainer(folder, seed=0, resume=None, **arguments):
 
 def logged(trainer):
     return {r["step"]: r["learning_rate"] for r in trainer.state.log_history if "learning_rate" in r}
+
+
+class Averaging(torch.optim.SGD):
+    """The interface of schedule-free optimizers."""
+
+    def train(self):
+        pass
+
+    def eval(self):
+        pass
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_average_of_weights_says_nothing_of_the_rate(wrapped):
+    """It travels straight at any rate: a schedule-free run had its rate tripled at the switch, and lost 13 points."""
+    parameter = nn.Parameter(torch.ones(2))
+    plain, averaging = torch.optim.SGD([parameter], lr=0.1), Averaging([parameter], lr=0.1)
+    if wrapped:
+        accelerator = Accelerator(cpu=True)
+        plain, averaging = accelerator.prepare_optimizer(plain), accelerator.prepare_optimizer(averaging)
+    edit = learning_rate_edit(plain, None, None, 0.4, alignment=0.9)
+    assert isinstance(edit, ScaleLearningRate) and edit.scale == 3 and not averages_weights(plain)
+    assert averages_weights(averaging)
+    assert not isinstance(learning_rate_edit(averaging, None, None, 0.1, alignment=0.9), ScaleLearningRate)
+    assert learning_rate_edit(averaging, None, 2.0, 0.4, alignment=0.9).scale == 2
+
+
+def test_schedulefree_is_known_as_an_average():
+    schedulefree = pytest.importorskip("schedulefree")
+    for cls in (schedulefree.AdamWScheduleFree, schedulefree.RAdamScheduleFree, schedulefree.SGDScheduleFree):
+        assert averages_weights(cls([nn.Parameter(torch.ones(2))], lr=0.1))
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
