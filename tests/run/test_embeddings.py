@@ -113,7 +113,11 @@ def test_state_lies_in_memory_as_its_parameter_does(optim):
     factorize(model, dict.fromkeys(find_targets(model, CuttlefishConfig(embeddings=True)), 4), optimizer)
     for parameter, state in optimizer.state.items():
         for value in (v for v in state.values() if isinstance(v, torch.Tensor) and v.shape == parameter.shape):
-            assert (value.dtype, value.device, value.stride()) == (parameter.dtype, parameter.device, parameter.stride())
+            assert (value.dtype, value.device, value.stride()) == (
+                parameter.dtype,
+                parameter.device,
+                parameter.stride(),
+            )
     model(**rows).loss.backward()
     optimizer.step()
 
