@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hf_cuttlefish.decide.rules import DEFAULT_RATIO
 
+from .accuracy.embeddings_tables import vocabulary_table
 from .accuracy.explored_tables import after_switch_table, explored_table, latest_switch_table
 from .accuracy.language_tables import perplexity_table, repair_table
 from .accuracy.plots import plot_calibration, plot_sizes, plot_switch
@@ -159,6 +160,8 @@ def main() -> None:
         record = json.loads((ROOT / "benchmarks" / "results" / name).read_text("utf-8"))
         fill(ROOT / "docs" / "speed-tables.md", what, "\n".join(speed_tables(record)))
     write_gpu_page()
+    vocabulary = vocabulary_table([*load("embeddings_h100"), *load("embeddings_cpu")])
+    fill(ROOT / "docs" / "results.md", "vocabulary", vocabulary)
     language = load("language_h100")
     fill(ROOT / "docs" / "language-models.md", "perplexities", perplexity_table(language))
     fill(ROOT / "docs" / "language-models.md", "repair", repair_table(language))
