@@ -17,6 +17,7 @@ from .accuracy.plots import plot_calibration, plot_sizes, plot_switch
 from .accuracy.rates_page import rates_page
 from .accuracy.records import Record, base_of, measured
 from .accuracy.tables import ablation_table, calibration_ratios, conditions, methods_table, summary_table, switch_table
+from .convolutions.tables import table as convolutions_table
 from .eight_bits.tables import eight_bits_table
 from .speed.tables import tables as speed_tables
 from .steps.tables import runs_table, steps_table
@@ -162,6 +163,10 @@ def main() -> None:
     write_gpu_page()
     vocabulary = vocabulary_table([*load("embeddings_h100"), *load("embeddings_cpu")])
     fill(ROOT / "docs" / "results.md", "vocabulary", vocabulary)
+    for where in ("h100", "cpu"):
+        records = (ROOT / "benchmarks" / "results" / f"convolutions_{where}.jsonl").read_text("utf-8").splitlines()
+        text = "\n".join(convolutions_table([json.loads(line) for line in records]))
+        fill(ROOT / "docs" / "convolutional-networks.md", f"runs on {where}", text)
     language = load("language_h100")
     fill(ROOT / "docs" / "language-models.md", "perplexities", perplexity_table(language))
     fill(ROOT / "docs" / "language-models.md", "repair", repair_table(language))

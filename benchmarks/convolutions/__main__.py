@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -23,10 +22,11 @@ from benchmarks.files import write_json
 from .methods import METHODS
 from .networks import NETWORKS
 from .speed import MODES, step_times
+from .tables import table
 from .training import Job, guarded
 
 RECIPES = {
-    "fashion": {"epochs": 5, "batch": 256, "width": 64, "rate": 0.1},
+    "fashion": {"epochs": 5, "batch": 256, "width": 64, "rate": 0.05},
     "digits": {"epochs": 30, "batch": 64, "width": 16, "rate": 0.05},
 }
 
@@ -54,6 +54,7 @@ def _arguments() -> argparse.Namespace:
     for name in ("epochs", "batch", "width"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--rate", type=float)
+    parser.add_argument("--clip", type=float, default=2.0, help="longest gradient; 0: any")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=10, help="runs at once")
     parser.add_argument("--deadline", type=float, help="seconds after which no further run begins")
@@ -69,7 +70,7 @@ def _arguments() -> argparse.Namespace:
 def _run_all(arguments: argparse.Namespace, out: Path) -> None:
     recipe = {k: getattr(arguments, k) or v for k, v in RECIPES[arguments.task].items()}
     jobs = [
-        Job(arguments.task, network, method, seed, arguments.budget, **recipe)
+        Job(arguments.task, network, method, seed, arguments.budget, clip=arguments.clip, **recipe)
         for seed in arguments.seeds
         for network in arguments.networks
         for method in arguments.methods
@@ -90,32 +91,6 @@ def _run_all(arguments: argparse.Namespace, out: Path) -> None:
                 f"{time.perf_counter() - began:5.0f} s  {job.name}: {record['accuracy']:.2f}% at {share:.0%}",
                 flush=True,
             )
-
-
-def table(records: list[dict[str, Any]]) -> list[str]:
-    """A Markdown table: mean and spread of the test accuracy over seeds, parameters, seconds."""
-    lines = [
-        "| task | network | method | seeds | parameters kept | test accuracy | against dense | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for record in records:
-        groups.setdefault((record["task"], record["network"], record["method"]), []).append(record)
-    for (task, network, method), found in sorted(groups.items(), key=lambda g: (*g[0][:2], METHODS.index(g[0][2]))):
-        accuracies = [r["accuracy"] for r in found]
-        share = statistics.mean(r["parameters"] / r["parameters_before"] for r in found)
-        dense = {r["seed"]: r["accuracy"] for r in groups.get((task, network, "dense"), [])}
-        apart = [r["accuracy"] - dense[r["seed"]] for r in found if r["seed"] in dense]
-        seconds = statistics.mean(r["seconds"] for r in found)
-        against = _spread(apart, True) if apart and method != "dense" else ""
-        cells = [task, network, method, str(len(found)), f"{share:.1%}", _spread(accuracies), against, f"{seconds:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def _spread(values: list[float], signed: bool = False) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{'+' if signed else ''}.2f} ± {deviation:.2f}"
 
 
 def _speed(arguments: argparse.Namespace, out: Path, records: list[dict[str, Any]]) -> None:

@@ -20,7 +20,7 @@ from .networks import NETWORKS, Classifier
 
 @dataclass(frozen=True)
 class Job:
-    """A run. budget: share of the targets' parameters. The rate rises for a tenth of the steps and falls to zero as a cosine."""
+    """A run. budget: share of the targets' parameters. clip: longest gradient (0: any). The rate rises for a tenth of the steps and falls to zero as a cosine."""
 
     task: str
     network: str
@@ -32,6 +32,7 @@ class Job:
     width: int
     rate: float
     decay: float = 5e-4
+    clip: float = 2.0
 
     @property
     def name(self) -> str:
@@ -117,6 +118,8 @@ def _train(
         loss.backward()
         if job.method == "sifd":
             frobenius_decay(model, job.decay)
+        if job.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), job.clip)
         optimizer.step()
         scheduler.step()
         sums += loss.detach()
