@@ -16,6 +16,7 @@ from .. import __version__
 from ..config import CuttlefishConfig
 from ..decide.plan import RankPlan
 from ..decide.ranks import estimate_ranks
+from ..layers.low_rank import low_rank_layers
 from ..patch.structure import QUANT_METHOD
 from ..report.drawing import check_matplotlib, figure_path
 from ..report.inspection import NOW, inspect_model, present_plan
@@ -37,7 +38,7 @@ from .files import (
     read_run,
 )
 from .sizes import compare_sizes
-from .talking import bar
+from .talking import bar, warn
 from .train import train
 
 __all__ = ["bench", "env", "export", "factorize", "inspect", "merge", "plot", "train"]
@@ -62,7 +63,11 @@ def inspect(options: argparse.Namespace) -> None:
         raise ValueError("--html is a page of sizes: give --ratios, as in --ratios 0.5 0.33 0.25")
     config = _config(options, target_ratio=options.ratio)
     model = load_model(options.model, options.device)
-    statistics = statistics_of(model, options, config)
+    statistics = None
+    if options.data and low_rank_layers(model):
+        warn(f"{options.data} is not used: {options.model} is factorized already, and is shown as it is")
+    else:
+        statistics = statistics_of(model, options, config)
     found = inspect_model(model, config, statistics=statistics, progress=bar("layers"))
     wanted = options.rule or "loss"
     rule = wanted if wanted in found.plans else next(iter(found.plans))
