@@ -20,20 +20,18 @@ PAGE = ROOT / "docs" / "optimizers.md"
 
 HEAD = """# Optimizers
 
-Before the run begins Cuttlefish makes a miniature of the very optimizer that it was given, all settings alike, and tries the switch on
-it (some milliseconds for each parameter group; no random state moves on). Each optimizer is one of three:
+Before the run Cuttlefish copies your optimizer's class and settings onto a few small matrices and tries the switch there (some milliseconds
+for each parameter group; no random state moves on). Each optimizer is one of three:
 
-- **carried**: the factors go on with the state of their weight, projected ([how](how-it-works.md)).
-- **fresh**: the factors begin as the optimizer begins any new parameter, bias correction included; all other parameters keep their state.
-- **refused**: neither goes, and the run ends before its first step with a `ValueError` that says why and what to do.
+- **carried**: the factors continue with the state of their weight, projected ([how](how-it-works.md)).
+- **fresh**: the factors begin like any new parameter, bias correction included. All other parameters keep their state.
+- **refused**: neither works. The run stops before its first step with a `ValueError` that says why and what to do.
 
-What is tried: a small matrix is trained on made-up gradients, and its two factors on those that they would have had. What is linear in
-the gradient, an average of squares, a copy of the parameter or a count shows in what the two have come to, by whatever name. A first
-update of the product more than 3 times as large as it should be is not accepted, which is where a missing bias correction shows.
-Packed state (torchao's 8 bits) is unpacked, projected, and packed by the optimizer's own classes. Optimizers inside an optimizer (a chain of
-Muon and AdamW, Lookahead, SAM) are found in its attributes, and change with it. An optimizer that knows its parameters by anything but
-groups and state is refused. Where nothing can be tried (an optimizer that holds the whole model, or one whose step fails on the
-miniature), names of state that torch and transformers use are carried, and others are refused after the first step, when they appear.
+What is tried: a small matrix is trained on made-up gradients, and its two factors on theirs. Comparing the two shows which state is linear in the
+gradient, an average of squares, a copy of the parameter or a count, whatever its name. A first update more than 3 times too large is not accepted;
+that catches a missing bias correction. Packed state (torchao's 8 bits) is unpacked, projected and packed again. Optimizers inside an
+optimizer (a chain of Muon and AdamW, Lookahead, SAM) change with it. If nothing can be tried (an optimizer that holds the whole model, or
+fails on the small one), state with names known from torch and transformers is carried, and other state is refused when it appears.
 
 Written by `python -m benchmarks.optimizers`; every row is held by `tests/patch/test_optimizer_kinds.py`, the carried ones by numbers:
 projected first moments are exact, and the product moves at the dense rate in the step after the switch.

@@ -157,7 +157,9 @@ def test_inspect_a_factorized_model_shows_what_it_is(run, factorized, tmp_path):
     code, out, _ = run("inspect", factorized)
     assert code == 0 and "size (now)" in out
     assert_fails(run("inspect", factorized, "--save-plan", tmp_path / "p"), "is factorized already")
-    code, _, err = run("inspect", factorized, "--data", tmp_path / "rows.csv")  # found by trying it: data that nothing asks for
+    code, _, err = run(
+        "inspect", factorized, "--data", tmp_path / "rows.csv"
+    )  # found by trying it: data that nothing asks for
     assert code == 0 and "is not used" in err
 
 

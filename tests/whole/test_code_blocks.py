@@ -23,6 +23,8 @@ NOT_RUN = {
     "from trl": "needs TRL",
     "AutoModelForX": "a sketch of several processes",
     "...,": "arguments of a larger call",
+    "reduce-overhead": "CUDA graphs need a GPU",
+    "group_into_blocks": "lines of three scripts",
 }
 """What a block holds that cannot run here -> why; it is compiled all the same."""
 
