@@ -54,7 +54,8 @@ def _spared(change: Any) -> Any:
 
 
 def _bounded(pattern: str) -> str:
-    return pattern if not pattern[-1:].isalnum() or pattern.endswith("weight") else pattern + NOT_A_FACTOR
+    names_a_stack = "expert" in pattern and pattern[-1:].isalnum() and not pattern.endswith("weight")
+    return pattern + NOT_A_FACTOR if names_a_stack else pattern
 
 
 def _comes_back(key: str, saving: list[Any], loading: list[Any]) -> bool:

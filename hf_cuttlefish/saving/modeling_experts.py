@@ -73,7 +73,7 @@ def spared(change):
     """The same conversion, which leaves factors alone."""
     end = r"(?!\w)(?!\.down\.weight)(?!\.up\.weight)"
     patterns = [
-        [p + end if re.search(r"\w$", p) and not p.endswith("weight") else p for p in given]
+        [p + end if "expert" in p and re.search(r"\w$", p) and not p.endswith("weight") else p for p in given]
         for given in (change._original_source_patterns, change._original_target_patterns)
     ]
     new = type(change)(source_patterns=patterns[0], target_patterns=patterns[1], operations=list(change.operations))
