@@ -13,8 +13,10 @@ import torch
 import transformers as hf
 from torch import nn
 
-from hf_cuttlefish import CuttlefishConfig, LowRankLinear, estimate_ranks, factorize, merge
+from hf_cuttlefish import CuttlefishConfig, estimate_ranks, factorize, merge
 from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.layers.kinds import kind_of
+from hf_cuttlefish.layers.low_rank import LowRankLayer
 
 from .classes import find_class
 from .inputs import run
@@ -28,7 +30,7 @@ class Trial:
 
     Attributes:
         batch: what its forward takes; None if no batch fits. config: of the model, as it was before it was built.
-        shapes: of the layers to factorize. size: parameters of the dense model. dense: its outputs.
+        shapes: (out, in, number of matrices) of the layers to factorize. size: parameters of the dense model. dense: its outputs.
         expected: outputs once it is factorized. loaded: the model that came back from the disk.
         result: what is known of the class so far.
     """
@@ -53,7 +55,8 @@ class NothingToFactorize(Exception):
 def select(trial: Trial) -> None:
     """Find the layers; an error of ours, before anything is changed, is an answer too."""
     try:
-        trial.shapes = {n: tuple(layer.weight.shape) for n, layer in find_targets(trial.model).items()}
+        layers = find_targets(trial.model)
+        trial.shapes = {n: (*kind_of(layer).size, kind_of(layer).count) for n, layer in layers.items()}
     except (ValueError, TypeError) as error:
         raise NothingToFactorize(shorten(error)) from error
     trial.result["layers"] = len(trial.shapes)
@@ -74,16 +77,16 @@ def full_rank(trial: Trial) -> None:
         return
     trial.dense = run(trial.model, trial.batch)
     exact = copy.deepcopy(trial.model)
-    factorize(exact, {n: min(shape) for n, shape in trial.shapes.items()})
+    factorize(exact, {n: min(m, n_in) for n, (m, n_in, _) in trial.shapes.items()})
     compare(run(exact, trial.batch), trial.dense, 2e-3, "at full rank")
 
 
 def factorize_low(trial: Trial) -> None:
     """Low rank leaves as many parameters as the plan says."""
     trial.size = count(trial.model)
-    ranks = {n: max(1, min(min(shape) // 4, 4)) for n, shape in trial.shapes.items()}
+    ranks = {n: max(1, min(min(shape[:2]) // 4, 4)) for n, shape in trial.shapes.items()}
     factorize(trial.model, ranks)
-    saved = sum(m * n - ranks[name] * (m + n) for name, (m, n) in trial.shapes.items())
+    saved = sum(c * (m * n - ranks[name] * (m + n)) for name, (m, n, c) in trial.shapes.items())
     require(trial.size - count(trial.model) == saved, "the parameter count is not the plan's")
 
 
@@ -230,9 +233,9 @@ def load(model_class: type, auto_name: str, folder: str) -> tuple[Any, str]:
     return model.float().eval(), by
 
 
-def low_rank(model: nn.Module) -> dict[str, LowRankLinear]:
+def low_rank(model: nn.Module) -> dict[str, LowRankLayer]:
     """The factorized layers by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    return {n: m for n, m in model.named_modules() if isinstance(m, LowRankLayer)}
 
 
 def ranks_of(model: nn.Module) -> dict[str, int]:

@@ -56,7 +56,7 @@ def test_a_model_whose_init_weights_fills_every_bias_is_loaded():
 
 
 def test_a_model_without_such_layers_is_refused_with_a_reason():
-    result = checks.check("ResNetForImageClassification", *CLASSES["ResNetForImageClassification"])
+    result = checks.check("SqueezeBertModel", *CLASSES["SqueezeBertModel"])
     assert result["status"] == outcomes.REFUSED and "finds no nn.Linear" in result["reason"]
 
 
