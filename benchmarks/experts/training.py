@@ -23,8 +23,6 @@ from ..files import write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-import language_modeling
-
 EXPERTS = ["gate_up_proj", "down_proj"]
 
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -74,6 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _data() -> dict[str, Any]:
+    import language_modeling  # which needs datasets, and `speed` does not
+
     options = language_modeling.DataArguments()
     splits = language_modeling.load_texts(options)
     tokenizer = language_modeling.make_tokenizer(splits["train"]["text"], options.vocab_size)
