@@ -42,7 +42,7 @@ def suggested_scale(kept: float, alignment: float | None = None) -> float:
 def averages_weights(optimizer: Any) -> bool:
     """Whether the model's weights are an average that the optimizer keeps: schedule-free ones, which have modes to train and eval."""
     inner = inner_optimizer(optimizer)
-    return all(callable(getattr(inner, mode, None)) for mode in ("train", "eval"))
+    return callable(getattr(inner, "train", None)) and callable(getattr(inner, "eval", None))
 
 
 def check_can_scale(optimizer: Any, scheduler: Any) -> None:

@@ -96,23 +96,23 @@ class UnableError(Exception):
 
 def _check_small(originals: Sequence[torch.optim.Optimizer], memo: Mapping[int, Any]) -> None:
     numbers = 0
-
-    def look(value: Any, depth: int) -> None:
-        nonlocal numbers
-        if isinstance(value, nn.Module):
-            raise UnableError("it holds the model itself")
-        if isinstance(value, torch.Tensor) and id(value) not in memo:
-            numbers += value.numel()
-        elif not isinstance(value, torch.optim.Optimizer) and depth < 4:
-            for part in parts_of(value):
-                look(part, depth + 1)
-
     for one in originals:
         for name, value in vars(one).items():
             if name not in ("state", "param_groups"):
-                look(value, 0)
+                numbers += _numbers_in(value, memo, 0)
     if numbers > _MOST:
         raise UnableError(f"it holds {numbers:,} numbers outside its state")
+
+
+def _numbers_in(value: Any, memo: Mapping[int, Any], depth: int) -> int:
+    """How many numbers there are in what is not in the memo. No closure: one that calls itself would keep all this alive."""
+    if isinstance(value, nn.Module):
+        raise UnableError("it holds the model itself")
+    if isinstance(value, torch.Tensor) and id(value) not in memo:
+        return value.numel()
+    if isinstance(value, torch.optim.Optimizer) or depth == 4:
+        return 0
+    return sum([_numbers_in(part, memo, depth + 1) for part in parts_of(value)])
 
 
 def _begin(group: dict[str, Any], defaults: Mapping[str, Any], counts: Collection[str]) -> None:

@@ -13,19 +13,21 @@ def optimizers_in(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimize
     """The optimizer and all that it keeps in its attributes, each once, the outermost first."""
     found: list[torch.optim.Optimizer] = []
 
-    def look(value: Any, depth: int) -> None:
-        if isinstance(value, torch.optim.Optimizer):
-            if all(value is not other for other in found):
-                found.append(value)
-                for name, attribute in vars(value).items():
-                    if name not in ("state", "param_groups"):
-                        look(attribute, 0)
-        elif depth < 3:
-            for part in parts_of(value):
-                look(part, depth + 1)
-
-    look(optimizer, 0)
+    _add_optimizers(optimizer, 0, found)
     return found
+
+
+def _add_optimizers(value: Any, depth: int, found: list[torch.optim.Optimizer]) -> None:
+    """No closure: one that calls itself would keep the optimizers alive."""
+    if isinstance(value, torch.optim.Optimizer):
+        if id(value) not in {id(other) for other in found}:
+            found.append(value)
+            for name, attribute in vars(value).items():
+                if name not in ("state", "param_groups"):
+                    _add_optimizers(attribute, 0, found)
+    elif depth < 3:
+        for part in parts_of(value):
+            _add_optimizers(part, depth + 1, found)
 
 
 def groups_in(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
