@@ -58,7 +58,7 @@ def measured_size(
     before = kept.effect(layers, {})
     loss = before.loss or training_loss
     bound = config.max_loss_increase
-    if not len(kept) or not loss or (before.divergence is None and bound is None) or (bound and before.loss is None):
+    if not len(kept) or not loss or (before.divergence is None and (bound is None or before.loss is None)):
         return None, ""
     settled = alignment is None or alignment <= UNSETTLED
     cautious = before.of_tokens and settled and not starts_at_random(spectra)
@@ -73,7 +73,9 @@ def measured_size(
         cuts = {name: rough_cut(parts[name], rank) for name, rank in plan.items() if name in parts}
         measured[ratio] = found = kept.effect(layers, cuts)
         if bound is not None:
-            return found.loss is not None and found.loss - loss <= bound * loss
+            # Where the labels are kept from the model, the divergence of its outputs stands for the rise of the loss.
+            rise = found.divergence if before.loss is None or found.loss is None else found.loss - loss
+            return rise is not None and rise <= bound * loss
         return found.divergence is not None and found.divergence <= limit
 
     if bound is not None:

@@ -115,6 +115,18 @@ def test_a_bound_that_no_size_keeps_keeps_all(parts_of_model):
     assert size == DENSE and "allowed: loss 1.1" in note
 
 
+@pytest.mark.parametrize("least", [0.1, 0.25, 0.45, 0.7])
+def test_a_bound_holds_where_the_labels_are_kept_from_the_model(parts_of_model, least):
+    """Label smoothing and losses of one's own: no loss on the kept batches, so what the cut does to the outputs counts."""
+    layers, spectra, parts, _ = parts_of_model
+    kept = Told(lambda share: 0.05 if share >= least - 0.02 else 0.2)
+    told = kept.effect
+    kept.effect = lambda layers, factors: replace(told(layers, factors), loss=None)
+    config = CuttlefishConfig(rank_multiple=1, max_loss_increase=0.1)
+    size, _ = measured_size(layers, spectra, parts, config, kept, None, 1.0, {})
+    assert size == least and kept.asked
+
+
 def test_nothing_measured_nothing_said(parts_of_model):
     assert choose(parts_of_model, KeptBatches(parts_of_model[3])) == (None, "")
     without_scores = Told(lambda share: 0.0)
