@@ -166,7 +166,7 @@ class CuttlefishConfig:
         metadata={
             "help": "The learning rate after the switch times this number: of all parameters, and with a scheduler the whole schedule"
             " from there on. None: between 1 and 3, the higher the straighter the weights travelled before the switch (1.35 "
-            "where unknown; at least 1.5 where less than a quarter is kept; 1 if the schedule cannot be scaled)."
+            "where unknown; at least 1.5 where less than a quarter is kept; 1 if the schedule cannot be scaled, and where the switch is by restart)."
         },
     )
     on_error: str = field(

@@ -5,14 +5,12 @@ torchrun --nproc_per_node 2 benchmarks/two_gpus/llama.py --folder OUT
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from begin import begin
 from torch import distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,15 +36,8 @@ BEFORE, AFTER = 10, 10
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--quick", type=int, default=0)
-    arguments = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    arguments, device = begin(__doc__)
+    cuda = device.type == "cuda"
     rows, length = (2, 16) if arguments.quick else (4, 1024)
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -8,16 +8,14 @@ link is simulated: a communication hook that lets each bucket wait for as long a
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from begin import begin
 from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -208,15 +206,7 @@ def measure(name: str, shape: Any, kept: float | None, device: torch.device, tim
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--quick", type=int, default=0)
-    arguments = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    arguments, device = begin(__doc__)
     found: dict[str, Any] = {}
     for name, shape in (QUICK if arguments.quick else SHAPES).items():
         found[name] = {

@@ -120,11 +120,12 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def skipped_parameters(model: nn.Module) -> dict[str, int]:
-    """3-D expert weights, which stay dense: parameter name -> number of elements. For the report."""
+    """Dense 3-D expert weights, factors aside: parameter name -> number of elements. For the report."""
+    factors = {id(factor) for layer in low_rank_layers(model).values() for factor in layer.factors}
     return {
         name: parameter.numel()
         for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and "expert" in name.lower()
+        if parameter.ndim == 3 and "expert" in name.lower() and id(parameter) not in factors
     }
 
 

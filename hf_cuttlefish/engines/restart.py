@@ -155,8 +155,9 @@ class LowRankCheckpoint(ABC):
         return self.optimizer_state == "carry" and not kinds
 
     def _outcome(self, carried: bool) -> str:
-        """What the report says of the optimizer's state."""
-        return f"state carried for {len(self.plan)} of {len(self.plan)} layers" if carried else "state starts anew"
+        """What the report says of the optimizer: its rate is not scaled in a checkpoint."""
+        state = f"state carried for {len(self.plan)} of {len(self.plan)} layers" if carried else "state starts anew"
+        return f"learning rate unchanged; {state}"
 
 
 class KeptFactors(Mapping[str, Factors]):

@@ -41,8 +41,8 @@ def scores_of(model: nn.Module, batch: Mapping[str, Any]) -> Scores:
     262,144 times all tokens of a batch may not fit.
     """
     labels = _classes(batch.get("labels"))
-    if labels is not None and labels.ndim == 2 and _is_causal(model) and _takes(model, "logits_to_keep"):
-        return _next_tokens(model, batch, labels)
+    if labels is not None and labels.ndim == 2 and (classes := _classes_of_tokens(model)):
+        return _next_tokens(model, batch, labels, classes)
     output = model(**batch)
     loss = output.get("loss") if hasattr(output, "get") else None
     known = float(loss) if isinstance(loss, torch.Tensor) and loss.ndim == 0 else None
@@ -50,10 +50,17 @@ def scores_of(model: nn.Module, batch: Mapping[str, Any]) -> Scores:
     return Scores(found, known, found is not None and output["logits"].ndim > 2)
 
 
-def _next_tokens(model: nn.Module, batch: Mapping[str, Any], labels: torch.Tensor) -> Scores:
-    """The scores of next tokens that are labels, of columns of the batch. labels: (rows, tokens)."""
+def _classes_of_tokens(model: nn.Module) -> int:
+    """How many tokens a causal language model chooses from that can be asked for some positions alone; 0 for any other model."""
+    if not _is_causal(model) or not _takes(model, "logits_to_keep"):
+        return 0
+    output_layer = cast(Any, model).get_output_embeddings()
+    return 0 if output_layer is None else int(output_layer.weight.shape[0])
+
+
+def _next_tokens(model: nn.Module, batch: Mapping[str, Any], labels: torch.Tensor, classes: int) -> Scores:
+    """The scores of next tokens that are labels, of columns of the batch. labels: (rows, tokens). classes: tokens to choose from."""
     columns = labels[:, 1:].ne(-100).any(0).nonzero()[:, 0]
-    classes = cast(Any, model).get_output_embeddings().weight.shape[0]
     columns = columns[_spread(len(columns), ENTRIES // (classes * len(labels)))]
     if not len(columns):
         return Scores(None, None)

@@ -45,6 +45,15 @@ def test_scores_are_of_the_labels_that_follow(model, prompt):
 
 
 @torch.no_grad()
+def test_a_model_that_names_no_output_layer_gives_all_scores(model, monkeypatch):
+    given = batch()
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    found, (logs, loss) = scores_of(model, given), expected(model, given)
+    assert torch.allclose(found.log_probabilities, logs, atol=1e-5)
+    assert found.loss == pytest.approx(float(loss), rel=1e-5)
+
+
+@torch.no_grad()
 def test_a_model_that_gives_all_scores_says_the_same(model):
     class Whole(nn.Module):  # without logits_to_keep
         def __init__(self):

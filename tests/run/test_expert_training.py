@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_cuttlefish import CuttlefishConfig, RankPlan, merge, save_merged, write_model_card
+from hf_cuttlefish import CuttlefishConfig, RankPlan, factorize, merge, save_merged, write_model_card
+from hf_cuttlefish.decide.targets import skipped_parameters
 from hf_cuttlefish.layers.low_rank import low_rank_layers
 from tiny_experts import build, stacks, tokens
 from tiny_models import aligned
@@ -45,6 +46,15 @@ def test_experts_are_factorized_on_the_way(finished):
     assert RankPlan.from_json(report.plan.to_json()) == report.plan
     assert any("loss on the last" in note for note in report.plan.notes)
     assert sum(d.predicted_loss_increase for n, d in decisions.items() if n in experts) > 0
+
+
+def test_factors_are_no_dense_experts(finished):
+    """In a report of what is factorized later."""
+    name, *_ = finished
+    model = build(name)
+    assert set(skipped_parameters(model)) >= set(stacks(model))
+    factorize(model, dict.fromkeys(stacks(model), 2))
+    assert low_rank_layers(model) and not skipped_parameters(model)
 
 
 @pytest.mark.parametrize("step", [2, SWITCH + 2])
