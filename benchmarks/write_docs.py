@@ -11,12 +11,12 @@ from pathlib import Path
 from hf_cuttlefish.decide.rules import DEFAULT_RATIO
 
 from .accuracy.embeddings_tables import vocabulary_table
-from .accuracy.explored_tables import after_switch_table, explored_table, latest_switch_table
+from .accuracy.explored_tables import after_switch_table, explored_table, latest_switch
 from .accuracy.language_tables import perplexity_table, repair_table
 from .accuracy.plots import plot_calibration, plot_sizes, plot_switch
 from .accuracy.rates_page import rates_page
-from .accuracy.records import Record, base_of, measured
-from .accuracy.tables import ablation_table, calibration_ratios, conditions, methods_table, summary_table, switch_table
+from .accuracy.records import Record, base_of, measured, score, show
+from .accuracy.tables import ablation_table, calibration_ratios, conditions, summary_table, switch_table
 from .convolutions.tables import table as convolutions_table
 from .eight_bits.tables import eight_bits_table
 from .speed.tables import tables as speed_tables
@@ -29,56 +29,57 @@ SPEED = {"speed": "speed_cpu.json", "GPU": "speed_h100.json"}
 IMAGES = ROOT / "docs" / "images"
 HEAD = """# Results, the records
 
-> These runs are of the former defaults: size 0.40, the learning rate left alone (times 1.5 below a quarter), statistics from 4% of the run, gradient
-> damping 0.03. The defaults of today, on two text models, a ViT and several learning rates: [results by model and rate](results-rates.md).
+The answer is in [Results](results.md). `python -m benchmarks.write_docs` writes this page from `benchmarks/results/accuracy`.
 
-Written by `python -m benchmarks.write_docs` from the records in `benchmarks/results/accuracy`; the answer is in [Results](results.md).
+> These runs have the former defaults: size 0.40, an unchanged learning rate (times 1.5 below a quarter), statistics from 4% of the run,
+> gradient damping 0.03. Today's defaults: [results by model and rate](results-rates.md).
 """
 
-SCRATCH = """No pretrained weights (`--suite scratch`). Digits: a ViT of 4 x 96 on scikit-learn's 8 x 8 digits, 40 epochs (800 steps), on one
-CPU thread in fp32; the test split has 360 rows, so that one row is 0.28 points. Fashion-MNIST: a ViT of 6 x 192, 12 epochs on 12,000
-of its training rows (564 steps of 256), 10,000 test rows, bf16 on an H100. The controls keep what their recipes say: Pufferfish's switch after one
-epoch is 2.5% of the first run and 8% of the second."""
+SETS = {
+    "trec": "TREC",
+    "movie_snippets": "Movie snippets",
+    "reuters_r8": "Reuters R8",
+    "fashion_mnist_vit": "Fashion-MNIST, ViT-S",
+}
+"""Data sets of the main table and their headings."""
 
-LATER = """All of our runs on digits switched at `latest_switch`, the stable ranks still moving. Allowed to wait until 80%, at a size of 1/5.6
-(validation split, 171 rows):"""
+SCRATCH = """No pretrained weights (`--suite scratch`). The controls switch where their recipes do.
 
-CALIBRATION = """Median of the measured increase (validation split) over the predicted one, by the share of the run at which the switch
-came; all records of `choose_h100` that have both. The [plot](how-it-works.md#ranks) shows every one of them."""
+| | model | run | test rows | on |
+|---|---|---|---|---|
+| digits | ViT of 4 x 96, 8 x 8 pixels | 40 epochs, 800 steps | 360 (one is 0.28 points) | CPU, one thread, fp32 |
+| Fashion-MNIST | ViT of 6 x 192, 12,000 rows | 12 epochs, 564 steps of 256 | 10,000 | H100, bf16 |"""
 
-LOW_RANK_PHASE = """What a change of the low-rank phase makes of the same run, on the validation split: the learning rate after the switch times
-a number (`learning_rate_scale`), or Frobenius decay, decoupled, in the place of the factors' weight decay of 0.01 (`trec`) or
-0.05 (`digits_scratch`). On the CPU all settings of a seed go on from one snapshot (`python -m benchmarks.accuracy.after_switch`).
+CALIBRATION = """Median of measured over predicted increase of the loss (validation split), by the time of the switch, from `choose_h100`. The prediction
+ranks cuts of one model; its scale is off. Every run is in the [plot](how-it-works.md#ranks)."""
 
-A learning rate times 1.5 gains accuracy at 1/5.6 on texts and nothing at 1/3, on images or from scratch; on the movie snippets the loss
-rises with it. Together with the rows above, which add a size of 1/10, that makes it the default below a quarter of the
-parameters (`learning_rate_scale=1` leaves the schedule alone). Frobenius decay changes nothing, not even at 10 to 100 times the
-weight decay; the package does without it."""
+EXPLORED = """Against the same runs without the change; three text sets and the ViT, records `explore_h100` and `fading_h100`. Code that was not
+kept is not in the repository.
 
-EXPLORED = """Four ideas against the same runs without them, at the two small sizes (ViT: 1/3 and 1/5.6), records `explore_h100` (what was turned
-down is not in the repository):
+| idea | outcome |
+|---|---|
+| divide the squares of an example's gradients by its gradient's norm | kept: the loss rises less at the switch |
+| learning rate after the switch x 1.5 | kept below a quarter |
+| learning rate x 2 | not kept: no better than 1.5 |
+| distill from the run's own dense model | not built: worse on TREC and Reuters R8, a third more time a step |
+| two cuts, at 20% and 35% of the run | not built: no gain |
+| fade out what the cut took, over 30% of the remaining steps | taken out: no gain |
+| wait for the stable ranks until 80% of the run (digits, 1/5.6, 3 seeds) | not kept: accuracy {later} at 40% |"""
 
-- *Examples weighted*: the squares of an example's gradients are divided by its gradient's norm ([how](how-it-works.md#loss-aware-factors)). The loss
-  rises less at the switch, above all on Reuters R8, whose training loss is almost nothing by then, and no data set is worse off in the end. **Kept.**
-- *Learning rate* after the switch times 1.5 or 2: more accuracy on texts, a wash on the ViT. **1.5 kept, below a quarter.**
-- *Distillation* in the low-rank phase from the run's own model as it was before the switch (half of the loss, temperature 2): worse on
-  TREC and Reuters R8, at a third more time a step. The snapshot has seen 30% of the run. **Not built.**
-- *Two cuts*: to 1/3 at 20% of the run, moments gathered again on the factors, and cut to the size wanted at 35%. No gain. **Not built.**"""
+FADING = "Fading, with today's defaults and MPNet-base among the models:"
 
-FADING = """A fifth idea, with today's defaults and MPNet-base among the models, records `fading_h100`: what the cut took is still added to the
-outputs after the switch, times a factor that falls to zero over 30% of the remaining steps. A shorter exploration had promised 0.3 points;
-on whole runs (test split) nothing is left of it. **Taken out again.**"""
+LOW_RANK_PHASE = """Against the same run with an unchanged low-rank phase, validation split. On the CPU all settings of a seed start from one snapshot
+(`python -m benchmarks.accuracy.after_switch`). A rate times 1.5 gains at 1/5.6 on texts, and nothing at 1/3, on images or from
+scratch. Frobenius decay, in place of weight decay, changes nothing: it was not built."""
 
 LIMITS = """## What these numbers are not
 
-- Three seeds; two for spectral init and plain SVD at 1/2 on the ViT (the lent machine's time ran out). No control was run at 1/10.
-- `Cuttlefish (ours)` switched at 30% of the run and has 1.5 times the learning rate after the switch below a quarter of the size; the controls switch
-  where their recipes do, at the rate of the dense run. Our rows and those of the ViT were run after the text controls, with
-  another sharing of the GPU between processes (CUDA MPS), on the same software.
-- The ViT has 12,000 of Fashion-MNIST's rows, 56 pixels, 3 epochs and a learning rate of 5e-5, at which it is not trained out: LoRA, which
-  has five times the rate here as it does everywhere, ends 2.2 points above dense. Controls of the ViT share that rate with us.
-- The time of the switch, the ablation and the calibration were measured before examples were weighted.
 - Pretrained MiniLM (6 x 384), its vocabulary cut to the tokens that occur, and ViT-S/14 only.
+- Two seeds for spectral init and plain SVD at 1/2 on the ViT. No control ran at 1/10.
+- We switched at 30% of the run and took 1.5 times the rate below a quarter. The controls switch where their recipes do, at the dense rate.
+- Our rows and the ViT's ran after the text controls, under another sharing of the GPU (CUDA MPS).
+- The ViT (12,000 rows of 56 pixels, 3 epochs, rate 5e-5) is not trained out: LoRA, at five times the rate, ends 2.2 points above dense.
+- The time of the switch, the ablation and the calibration were measured before examples were weighted.
 """
 
 
@@ -119,25 +120,26 @@ def main() -> None:
     parts = [
         HEAD,
         conditions(table),
-        "## All data sets: test accuracy against full rank, points",
+        "## All data sets: test accuracy against dense, points",
+        "Three seeds unless (n) says otherwise.",
         summary_table(table, dense),
     ]
-    for dataset in ("trec", "movie_snippets", "reuters_r8", "fashion_mnist_vit"):
+    for dataset, name in SETS.items():
         chosen = [r for r in table if r["dataset"] == dataset]
-        parts += [f"## {dataset}", methods_table(chosen, dense), f"![accuracy by size](images/accuracy_{dataset}.png)"]
+        whole = show(score(r) for r in chosen if r["method"] == "dense")
+        parts += [f"## {name}", f"Dense: {whole}%.", summary_table(chosen, dense)]
+        parts.append(f"![accuracy by size](images/accuracy_{dataset}.png)")
         plot_sizes(chosen, IMAGES / f"accuracy_{dataset}.png")
-    scratch = load("scratch_cpu")
     parts += ["## From random weights", SCRATCH]
-    for what, records in (("Digits", scratch), ("Fashion-MNIST", load("scratch_h100"))):
+    for what, records in (("Digits", load("scratch_cpu")), ("Fashion-MNIST", load("scratch_h100"))):
         compared = [r for r in records if r["group"] == "scratch"]
         paired = {base_of(r): r for r in compared if r["method"] == "dense"}
-        parts += [f"### {what}", methods_table(compared, paired)]
-    later = [r for r in scratch if r["method"] == "cuttlefish" and r["budget"]]
-    parts += [LATER, latest_switch_table(later)]
+        whole = show(score(r) for r in compared if r["method"] == "dense")
+        parts += [f"### {what}", f"Dense: {whole}%.", summary_table(compared, paired)]
     switches = [r for r in choose if r["group"] == "switch"]
     plot_switch(switches, dense, IMAGES / "switch.png")
     parts += [
-        "## When to switch (validation, one seed)",
+        "## When to switch (validation, one seed, three text sets)",
         switch_table(switches, dense),
         "![accuracy by time of the switch](images/switch.png)",
     ]
@@ -146,12 +148,14 @@ def main() -> None:
     ]
     plot_calibration(calibrated, IMAGES / "calibration.png")
     parts += ["## Predicted and measured loss", CALIBRATION, calibration_ratios(calibrated)]
-    parts += ["## What was tried last, on the validation split", EXPLORED, explored_table(load("explore_h100"))]
+    later = latest_switch([r for r in load("scratch_cpu") if r["method"] == "cuttlefish" and r["budget"]])
+    parts += ["## What was tried last, on the validation split", EXPLORED.format(later=later)]
+    parts += [explored_table(load("explore_h100"))]
     parts += [FADING, explored_table(load("fading_h100"))]
     parts += ["## The low-rank phase", LOW_RANK_PHASE, after_switch_table(load("tune_h100"), load("after_switch_cpu"))]
     ablation = [r for r in choose if r["group"] == "ablation"]
     parts += [
-        "## Metric, ranks and optimizer state (validation, one seed, switch at 20%)",
+        "## Metric, ranks and optimizer state (validation, one seed, three text sets, switch at 20%)",
         ablation_table(ablation, dense),
         LIMITS,
     ]

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
 from ..markdown import markdown_table
-from .records import Record, base_of, grouped, measured, score, show, unique
+from .records import Record, base_of, grouped, mean_and_error, measured, score, show, unique
 
 
-def latest_switch_table(records: list[Record]) -> str:
-    """Validation split, by how late the switch was allowed to come."""
-
-    def latest(r: Record) -> float:
-        return r["options"].get("latest_switch", 0.4)
-
-    def row(members: list[Record]) -> list[str]:
-        shares = sorted(r["switch_share"] for r in members)
-        return [
-            f"{latest(members[0]):g}",
-            f"{shares[0]:.0%} to {shares[-1]:.0%}" if shares[0] < shares[-1] else f"{shares[0]:.0%}",
-            show(100 * r["validation"]["accuracy"] for r in members),
-            show((r["validation"]["loss"] for r in members), 3),
-            str(len(members)),
-        ]
-
-    groups = grouped(records, latest)
-    header = ("latest_switch", "switched at", "accuracy", "loss", "seeds")
-    return markdown_table(header, (row(groups[key]) for key in sorted(groups)))
+def latest_switch(records: list[Record]) -> str:
+    """Accuracy on the validation split where the switch may come late, against where it may not."""
+    groups = grouped(records, lambda r: r["options"].get("latest_switch", 0.4))
+    early, late = (show(100 * r["validation"]["accuracy"] for r in groups[key]) for key in sorted(groups))
+    return f"{late} against {early}"
 
 
 def after_switch_table(tuned: list[Record], branches: list[Record]) -> str:
@@ -49,8 +36,7 @@ def after_switch_table(tuned: list[Record], branches: list[Record]) -> str:
         others = {k: v for k, v in r["options"].items() if k != "lr_after"}
         if "lr_after" in r["options"] and (base := plain.get(identity(r, others))) is not None:
             setting = f"learning rate x {r['options']['lr_after']:g}"
-            where = "H100, bf16", f"{base['switch_share']:.0%}"
-            note((r["dataset"], r["budget"], setting, *where), r, base)
+            note((r["dataset"], r["budget"], setting, "H100, bf16"), r, base)
     unchanged = {"learning_rate_scale": 1.0, "frobenius_decay": None}
     bases = {identity(r, {}): r for r in branches if r["setting"] == unchanged}
     for r in branches:
@@ -58,15 +44,15 @@ def after_switch_table(tuned: list[Record], branches: list[Record]) -> str:
             continue
         scale, decay = r["setting"]["learning_rate_scale"], r["setting"]["frobenius_decay"]
         setting = f"learning rate x {scale:.3g}" if decay is None else f"Frobenius decay {decay:g}"
-        note((r["dataset"], r["budget"], setting, "CPU, fp32", f"{r['switch_step'] / r['steps']:.0%}"), r, base)
+        note((r["dataset"], r["budget"], setting, "CPU, fp32"), r, base)
     return markdown_table(
-        ("data", "budget", "low-rank phase", "on", "switch at", "accuracy, points", "loss", "seeds"),
+        ("data", "kept", "low-rank phase", "on", "points", "loss", "seeds"),
         (
             (
-                *(dataset, f"{budget:.3f}", setting, device, at),
+                *(dataset, f"{budget:.2f}", setting, device),
                 *(show((a for a, _ in found), sign=True), show((b for _, b in found), 3, sign=True), str(len(found))),
             )
-            for (dataset, budget, setting, device, at), found in sorted(rows.items())
+            for (dataset, budget, setting, device), found in sorted(rows.items())
         ),
     )
 
@@ -84,7 +70,7 @@ TRIED = {
 
 
 def explored_table(records: list[Record]) -> str:
-    """Differences on the validation split to the same run without the change, mean over seeds, by data set."""
+    """Differences on the validation split to the same run without the change, mean over seeds and data sets."""
     plain = {(*base_of(r), r["budget"]): r for r in records if r["method"] == "explore" and not r["options"]}
     groups = grouped(
         (r for r in records if r["options"]), lambda r: (-r["budget"], json.dumps(r["options"], sort_keys=True))
@@ -92,18 +78,22 @@ def explored_table(records: list[Record]) -> str:
     datasets = unique(r["dataset"] for r in records)
 
     def cells(members: list[Record]) -> Iterable[str]:
-        ends, after = [], []
+        ends: list[tuple[float, float]] = []
+        after, seeds = [], set()
         for dataset in datasets:
             pairs = [(r, plain[(*base_of(r), r["budget"])]) for r in members if r["dataset"] == dataset]
             accuracy = [score(r) - score(base) for r, base in pairs]
-            ends.append(accuracy)
+            if accuracy:
+                ends.append(mean_and_error(accuracy))
+                seeds.add(len(accuracy))
             rises = [(measured(r), measured(base)) for r, base in pairs]
             after += [100 * (changed[1] / usual[1] - 1) for changed, usual in rises if changed and usual]
-            yield show(accuracy, sign=True)
-        yield f"{sum(sum(v) / len(v) for v in ends if v) / sum(bool(v) for v in ends):+.2f}"
+        error = math.sqrt(sum(e * e for _, e in ends)) / len(ends)
+        yield f"{sum(mean for mean, _ in ends) / len(ends):+.2f} ± {error:.2f}"
         yield f"{median(after):+.0f}%"
-        yield "-".join(str(n) for n in sorted({len(v) for v in ends if v}))
+        yield str(len(ends))
+        yield "-".join(map(str, sorted(seeds)))
 
-    rows = [[f"{-key[0]:.3f}", TRIED[key[1]], *cells(groups[key])] for key in sorted(groups, key=lambda k: k[0])]
-    header = ("budget", "change", *datasets, "mean over data sets", "rise of the loss at the switch (median)", "seeds")
+    rows = [[f"{-key[0]:.2f}", TRIED[key[1]], *cells(groups[key])] for key in sorted(groups, key=lambda k: k[0])]
+    header = ("kept", "change", "points", "rise of the loss at the switch (median)", "data sets", "seeds")
     return markdown_table(header, rows)

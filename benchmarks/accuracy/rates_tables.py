@@ -80,7 +80,7 @@ class Differences:
 
 
 def cells_table(records: Sequence[Record], split: str, ways: Sequence[Way]) -> str:
-    """A row for each model, data set, kind of run and learning rate."""
+    """A row for each model, data set, kind of run and learning rate; the number of seeds where it is not three."""
     found = Differences(records, split)
     rows = []
     for cell in sorted({cell_of(r) for r in records}, key=_order):
@@ -89,18 +89,18 @@ def cells_table(records: Sequence[Record], split: str, ways: Sequence[Way]) -> s
         dense = found.cells.get((cell, ("dense", None)), [])
         row = [*_named(cell), show((found.accuracy(r) for r in dense), 1)]
         for way in ways:
-            row.append(show(found.of(cell, way), 2, sign=True))
+            points = found.of(cell, way)
+            row.append(show(points, 2, sign=True) + (f" (n {len(points)})" if len(points) in (1, 2) else ""))
         if DEFAULT in ways:
             members = found.cells.get((cell, DEFAULT), [])
             notes = [r["method_notes"] for r in members]
             row += [
                 _mean([r["kept"] for r in members]),
-                _mean([n.get("alignment") for n in notes]),
                 _mean([n.get("learning_rate_scale") for n in notes]),
             ]
-        rows.append([*row, "/".join(_seeds(found, cell, way) for way in (("dense", None), *ways))])
-    measured = ["kept", "alignment", "rate times"] if DEFAULT in ways else []
-    header = ("model", "data", "rate", "dense", *(NAMES[w] for w in ways), *measured, "seeds")
+        rows.append(row)
+    measured = ["kept", "rate times"] if DEFAULT in ways else []
+    header = ("model", "data", "rate", "dense", *(NAMES[w] for w in ways), *measured)
     return markdown_table(header, rows)
 
 
@@ -200,10 +200,6 @@ def _rate(rate: float) -> str:
 
 def _order(cell: Cell) -> tuple[Any, ...]:
     return list(MODELS.values()).index(cell[0]), cell[2], list(DATA.values()).index(cell[1]), cell[3]
-
-
-def _seeds(found: Differences, cell: Cell, way: Way) -> str:
-    return str(len(found.cells.get((cell, way), [])))
 
 
 def _mean(values: Sequence[float | None]) -> str:

@@ -31,12 +31,10 @@ def conditions(records: Sequence[Record]) -> str:
     versions = records[0]["versions"]
     unstable = [r for r in records if not r["train_loss"]["finite"]]
     lines = [
-        f"{len(records)} runs on {seen(r['device'] for r in records)}, processes at a time: "
-        f"{seen(r['workers'] or 1 for r in records)}; "
+        f"{len(records)} runs on {seen(r['device'] for r in records)}; "
         + ", ".join(f"{k} {seen(r['versions'][k] for r in records)}" for k in versions)
         + ".",
-        "Accuracies are means over seeds ± the standard error of the mean; 'kept' is the share of the target layers' "
-        "weight parameters. Times per step were taken while processes shared the device: a rough hint, no measurement.",
+        "Mean over seeds ± its standard error. 'Kept' is the share of the target layers' weight parameters.",
     ]
     if unstable:
         lines.append(f"The loss was not finite in {len(unstable)} runs.")
@@ -83,7 +81,10 @@ def methods_table(records: list[Record], dense: dict[Any, Record]) -> str:
 
 
 def summary_table(records: list[Record], dense: dict[Any, Record]) -> str:
-    """Mean difference from full rank over data sets, each data set counting the same, and its error over seeds."""
+    """Mean difference from full rank over data sets, each data set counting the same, and its error over seeds.
+
+    How many seeds there were stands in brackets where it is not three.
+    """
     budgets = sorted({r["budget"] for r in records if r["budget"]}, reverse=True)
 
     def cell(members: list[Record]) -> str:
@@ -93,10 +94,10 @@ def summary_table(records: list[Record], dense: dict[Any, Record]) -> str:
         ]
         if not pairs:
             return ""
-        mean = sum(value for value, _ in pairs) / len(pairs)
-        error = math.sqrt(sum(e * e for _, e in pairs if not math.isnan(e))) / len(pairs)
+        mean, errors = sum(value for value, _ in pairs) / len(pairs), [e for _, e in pairs if not math.isnan(e)]
+        error = f" ± {math.sqrt(sum(e * e for e in errors)) / len(pairs):.2f}" if errors else ""
         runs = "-".join(str(n) for n in sorted({len(m) for m in sets.values()}))
-        return f"{mean:+.2f} ± {error:.2f} (n {runs})"
+        return f"{mean:+.2f}{error}" + ("" if runs == "3" else f" (n {runs})")
 
     rows = []
     for method in LABELS:
@@ -110,7 +111,7 @@ def summary_table(records: list[Record], dense: dict[Any, Record]) -> str:
         )
         rows.append([LABELS[method], *(cell(groups[b]) if b in groups else "" for b in budgets), free])
     own = any(row[-1] for row in rows)
-    header = ("method", *(f"{b:.3f} kept" for b in budgets), *(["at its own size"] if own else []))
+    header = ("method", *(f"{b:.2f} kept" for b in budgets), *(["at its own size"] if own else []))
     return markdown_table(header, rows if own else [row[:-1] for row in rows])
 
 
@@ -157,52 +158,36 @@ def calibration_table(records: list[Record], dense: dict[Any, Record]) -> str:
 
 
 def switch_table(records: list[Record], dense: dict[Any, Record]) -> str:
-    """Differences from full rank, by the time of the switch."""
+    """Differences from full rank over all data sets, by the share of the run at which the switch came."""
     groups = grouped(records, lambda r: (r["budget"], r["options"]["switch"]))
     shares = sorted({share for _, share in groups})
-
-    def cell(budget: float, at: float, key: str, digits: int, dataset: str | None = None) -> str:
-        members = [r for r in groups.get((budget, at), []) if dataset in (None, r["dataset"])]
-        return show((paired(r, dense, key) for r in members), digits, sign=True)
-
-    rows = []
-    for budget in sorted({budget for budget, _ in groups}, reverse=True):
-        rows.append([f"{budget:.3f}", "all", "accuracy", *(cell(budget, at, "accuracy", 1) for at in shares)])
-        rows.append([f"{budget:.3f}", "all", "loss", *(cell(budget, at, "loss", 3) for at in shares)])
-        for dataset in unique(r["dataset"] for r in records):
-            rows.append(
-                [f"{budget:.3f}", dataset, "accuracy", *(cell(budget, at, "accuracy", 1, dataset) for at in shares)]
-            )
-    return "Differences from full rank, by the share of the run at which the switch came.\n\n" + markdown_table(
-        ("budget", "data", "", *(f"{at:.0%}" for at in shares)), rows
-    )
+    rows = [
+        [
+            f"{budget:.2f}",
+            what,
+            *(show((paired(r, dense, key) for r in groups.get((budget, at), [])), digits, sign=True) for at in shares),
+        ]
+        for budget in sorted({budget for budget, _ in groups}, reverse=True)
+        for what, key, digits in (("points", "accuracy", 1), ("loss", "loss", 3))
+    ]
+    return markdown_table(("kept", "", *(f"{at:.0%}" for at in shares)), rows)
 
 
 def ablation_table(records: list[Record], dense: dict[Any, Record]) -> str:
-    """Differences from full rank, by metric, ranks and optimizer state."""
-
-    def key(r: Record) -> tuple[Any, ...]:
-        return (-r["budget"], *(r["options"][k] for k in ("metric", "ranks", "state")))
-
-    datasets = unique(r["dataset"] for r in records)
-
-    def row(members: list[Record]) -> list[str]:
-        first = members[0]
-        after = [r["around_switch"]["after"]["validation"]["accuracy"] for r in members if r["around_switch"]["after"]]
-        return [
-            f"{first['budget']:.3f}",
-            *(first["options"][k] for k in ("metric", "ranks", "state")),
-            show([100 * sum(after) / len(after)]) if after else "",
-            show((paired(r, dense, "accuracy") for r in members), sign=True),
-            show((paired(r, dense, "loss") for r in members), 3, sign=True),
-            *(show((paired(r, dense, "accuracy") for r in members if r["dataset"] == d), sign=True) for d in datasets),
-        ]
-
+    """Differences from full rank over data sets, by metric, ranks and optimizer state: accuracy and loss at each size."""
+    budgets = sorted({r["budget"] for r in records}, reverse=True)
     order = {"weight": 0, "input": 1, "loss": 2, "uniform": 0, "energy": 1, "global": 2, "carry": 0, "reset": 1}
-    groups = grouped(records, key)
-    ordered = sorted(groups, key=lambda k: (k[0], *(order[part] for part in k[1:])))
-    header = ("budget", "metric", "ranks", "state", "right after the switch", "accuracy against full rank")
-    return markdown_table((*header, "loss against full rank", *datasets), (row(groups[k]) for k in ordered))
+    groups = grouped(records, lambda r: tuple(r["options"][k] for k in ("metric", "ranks", "state")))
+
+    def cells(members: list[Record]) -> Iterable[str]:
+        for budget in budgets:
+            chosen = [r for r in members if r["budget"] == budget]
+            yield show((paired(r, dense, "accuracy") for r in chosen), sign=True)
+            yield show((paired(r, dense, "loss") for r in chosen), 3, sign=True)
+
+    header = [f"{what} at {budget:.2f}" for budget in budgets for what in ("points", "loss")]
+    ordered = sorted(groups, key=lambda key: [order[part] for part in key])
+    return markdown_table(("metric", "ranks", "state", *header), ([*key, *cells(groups[key])] for key in ordered))
 
 
 def calibration_ratios(records: list[Record]) -> str:
