@@ -34,7 +34,7 @@ def tables(record: dict[str, Any]) -> Iterator[str]:
         yield "Around the switch:\n"
         yield switch_table(record["switch"])
     if record.get("select"):
-        yield "`objective=\"speed\"`:\n"
+        yield '`objective="speed"`:\n'
         yield selections_table(record["select"])
     if record.get("not_run"):
         yield f"Not run: {', '.join(record['not_run'])}.\n"
@@ -69,13 +69,26 @@ def steps_table(steps: list[dict[str, Any]]) -> str:
 def layers_table(rows: list[dict[str, Any]]) -> str:
     """A row for each size of layer: the pair's time over the dense one's at three ranks, and over its floor at a quarter."""
     cells = []
-    for (width, out, count, tokens, weights), found in _grouped(rows, "in", "out", "count", "tokens", "weights").items():
+    for (width, out, count, tokens, weights), found in _grouped(
+        rows, "in", "out", "count", "tokens", "weights"
+    ).items():
         dense = next(r for r in found if r["rank"] is None)
         pairs = {r["rank"] / min(width, out): r for r in found if r["variant"] == "pairs"}
         times = [f"{pairs[share]['ms'] / dense['ms']:.2f}" if share in pairs else "" for share in (1 / 8, 1 / 4, 1 / 2)]
         floors = [f"{r['ms'] / r['floor_ms']:.2f}" if r else "" for r in (dense, pairs.get(1 / 4))]
         cells.append((f"{width} x {out}", count, tokens, weights, f"{dense['ms']:.3g}", *times, *floors))
-    header = ("in x out", "layers", "tokens", "weights", "dense ms", "1/8", "1/4", "1/2", "dense / floor", "1/4 / floor")
+    header = (
+        "in x out",
+        "layers",
+        "tokens",
+        "weights",
+        "dense ms",
+        "1/8",
+        "1/4",
+        "1/2",
+        "dense / floor",
+        "1/4 / floor",
+    )
     return _markdown(header, cells)
 
 
@@ -133,7 +146,16 @@ def selections_table(selects: list[dict[str, Any]]) -> str:
                     f"{step['low_rank'] / step['dense']:.2f}" if step else "",
                 )
             )
-    header = ("model", "batch", "kept", "runs", "layers chosen", "s", "gain on the device", "step, all as pairs / dense")
+    header = (
+        "model",
+        "batch",
+        "kept",
+        "runs",
+        "layers chosen",
+        "s",
+        "gain on the device",
+        "step, all as pairs / dense",
+    )
     return _markdown(header, rows)
 
 
