@@ -20,21 +20,24 @@ PAGE = ROOT / "docs" / "optimizers.md"
 
 HEAD = """# Optimizers
 
-Before the run Cuttlefish copies your optimizer's class and settings onto a few small matrices and tries the switch there (some milliseconds
-for each parameter group; no random state moves on). Each optimizer is one of three:
+Before the run Cuttlefish tries the switch with your optimizer on small matrices. Each optimizer is one of three:
 
-- **carried**: the factors continue with the state of their weight, projected ([how](how-it-works.md)).
-- **fresh**: the factors begin like any new parameter, bias correction included. All other parameters keep their state.
-- **refused**: neither works. The run stops before its first step with a `ValueError` that says why and what to do.
+- **carried**: the factors continue with the projected state of their weight ([how](how-it-works.md#optimizer-state)).
+- **fresh**: the factors begin like new parameters. All others keep their state.
+- **refused**: neither works. A `ValueError` before the first step says why.
 
-What is tried: a small matrix is trained on made-up gradients, and its two factors on theirs. Comparing the two shows which state is linear in the
-gradient, an average of squares, a copy of the parameter or a count, whatever its name. A first update more than 3 times too large is not accepted;
-that catches a missing bias correction. Packed state (torchao's 8 bits) is unpacked, projected and packed again. Optimizers inside an
-optimizer (a chain of Muon and AdamW, Lookahead, SAM) change with it. If nothing can be tried (an optimizer that holds the whole model, or
-fails on the small one), state with names known from torch and transformers is carried, and other state is refused when it appears.
+An optimizer that is not listed is tried as well:
 
-Written by `python -m benchmarks.optimizers`; every row is held by `tests/patch/test_optimizer_kinds.py`, the carried ones by numbers:
-projected first moments are exact, and the product moves at the dense rate in the step after the switch.
+| it | then |
+|---|---|
+| keeps state of any name | a trial shows what follows a gradient, its square, the weight or a count |
+| takes a first update over 3 times too large | not accepted: a bias correction is missing |
+| packs its state (torchao, 8 bits) | unpacked, projected, packed again |
+| holds other optimizers (Lookahead, SAM) | they change with it |
+| cannot be tried (it holds the model, or fails) | state known from torch and transformers is carried, other state refused when it appears |
+
+`python -m benchmarks.optimizers` writes this page; `tests/patch/test_optimizer_kinds.py` tests every name whose package is installed.
+Carried: first moments are exact, and the product moves at the dense rate in the next step.
 """
 
 
@@ -110,7 +113,7 @@ TRAINER = (
     Case("rmsprop_bnb", "bitsandbytes", "carried"),
     Case("rmsprop_bnb_32bit", "bitsandbytes", "carried"),
     *(
-        Case(name, "bitsandbytes", "fresh", "codes and scales stand in tensors of their own")
+        Case(name, "bitsandbytes", "fresh", "codes and scales are separate tensors")
         for name in (
             "adamw_bnb_8bit",
             "adamw_8bit",
@@ -126,11 +129,11 @@ TRAINER = (
         "galore_adamw",
         "galore-torch",
         "fresh",
-        "moments of projected gradients; layers outside optim_target_modules are carried",
+        "projected gradients; layers outside optim_target_modules are carried",
     ),
     Case("galore_adafactor", "galore-torch", "fresh", "as galore_adamw"),
     Case("galore_adamw_layerwise", "galore-torch", "refused", "steps in hooks of the old weights"),
-    Case("apollo_adamw", "apollo-torch", "fresh", "as galore_adamw; with a seed from its constructor"),
+    Case("apollo_adamw", "apollo-torch", "fresh", "as galore_adamw"),
     Case("apollo_adamw_layerwise", "apollo-torch", "refused", "steps in hooks of the old weights"),
     Case("lomo", "lomo-optim", "carried", "keeps no state"),
     Case("grokadamw", "grokadamw", "fresh", "keeps its state in its groups"),
@@ -144,10 +147,10 @@ TRAINER = (
 NOT_ON_A_CPU = {
     "adamw_torch_xla": "torch_xla",
     "adamw_torch_npu_fused": "torch_npu",
-    "adamw_anyprecision": "torchdistx, which is not on PyPI",
+    "adamw_anyprecision": "torchdistx is not on PyPI",
     "galore_adamw_8bit": "its step needs a GPU",
     "galore_adamw_8bit_layerwise": "as galore_adamw_layerwise",
-    "galore_adafactor_layerwise": "transformers cannot make it; as galore_adamw_layerwise",
+    "galore_adafactor_layerwise": "transformers cannot make it",
     "adalomo": "its constructor needs a GPU",
 }
 """The others, and why there is no row for them."""
@@ -285,14 +288,19 @@ CASES = tuple(case for cases in TABLES.values() for case in cases)
 
 
 def page() -> str:
-    """The page, from the list alone."""
+    """The page, from the list alone: a row for what shares its state, package and reason not to be carried."""
     parts = [HEAD]
     for title, cases in TABLES.items():
-        parts.append(f"## {title}\n\n| optimizer | package | state | |\n|---|---|---|---|")
-        parts[-1] += "".join(f"\n| `{c.name}` | {c.package or '-'} | {c.expected} | {c.why} |" for c in cases) + "\n"
+        rows: dict[tuple[str, str, str], list[str]] = {}
+        for c in cases:
+            why = "" if c.expected == "carried" else c.why
+            rows.setdefault((c.expected, c.package or "-", why), []).append(f"`{c.name}`")
+        parts.append(f"## {title}\n\n| state | package | optimizer | |\n|---|---|---|---|")
+        ordered = sorted(rows.items(), key=lambda row: ("carried", "fresh", "refused").index(row[0][0]))
+        parts[-1] += "".join(f"\n| {s} | {p} | {', '.join(names)} | {why} |" for (s, p, why), names in ordered) + "\n"
         if cases is TRAINER:
             rest = ", ".join(f"`{name}` ({why})" for name, why in NOT_ON_A_CPU.items())
-            parts.append(f"Not to be had on a CPU, and without a row: {rest}.\n")
+            parts.append(f"Not tested, for want of a CPU form: {rest}.\n")
     return "\n".join(parts)
 
 

@@ -40,121 +40,96 @@ class CuttlefishConfig:
     target_modules: str | list[str] = field(
         default="all",
         metadata={
-            "help": "'all' (every kind of layer in the repeated blocks: attention and MLP projections, convolutions, experts), 'all-linear' (the "
-            "linear ones alone), a list of name endings such as ['query', 'value'], or a regular expression that matches whole names."
+            "help": "'all' (every kind of layer in the repeated blocks), 'all-linear', a list of name endings such as "
+            "['query', 'value'], or a regular expression for whole names."
         },
     )
     exclude_modules: str | list[str] | None = field(
-        default=None, metadata={"help": "Name endings (list) or a regular expression (str) of layers that stay dense."}
+        default=None, metadata={"help": "Layers that stay dense: name endings (list) or a regular expression (str)."}
     )
     embeddings: bool = field(
         default=False,
-        metadata={
-            "help": "Also factorize the table of tokens, with the output layer: as one tied to it, or a layer of its own. They count in "
-            "target_ratio like the others."
-        },
+        metadata={"help": "Also factorize the table of tokens and the output layer; both count in target_ratio."},
     )
     rank_pattern: dict[str, int] = field(
         default_factory=dict,
-        metadata={"help": "Ranks set by hand: name ending or regular expression -> rank; overrides the rank rule."},
+        metadata={"help": "Ranks by hand: name ending or regular expression -> rank; overrides the rule."},
     )
     rank_rule: str = field(
         default="loss",
         metadata={
-            "help": "How ranks are chosen: 'loss' (one threshold on predicted loss per parameter over the whole model), "
-            "'stable_rank', 'scaled_stable_rank', 'accumulative', 'paper' (the larger of the last two), 'energy', 'ratio'."
+            "help": "'loss' (one threshold on predicted loss per parameter), 'stable_rank', 'scaled_stable_rank', "
+            "'accumulative', 'paper' (the larger of the last two), 'energy', 'ratio'."
         },
     )
     rank_ratio: float = field(
         default=0.25,
-        metadata={
-            "help": "Share of the full rank min(m, n): for rule 'ratio', and for 'loss' where it has no statistics."
-        },
+        metadata={"help": "Share of the full rank min(m, n), for rule 'ratio', and for 'loss' without statistics."},
     )
     accumulative_share: float = field(
         default=0.8,
-        metadata={"help": "Share of the sum of the singular values for rule 'accumulative' (the paper's p)."},
+        metadata={"help": "Share of the singular values' sum, for rule 'accumulative'."},
     )
-    energy_share: float = field(default=0.9, metadata={"help": "Share of ||W||_F^2 kept by rule 'energy'."})
+    energy_share: float = field(default=0.9, metadata={"help": "Share of ||W||_F^2, for rule 'energy'."})
     stable_rank_scale: str = field(
         default="auto",
         metadata={
-            "help": "xi of the scaled stable rank: 'initial' (full rank / stable rank of the initial weights, the paper), "
-            "'random_matrix' ((1 + sqrt(min/max))^2, needs no initial weights), or 'auto': 'initial' if the run starts from "
-            "random weights, else 'random_matrix'."
+            "help": "xi of the scaled stable rank: 'initial' (from the initial weights, as in the paper), 'random_matrix' ((1 "
+            "+ sqrt(min/max))^2), or 'auto': 'initial' from random weights, else 'random_matrix'."
         },
     )
     rank_multiple: int | None = field(
         default=None,
-        metadata={
-            "help": "Ranks are multiples of this number (hardware alignment). None: 32 in a decoder that is 512 features wide or wider, "
-            "so that its factors fit formats in blocks of 32; else 8."
-        },
+        metadata={"help": "Ranks are multiples of this. None: 32 in a decoder at least 512 features wide, else 8."},
     )
     target_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the target layers' parameters to keep, for rule 'loss'; None: the smallest of 0.3, 0.35, ... 0.5 that "
-            "barely changes the model's outputs on the last batches before the switch (0.4 where that cannot be measured); for a "
-            "pretrained language model of 0.3 to 0.9, or none."
+            "help": "Share of the target layers' parameters to keep, for rule 'loss'. None: measured, 0.3 to 0.5 (pretrained "
+            "language models: 0.3 to 0.9, or all)."
         },
     )
     max_loss_increase: float | None = field(
         default=None,
-        metadata={
-            "help": "Largest increase of the training loss at the switch, as a share of it, measured on the last batches before the "
-            "switch (predicted where that cannot be measured), for rule 'loss'; None: the default size."
-        },
+        metadata={"help": "Largest rise of the training loss at the switch, as a share of it, for rule 'loss'."},
     )
     objective: str = field(
         default="size",
-        metadata={
-            "help": "'size': whatever gets smaller is factorized. 'speed': only what is measured to be faster here, and the "
-            "price of a rank is time; if nothing is faster, nothing is switched."
-        },
+        metadata={"help": "'size': factorize whatever gets smaller; 'speed': only what is measured to be faster here."},
     )
     min_speedup: float = field(
         default=1.05,
-        metadata={
-            "help": "With objective='speed': layers that do not get so many times faster stay dense (the paper: 1.5)."
-        },
+        metadata={"help": "With objective='speed': how many times faster a layer must get (the paper: 1.5)."},
     )
-    switch_step: int | None = field(
-        default=None, metadata={"help": "Switch after exactly this many optimizer steps instead of finding the point."}
-    )
+    switch_step: int | None = field(default=None, metadata={"help": "Switch after exactly this many optimizer steps."})
     earliest_switch: float = field(
         default=0.3,
-        metadata={"help": "Earliest switch, as a share of the run; earlier costs accuracy at small sizes (docs)."},
+        metadata={"help": "Earliest switch, as a share of the run."},
     )
-    latest_switch: float = field(
-        default=0.4, metadata={"help": "Latest switch, as a share of the run; a warning says when it is what fired."}
-    )
+    latest_switch: float = field(default=0.4, metadata={"help": "Latest switch, as a share of the run."})
     check_steps: int | None = field(
-        default=None, metadata={"help": "Measure stable ranks every so many steps; None: 30 times over the whole run."}
+        default=None, metadata={"help": "Measure stable ranks every so many steps. None: 30 times a run."}
     )
     stable_rank_tolerance: float = field(
         default=1.0,
         metadata={
-            "help": "Stable ranks have converged when every layer's smoothed relative change is below this, per whole run "
-            "(1.0: slower than 10% of its value in a tenth of the run)."
+            "help": "Converged: each layer's smoothed relative change per run is below this (1.0: 10% in a tenth of the run)."
         },
     )
     statistics_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Steps before the switch in which inputs and output gradients are gathered (rule 'loss'); 0: none; None: two "
-            "examples for each row of the widest layer's smaller side, at most 15% of the run."
+            "help": "Steps before the switch that gather statistics, for rule 'loss'; 0: none. None: enough for the widest "
+            "layer, at most 15% of the run."
         },
     )
     statistics_tokens: int = field(
-        default=1024, metadata={"help": "At most so many tokens per layer and micro-batch enter the statistics."}
+        default=1024, metadata={"help": "Most tokens per layer and micro-batch that enter the statistics."}
     )
     switch: str = field(
         default="auto",
         metadata={
-            "help": "'in_place': the run goes on in the same process. 'restart' (Trainer): at the switch a checkpoint with the "
-            "factorized weights is written and training stops; resumed from there, it goes on low rank. 'auto': in place "
-            "where the engine allows it, by restart under DeepSpeed and FSDP1."
+            "help": "'in_place': in the running process; 'restart': in a checkpoint, then stop; 'auto': by engine."
         },
     )
     optimizer_state: str = field(
@@ -164,16 +139,12 @@ class CuttlefishConfig:
     learning_rate_scale: float | None = field(
         default=None,
         metadata={
-            "help": "The learning rate after the switch times this number: of all parameters, and with a scheduler the whole schedule"
-            " from there on. None: between 1 and 3, the higher the straighter the weights travelled before the switch (1.35 "
-            "where unknown; at least 1.5 where less than a quarter is kept; 1 if the schedule cannot be scaled, and where the switch is by restart)."
+            "help": "The learning rate after the switch, times this. None: 1 to 3, measured; 1 where it cannot be scaled."
         },
     )
     on_error: str = field(
         default="continue",
-        metadata={
-            "help": "If the switch fails: 'continue' full rank with a warning, or 'raise'. Either way the model is as before."
-        },
+        metadata={"help": "If the switch fails: 'continue' at full rank, or 'raise'."},
     )
 
     def __post_init__(self) -> None:

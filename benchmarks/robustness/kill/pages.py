@@ -10,14 +10,13 @@ from .jobs import JOBS
 
 
 def write_docs(record: dict[str, Any]) -> None:
-    """Put the table into docs/robustness.md, between its marks: a row for each fault, and what it hit."""
+    """Put the table into docs/robustness.md, between its marks: a row for each fault, a column for each thing hit."""
+    faults = record["faults"]
+    hits = sorted({f["hit"] for f in faults})
     rows = []
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for fault in record["faults"]:
-        groups.setdefault((fault["kind"], fault["hit"]), []).append(fault)
-    for (kind, hit), group in [*sorted(groups.items()), (("all", ""), record["faults"])]:
-        survived = sum(bool(f["survived"]) for f in group)
-        rows.append((kind, hit, len(group), survived, len(group) - survived))
+    for kind in [*sorted({f["kind"] for f in faults}), "all"]:
+        mine = [f for f in faults if kind in (f["kind"], "all")]
+        rows.append((kind, *(survived([f for f in mine if f["hit"] == hit]) for hit in hits), survived(mine)))
     by_job = ", ".join(f"{job}: {sum(f['job'] == job for f in record['faults'])}" for job in JOBS)
     choice = ", ".join(f"{count} times: {what}" for what, count in record["trainers_own_choice_then"].items()) or "-"
     lines = [
@@ -28,5 +27,10 @@ def write_docs(record: dict[str, Any]) -> None:
     begin, end = "<!-- kills -->\n", "<!-- end of kills -->"
     before, _, rest = page.read_text(encoding="utf-8").partition(begin)
     after = rest.partition(end)[2]
-    table = markdown_table(("fault", "hit", "tried", "survived", "lost"), rows)
+    table = markdown_table(("survived of tried", *hits, "all"), rows)
     page.write_text(f"{before}{begin}{' '.join(lines)}\n\n{table}\n{end}{after}", encoding="utf-8")
+
+
+def survived(faults: list[dict[str, Any]]) -> str:
+    """How many of how many."""
+    return f"{sum(bool(f['survived']) for f in faults)}/{len(faults)}" if faults else "-"
