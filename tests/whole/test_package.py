@@ -81,9 +81,8 @@ def test_the_sdist_builds_the_same_wheel(built, tmp_path):
     with tarfile.open(built / "dist" / f"{NAME}.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     source = tmp_path / NAME
-    assert {"LICENSE", "README.md", "pyproject.toml", "setup.cfg", "hf_cuttlefish"} <= {
-        p.name for p in source.iterdir()
-    }
+    files = {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "setup.cfg", "setup.py"}
+    assert files | {"hf_cuttlefish", "docs", "examples"} <= {p.name for p in source.iterdir()}
     assert not any((source / name).exists() for name in ("tests", "benchmarks", "notebooks", "runs", ".ci"))
     run(sys.executable, "-c", BUILD, source, tmp_path, cwd=tmp_path)
     contents = []
@@ -91,6 +90,20 @@ def test_the_sdist_builds_the_same_wheel(built, tmp_path):
         with zipfile.ZipFile(folder / f"{NAME}-py3-none-any.whl") as wheel:
             contents.append({name: wheel.read(name) for name in wheel.namelist() if not name.endswith("/RECORD")})
     assert contents[0] == contents[1]
+
+
+def test_the_text_on_an_index_leads_nowhere_wrong(metadata, built):
+    """An index has none of the repository's files: no pictures, and no links but to other sites."""
+    text = metadata.get_payload()
+    assert metadata["Description-Content-Type"] == "text/markdown" and "CuttlefishCallback()" in text
+    targets = re.findall(r"\]\(([^)\s]*)", text)
+    assert targets and all(target.startswith("https://") for target in targets), targets
+    assert "![" not in text and "<img" not in text
+    # What it says is in the source distribution instead is there.
+    readme = (built / "source" / "README.md").read_text("utf-8")
+    named = {target.partition("#")[0] for target in re.findall(r"\]\(((?:docs|examples)/[^)]*)\)", readme)}
+    with tarfile.open(built / "dist" / f"{NAME}.tar.gz") as archive:
+        assert named and {f"{NAME}/{target}" for target in named} <= set(archive.getnames())
 
 
 def test_every_extra_is_in_all(metadata):
