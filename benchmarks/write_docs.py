@@ -169,7 +169,7 @@ def main() -> None:
     fill(ROOT / "docs" / "results.md", "vocabulary", vocabulary)
     for where in ("h100", "cpu"):
         records = (ROOT / "benchmarks" / "results" / f"convolutions_{where}.jsonl").read_text("utf-8").splitlines()
-        text = "\n".join(convolutions_table([json.loads(line) for line in records]))
+        text = convolutions_table([json.loads(line) for line in records])
         fill(ROOT / "docs" / "convolutional-networks.md", f"runs on {where}", text)
     language = load("language_h100")
     fill(ROOT / "docs" / "language-models.md", "perplexities", perplexity_table(language))

@@ -38,7 +38,7 @@ def main() -> None:
     if not arguments.table:
         _run_all(arguments, out)
     records = [json.loads(path.read_text("utf-8")) for path in sorted(out.glob("*-*-*-*.json"))]
-    print("\n".join(table(records)))
+    print(table(records))
     if arguments.speed:
         _speed(arguments, out, records)
 

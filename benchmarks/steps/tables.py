@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..markdown import markdown_table
+
 NAMES = {
     "bert-base": "BERT-base, 12 blocks, 32 x 128",
     "bert-large": "BERT-large shapes, 6 blocks, 64 x 128",
@@ -17,7 +19,6 @@ FORMS = {
     "pairs": "pairs",
     "multiplied": "multiplied out",
     "uneven": "multiplied out, ranks differ",
-    "shared": "pairs, one `down` for q, k, v and gate, up (by hand)",
     "mlp": "pairs in the MLP alone",
     "lora": "LoRA, rank 16",
 }
@@ -26,17 +27,19 @@ Record = Mapping[str, Any]
 
 def steps_table(records: Iterable[Record], modes: Sequence[str]) -> str:
     """One row a case and form: wall time of a step, the device's own, kernels, memory, and time to compile where there is any."""
-    lines = ["| model | layers | ms | / dense | GPU ms | kernels | peak MiB | first steps, s |", "|" + " --- |" * 8]
+    compiled = "graphs" in modes
+    header = ["model", "layers", "ms", "/ dense", "GPU ms", "kernels", "peak MiB"]
+    rows = []
     for r in records:
-        if r["mode"] not in modes:
+        form = FORMS.get(r["variant"].partition(" ")[0])  # prototypes are in the record alone
+        if r["mode"] not in modes or form is None:
             continue
-        form = FORMS[r["variant"].partition(" ")[0]]
         batch = f", batch {r['rows']}" if r["mode"].startswith("infer") else ""
         spread = f"{r['ms']:.1f} ({r['quartiles'][0]:.1f}-{r['quartiles'][1]:.1f})"
         name = NAMES[r["case"]].rpartition(",")[0] if batch else NAMES[r["case"]]
         cells = [f"{name}{batch}", form, spread, f"{r['of_dense']:.2f}", f"{r['gpu_ms']:.1f}", f"{r['kernels']:.0f}"]
-        lines.append(f"| {' | '.join(cells)} | {r['peak_mib']:.0f} | {r['first_seconds']:.0f} |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{r['peak_mib']:.0f}", *([f"{r['first_seconds']:.0f}"] if compiled else [])])
+    return markdown_table([*header, *(["first steps, s"] if compiled else [])], rows)
 
 
 def runs_table(records: Sequence[Record]) -> str:
