@@ -37,7 +37,7 @@ An optimizer that is not listed is tried as well:
 | cannot be tried (it holds the model, or fails) | state known from torch and transformers is carried, other state refused when it appears |
 
 `python -m benchmarks.optimizers` writes this page; `tests/patch/test_optimizer_kinds.py` tests every name whose package is installed.
-Carried: first moments are exact, and the product moves at the dense rate in the next step.
+For carried ones, first moments are exact and the product moves at the dense rate.
 """
 
 
@@ -299,8 +299,8 @@ def page() -> str:
         ordered = sorted(rows.items(), key=lambda row: ("carried", "fresh", "refused").index(row[0][0]))
         parts[-1] += "".join(f"\n| {s} | {p} | {', '.join(names)} | {why} |" for (s, p, why), names in ordered) + "\n"
         if cases is TRAINER:
-            rest = ", ".join(f"`{name}` ({why})" for name, why in NOT_ON_A_CPU.items())
-            parts.append(f"Not tested, for want of a CPU form: {rest}.\n")
+            parts.append("Not tested, because they cannot be had on a CPU:\n\n| optimizer | why |\n|---|---|")
+            parts[-1] += "".join(f"\n| `{name}` | {why} |" for name, why in NOT_ON_A_CPU.items()) + "\n"
     return "\n".join(parts)
 
 
