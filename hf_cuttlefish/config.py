@@ -132,6 +132,10 @@ class CuttlefishConfig:
             "help": "'in_place': in the running process; 'restart': in a checkpoint, then stop; 'auto': by engine."
         },
     )
+    frobenius_decay: float = field(
+        default=0.0,
+        metadata={"help": "Decay of the target layers' weights, then of their products, in the place of weight decay."},
+    )
     optimizer_state: str = field(
         default="carry",
         metadata={"help": "'carry' projects the optimizer's moments onto the factors, 'reset' starts them at zero."},
@@ -170,6 +174,7 @@ class CuttlefishConfig:
         self._check_number("latest_switch", above=0, most=1)
         self._check_number("stable_rank_tolerance", above=0)
         self._check_number("min_speedup", least=1)
+        self._check_number("frobenius_decay", least=0)
         if self.learning_rate_scale is not None:
             self._check_number("learning_rate_scale", above=0)
         self._check_integer("statistics_tokens", least=1)
@@ -210,7 +215,7 @@ class CuttlefishConfig:
 
         What is not kept: the paper's absolute threshold in rank units per epoch, which cannot fire in a short fine-tune; a
         learning rate after the switch, for which its code has 2 times (BERT, fine-tuned) and a third (DeiT, from scratch):
-        say which as `learning_rate_scale`; Frobenius decay, which its code has for CNNs alone.
+        say which as `learning_rate_scale`.
         """
         paper = cls(rank_rule="paper", optimizer_state="reset", statistics_steps=0, learning_rate_scale=1.0)
         return replace(paper, **changes)
@@ -219,10 +224,9 @@ class CuttlefishConfig:
     def paper_cnn(cls, **changes: Any) -> CuttlefishConfig:
         """The paper's recipe for convolutional networks: plain SVD at the scaled stable rank, xi from the initial weights, fresh state.
 
-            CuttlefishConfig.paper_cnn(learning_rate_scale=0.5)
+            CuttlefishConfig.paper_cnn(frobenius_decay=1e-4)  # with weight_decay=0 for the target layers
 
         Layers that are not measured to be 1.5 times as fast stay dense, which leaves the first ones; objective="size" takes all.
-        Frobenius decay, which its code has for these networks, is the optimizer's affair and is not kept.
         """
         chosen: dict[str, Any] = {"rank_rule": "scaled_stable_rank", "objective": "speed", "min_speedup": 1.5}
         return cls.paper(**{**chosen, **changes})

@@ -21,6 +21,7 @@ from .layers.low_rank import low_rank_layers
 from .layers.sizes import count_parameters
 from .measure.moments import steps_in
 from .measure.watch import Watch
+from .patch.decay import FrobeniusDecay
 from .patch.learning_rate import check_can_scale
 from .patch.low_rank_phase import LowRankPhase
 from .patch.report import FactorizationReport
@@ -59,13 +60,12 @@ class Cuttlefish:
             from there in another run, as CuttlefishCallback does; DeepSpeed, FSDP1 and tensor parallelism ask for it.
 
     Attributes:
-        plan: the RankPlan carried out, or None. switch_step: the step of the switch, or None.
-        history: [{"step", "layer", "stable_rank"}, ...]. report: FactorizationReport of the switch, or None.
+        plan, switch_step, report: the RankPlan carried out, when, and what it did; None without a switch.
+        history: [{"step", "layer", "stable_rank"}, ...].
         reason: why the switch came when it did, or why there is none. model: the bare model.
 
-    Raises:
-        TypeError, ValueError: bad arguments, patterns without a match, weights on the meta device, an optimizer that does
-            not hold the target weights, an engine that is not supported, processes that hold different models or settings.
+    Raises TypeError or ValueError: bad arguments, patterns without a match, weights on the meta device, an optimizer that does
+        not hold the target weights, an engine that is not supported, processes that hold different models or settings.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Cuttlefish:
         self._looked_again = self._saw_state = False
         self.engine, layers = start(model, optimizer, self.config, total_steps, scheduler, can_restart)
         self.watch = Watch(self.engine.model, layers, self.engine, self.config)
-        self.phase = LowRankPhase(self.watch)
+        self.phase, self.decay = LowRankPhase(self.watch), FrobeniusDecay(self)
         if not layers:
             self._finish("the model is already factorized")
             self._say(logging.INFO, "%s", lines.already_factorized(self.model))
@@ -148,7 +148,6 @@ class Cuttlefish:
         All processes must call it. False where there is no switch, for the reason in `reason`: the checkpoint is as it was.
         Trainer's trainer_state.json has been renamed; the caller writes that of the low-rank phase, as the last act. Without
         one (`accelerator.save_state`) the checkpoint is whole; keep `state_dict()`. Saved once more, it can be exchanged once more.
-
         Raises as `step`.
         """
         if self._checkpoint is not None:
@@ -170,6 +169,7 @@ class Cuttlefish:
         """Remove all hooks. `end` does so too; this is for a run that is given up without a word."""
         self.watch.stop()
         self.phase.stop()
+        self.decay.stop()
 
     def end(self) -> None:
         """Call when training ends: removes the hooks, says what came of it, and warns if the model in hand is not factorized."""
@@ -361,8 +361,8 @@ class Cuttlefish:
             record = _Record(self, plan)
             report = switch_in_place(self.engine, plan, factors, self.config, self.scheduler, record, alignment)
         # Say what was done.
-        seconds = {"statistics": gathered - started, "ranks": planned - gathered}
-        report.seconds = {**seconds, "total": time.perf_counter() - started}
+        report.seconds = {"statistics": gathered - started, "ranks": planned - gathered}
+        report.seconds["total"] = time.perf_counter() - started
         self._say(logging.INFO, "%s (%s)\n%s", report.headline(), self.reason, "\n".join(str(report).splitlines()[1:]))
         if self.reason == "latest_switch":
             self._say(logging.WARNING, "%s", lines.not_converged(self.config, self.global_step))

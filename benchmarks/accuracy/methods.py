@@ -228,8 +228,7 @@ def former_window(total_steps: int) -> int:
 @torch.no_grad()
 def product_gradients(layer: LowRankLinear) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of ||up down||_F^2 / 2 by `up` and by `down`, without the product (Khodak et al., arXiv 2105.01029)."""
-    up, down = layer.up.weight, layer.down.weight
-    return up @ (down @ down.mT), (up.mT @ up) @ down
+    return factors.frobenius_gradients(layer.up.weight, layer.down.weight)
 
 
 def in_metric(weight: torch.Tensor, moments: LayerMoments, metric: str) -> LayerMoments:

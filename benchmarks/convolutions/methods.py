@@ -24,6 +24,7 @@ from hf_cuttlefish.decide.rules import LayerSpectrum
 from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.layers.kinds import kind_of
 from hf_cuttlefish.layers.low_rank import low_rank_layers
+from hf_cuttlefish.patch.decay import add_decay
 
 METHODS = ("dense", "ours", "ours_budget", "paper", "paper_budget", "pufferfish", "sifd")
 AT_BUDGET = ("ours_budget", "paper_budget", "pufferfish", "sifd")
@@ -90,15 +91,7 @@ def controller(
 @torch.no_grad()
 def frobenius_decay(model: nn.Module, decay: float) -> None:
     """Add the gradients of decay / 2 * ||up down||_F^2."""
-    for layer in low_rank_layers(model).values():
-        kind = kind_of(layer)
-        down, up = kind.matrix(layer.factors[0], "down"), kind.matrix(layer.factors[1], "up")
-        for part, parameter, gradient in (
-            ("up", layer.factors[1], up @ (down @ down.mT)),
-            ("down", layer.factors[0], (up.mT @ up) @ down),
-        ):
-            if parameter.grad is not None:
-                parameter.grad.add_(kind.tensor(gradient, part, parameter.shape), alpha=decay)
+    add_decay(low_rank_layers(model).values(), decay)
 
 
 def _plan(model: nn.Module, budget: float, ranks: str) -> RankPlan:

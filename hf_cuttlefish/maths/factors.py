@@ -282,3 +282,8 @@ def _check_moments(weights: torch.Tensor, moments: Sequence[LayerMoments | None]
     if finite and not bool(torch.stack(finite).all()):  # the device is asked once
         name = next(name for (name, _), ok in zip(given, finite, strict=True) if not bool(ok))
         raise ValueError(f"{name} holds NaN or Inf")
+
+
+def frobenius_gradients(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of ||up down||_F^2 / 2 by `up` (m, r) and by `down` (r, n), or stacks of them, without the product (arXiv 2105.01029)."""
+    return up @ (down @ down.mT), (up.mT @ up) @ down

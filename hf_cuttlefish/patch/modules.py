@@ -326,6 +326,7 @@ def _report(model: nn.Module, plan: RankPlan, layers: Mapping[str, nn.Module]) -
         plan,
         *(total, total - saved, targets, targets - saved, blocks, blocks - saved_inside),
         *(size, size - saved_bytes, looked_up, still_looked_up),
+        on_maps=any(kind_of(layer).has_maps for layer in layers.values()),
         skipped=skipped,
     )
 

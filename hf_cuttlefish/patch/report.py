@@ -25,6 +25,7 @@ class FactorizationReport:
         looked_up_before, looked_up_after: of the target parameters those that no token is multiplied by (tables of tokens).
         seconds: time of each part of the switch.
         optimizer: what became of the optimizer's state.
+        on_maps: whether some layers work at each position of a feature map, so that FLOPs depend on the image.
         skipped: parameters that are no layers (3-D expert weights) and stayed dense.
 
     Raises:
@@ -45,6 +46,7 @@ class FactorizationReport:
     bytes_after: int = 0
     looked_up_before: int = 0
     looked_up_after: int = 0
+    on_maps: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     optimizer: str = "no optimizer"
     skipped: dict[str, int] = field(default_factory=dict)
@@ -55,6 +57,7 @@ class FactorizationReport:
         counts = {f.name: getattr(self, f.name) for f in fields(self) if "parameters" in f.name}
         wrong = [f"{name} {value!r:.80}" for name, value in counts.items() if type(value) is not int or value < 0]
         wrong += [f"step {self.step!r:.80}"] if not isinstance(self.step, int | None) else []
+        wrong += [f"on_maps {self.on_maps!r:.80}"] if not isinstance(self.on_maps, bool) else []
         wrong += [f"optimizer {self.optimizer!r:.80}"] if not isinstance(self.optimizer, str) else []
         for name, kinds in (("seconds", (int, float)), ("skipped", int)):
             value = getattr(self, name)
@@ -123,7 +126,8 @@ class FactorizationReport:
             )
         after = self.target_parameters_after - self.looked_up_after
         before = max(1, self.target_parameters_before - self.looked_up_before)
-        lines.append(f"FLOPs of the target layers (estimated, per token): {after / before:.0%} of before")
+        if not self.on_maps:
+            lines.append(f"FLOPs of the target layers (estimated, per token): {after / before:.0%} of before")
         if self.skipped:
             lines.append(
                 f"left dense: {len(self.skipped)} 3-D expert weights, {short_count(sum(self.skipped.values()))} parameters"

@@ -13,8 +13,7 @@ from ..layers.kinds import find_layers, is_dense, kind_of
 from ..layers.low_rank import LowRankLayer, low_rank_layers
 from ..layers.vocabulary import with_tied
 from .edits import Edit
-from .surgery import keep_hooks, swap
-from .ties import Ties, retie
+from .surgery import Ties, keep_hooks, retie, swap
 
 QUANT_METHOD = "cuttlefish"
 
