@@ -27,7 +27,7 @@ def find_targets(model: nn.Module, config: CuttlefishConfig | None = None) -> di
     """The layers to watch and to factorize: name -> layer of one of the `KINDS`, in the order of `named_modules`.
 
     "all" takes every layer of a kind that says so inside a repeated block (a child of an nn.ModuleList, or a block in an nn.Sequential
-    with others of its class) of the base model, and the convolutions of an nn.Sequential of layers (VGG), but no convolution that is
+    with others of its class, or one of several that are numbered, as `b1` and `b2`) of the base model, and the convolutions of an nn.Sequential of layers (VGG), but no convolution that is
     the model's first layer; "all-linear" takes the linear ones alone. Never taken, whatever the pattern says: embeddings and output
     embeddings, a PreTrainedModel's head (what lies outside its base model), tied weights, weights computed from other parameters, layers
     inside a low-rank one. A module registered under several names is taken once, under its first name. With `embeddings` also the
@@ -158,11 +158,9 @@ def _block_names(model: nn.Module) -> set[str]:
     prefix = _base_prefix(model)
     blocks = _bare_layers(model)
     for name, module in model.named_modules():
-        if not _repeats(module) or (prefix and not (name + ".").startswith(prefix + ".")):
+        if prefix and not (name + ".").startswith(prefix + "."):
             continue
-        # A bare layer beside blocks in an nn.Sequential is a stem or a head.
-        children = (n for n, m in module._modules.items() if isinstance(module, nn.ModuleList) or has_children(m))
-        blocks += [f"{name}.{child}." if name else f"{child}." for child in children]
+        blocks += [f"{name}.{child}." if name else f"{child}." for child in _blocks_in(module)]
     return {
         name
         for name, _ in model.named_modules()
@@ -196,14 +194,24 @@ def has_children(module: nn.Module | None) -> bool:
     return module is not None and next(iter(module.children()), None) is not None
 
 
-def _repeats(module: nn.Module) -> bool:
+def _blocks_in(module: nn.Module) -> list[str]:
+    """The children of a container that are repeated blocks; none of any other module."""
+    together = {name: child for name, child in module._modules.items() if child is not None and has_children(child)}
+    kinds = Counter(type(child) for child in together.values())
     if isinstance(module, nn.ModuleList):
         # A list of bare layers is a list of heads or of stems, not of blocks.
-        return any(has_children(child) for child in module)
+        return list(module._modules) if together else []
     if isinstance(module, nn.Sequential):
-        kinds = Counter(type(child) for child in module if has_children(child))
-        return bool(kinds) and max(kinds.values()) >= 2
-    return False
+        # A bare layer beside blocks is a stem or a head.
+        return list(together) if kinds and max(kinds.values()) >= 2 else []
+    # Blocks that are numbered by hand (b1, b2, ...; denselayer1, ...), each of several layers: one alone may be a stem.
+    numbered = Counter((type(m), stem) for n, m in together.items() if (stem := n.rstrip("0123456789")) not in ("", n))
+    several = {key for key, count in numbered.items() if count >= 2}
+    return [n for n, m in together.items() if (type(m), n.rstrip("0123456789")) in several and _has_several(m)]
+
+
+def _has_several(module: nn.Module) -> bool:
+    return sum(min(kind_of(layer).size) > 1 for _, layer in find_layers(module)) >= 2
 
 
 def _base_prefix(model: nn.Module) -> str:

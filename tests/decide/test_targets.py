@@ -279,3 +279,17 @@ def test_nothing_is_changed(bert):
     find_targets(bert)
     assert before == {name: id(module) for name, module in bert.named_modules()}
     assert all(torch.equal(state[name], value) for name, value in bert.state_dict().items())
+
+
+class Numbered(nn.Module):
+    """Blocks that are numbered by hand, as in timm's RegNet; stems and heads are numbered, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem1, self.stem2 = (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)) for _ in range(2))
+        self.b1, self.b2 = (nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1)) for _ in range(2))
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 4)
+
+
+def test_blocks_that_are_numbered_by_hand_are_blocks():
+    assert list(find_targets(Numbered())) == ["b1.0", "b1.2", "b2.0", "b2.2"]
