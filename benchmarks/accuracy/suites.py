@@ -64,6 +64,12 @@ SUITES: dict[str, dict[str, Any]] = {
         "budgets": (0.4, 0.3, 0.2),
         "help": "the vocabulary with the blocks, at the size that is measured and at three others, against the blocks alone",
     },
+    "embeddings_short": {
+        "datasets": ("movie_snippets_short", "reuters_r8_short"),
+        "seeds": 3,
+        "budgets": (0.4, 0.3),
+        "help": "the same with fewer and shorter texts, for one core of a CPU",
+    },
     "smoke": {
         "datasets": ("smoke_text", "smoke_pieces", "smoke_image"),
         "seeds": 1,
@@ -82,6 +88,7 @@ def runs_of(suite: str, datasets: Sequence[str], seeds: Sequence[int], budgets: 
         "scratch": _scratch,
         "language": _language,
         "embeddings": _embeddings,
+        "embeddings_short": _embeddings_short,
         "smoke": _smoke,
     }[suite]
     return [run for seed in seeds for dataset in datasets for run in make(dataset, seed, budgets)]
@@ -153,6 +160,12 @@ def _embeddings(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:
     for budget in (None, *budgets):
         runs.append(Run(dataset, "cuttlefish", budget, seed, {"embeddings": True}, group="embeddings"))
     return runs
+
+
+def _embeddings_short(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:
+    runs = [Run(dataset, "dense", seed=seed, group="embeddings")]
+    runs.append(Run(dataset, "cuttlefish", BLOCKS_OF_72_PERCENT, seed, group="embeddings"))
+    return runs + [Run(dataset, "cuttlefish", b, seed, {"embeddings": True}, group="embeddings") for b in budgets]
 
 
 def _smoke(dataset: str, seed: int, budgets: Sequence[float]) -> list[Run]:

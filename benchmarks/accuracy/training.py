@@ -239,7 +239,7 @@ _loaded: dict[tuple[Task, str], tuple[dict[str, Split], int]] = {}
 
 def load_once(task: Task, folder: Path | None, device: torch.device) -> tuple[dict[str, Split], int]:
     """The task's data, kept on the device for the worker's next run of the same task."""
-    data_key = (repr((task.file, task.rows, task.kind, task.image_size)), str(device))
+    data_key = (repr((task.file, task.rows, task.longest, task.measured, task.kind, task.image_size)), str(device))
     if data_key not in _loaded:
         _loaded.clear()
         _loaded[data_key] = load(task, folder, device)
