@@ -145,7 +145,7 @@ class Conv2dKind(Kind):
     dense: ClassVar[type[nn.Module]] = nn.Conv2d
     low_rank = LowRankConv2d
     label = "nn.Conv2d"
-    in_blocks = True
+    in_blocks = has_maps = True
 
     @property
     def conv(self) -> nn.Conv2d:

@@ -46,6 +46,7 @@ class Kind(Layout):
         dense: class of the dense layers; subclasses compute something else, and stay dense. low_rank: class of what stands for them.
         label: what users call the dense class.
         is_linear: whether "all-linear" means it. in_blocks: whether "all" takes it in repeated blocks. is_vocabulary: whether it is a table of tokens, which `embeddings` alone takes.
+        has_maps: whether its work depends on the size of an image's feature map.
         takes_gradients: whether statistics need the gradient of the output; without, the kind sums what it `see`s in the forward.
         weight_key: what follows the layer's name in the key of its weight.
         note_version: of a note in config.json that names such a layer: who reads older ones alone must not take it for theirs.
@@ -57,6 +58,7 @@ class Kind(Layout):
     is_linear: ClassVar[bool] = False
     in_blocks: ClassVar[bool] = False
     is_vocabulary: ClassVar[bool] = False
+    has_maps: ClassVar[bool] = False
     takes_gradients: ClassVar[bool] = True
     weight_key: ClassVar[str] = ".weight"
     note_version: ClassVar[int] = 2
@@ -218,6 +220,6 @@ class Kind(Layout):
         """What is needed to time such a layer with other weights; None for a linear layer, whose size is enough."""
         return None
 
-    def flops_per_parameter(self, output: torch.Tensor | None = None) -> int:
-        """Multiplications and additions of one example for each number of the weight, by the output for one example if it takes that."""
-        return 2
+    def flops_per_parameter(self, output: torch.Tensor) -> int:
+        """Multiplications and additions for each number of the weight (dense, or both factors) in the call that gave this output."""
+        return 2 * self.features_last(output).flatten(0, -2).shape[0]

@@ -40,6 +40,9 @@ class EmbeddingKind(Kind):
             return "max_norm and scale_grad_by_freq change whole rows of a table, which a low-rank one does not have"
         return "" if _gives_scaled_rows(table) else f"{type(table).__name__} gives more than its rows times a scale"
 
+    def flops_per_parameter(self, output: torch.Tensor) -> int:
+        return 0  # rows are looked up
+
     def matrix(self, tensor: torch.Tensor, part: str = "dense") -> torch.Tensor:
         return tensor if part == "up" else tensor.mT
 

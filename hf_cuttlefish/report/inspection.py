@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -20,10 +20,7 @@ from ..layers.low_rank import LowRankLayer, low_rank_layers
 from ..layers.sizes import count_parameters, group_name
 from ..maths.factors import LayerMoments, Moments, decompose
 from ..maths.stable_ranks import stable_rank
-
-FLOPS_PER_PARAMETER = 2
-"""One multiplication and one addition a token, for each weight of a linear layer."""
-
+from .flops import Flops, flops_of
 
 SHORT = {"stable_rank": "stable", "scaled_stable_rank": "scaled", "accumulative": "accum."}
 """Rules whose names would make a table too wide."""
@@ -41,11 +38,13 @@ class Inspection:
         plans: rule -> plan; the only key is "now" where the model is factorized already.
         parameters: of the whole model as it is.
         spectra: layer -> its spectra; empty where the model is factorized already.
+        flops: of the layers, for a token or an image.
     """
 
     plans: dict[str, RankPlan]
     parameters: int
     spectra: dict[str, LayerSpectrum]
+    flops: Flops = field(default_factory=Flops)
 
     def parameters_after(self, rule: str) -> int:
         """Of the whole model, factorized by that rule."""
@@ -56,7 +55,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: a list of layers with the numbers by rule, and the totals by rule."""
-        first = next(iter(self.plans.values()))
+        first, key = next(iter(self.plans.values())), self.flops.key
         layers = []
         for name, d in first.decisions.items():
             decisions = {rule: plan.decisions[name] for rule, plan in self.plans.items()}
@@ -69,13 +68,13 @@ class Inspection:
                     "full_rank": d.full_rank,
                     "break_even": d.break_even,
                     "parameters": d.parameters_before,
-                    "flops_per_token": FLOPS_PER_PARAMETER * d.parameters_before,
+                    key: self.flops.each(name) * d.parameters_before,
                     "rules": {
                         rule: {
                             "rank": x.rank,
                             "reason": x.reason,
                             "parameters": x.parameters_after,
-                            "flops_per_token": FLOPS_PER_PARAMETER * x.parameters_after,
+                            key: self.flops.each(name) * x.parameters_after,
                             "predicted_loss_increase": x.predicted_loss_increase,
                         }
                         for rule, x in decisions.items()
@@ -104,7 +103,7 @@ class Inspection:
         ]
         for name, d in chosen.decisions.items():
             ranks = [plan.decisions[name].rank for plan in self.plans.values()]
-            flops = FLOPS_PER_PARAMETER * d.parameters_after / 1000
+            flops = self.flops.each(name) * d.parameters_after / 1000
             rows.append(
                 [
                     name,
@@ -116,7 +115,7 @@ class Inspection:
                     f"{flops:,.0f}",
                 ]
             )
-        totals = [["rule", "factorized", "these layers", "whole model", "MFLOPs a token", "predicted loss increase"]]
+        totals = [["rule", "factorized", "these layers", "whole model", self.flops.header, "predicted loss increase"]]
         for name in self.plans:
             t = self._totals(name)
             predicted = t["predicted_loss_increase"]
@@ -126,7 +125,7 @@ class Inspection:
                     f"{t['factorized_layers']} of {len(chosen.decisions)}",
                     _change(t["target_parameters_before"], t["target_parameters"], 1),
                     _change(t["parameters_before"], t["parameters"], 1),
-                    _change(t["flops_per_token_before"], t["flops_per_token"], 10**6),
+                    _change(t[f"{self.flops.key}_before"], t[self.flops.key], 10**6),
                     "" if predicted is None else f"{predicted:.3g}",
                 ]
             )
@@ -143,8 +142,8 @@ class Inspection:
             "target_parameters": after,
             "parameters_before": total + before - after,
             "parameters": total,
-            "flops_per_token_before": FLOPS_PER_PARAMETER * before,
-            "flops_per_token": FLOPS_PER_PARAMETER * after,
+            f"{self.flops.key}_before": self.flops.total(plan, before=True),
+            self.flops.key: self.flops.total(plan),
             "predicted_loss_increase": plan.predicted_loss_increase,
             "notes": list(plan.notes),
         }
@@ -156,6 +155,7 @@ def inspect_model(
     *,
     statistics: Mapping[str, Moments] | None = None,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+    example: Mapping[str, Any] | None = None,
 ) -> Inspection:
     """The rank of each target layer under every rule; of a factorized model, the ranks that it has.
 
@@ -167,12 +167,15 @@ def inspect_model(
         config: targets and the rules' settings.
         statistics: moments of the layers (`post_training.gather_statistics`).
         progress: wraps the names of the layers as they are worked on, as tqdm does.
+        example: keyword arguments of the model's forward: where convolutions are targets, FLOPs are those of one of its
+            examples, each layer at its feature map; None: of a black image, where the model reads images.
 
     Raises:
         ValueError: as `find_targets`; weights that are not finite, naming the layer.
     """
     if low_rank_layers(model):
-        return Inspection({NOW: present_plan(model, measure=True)}, count_parameters(model), {})
+        plan = present_plan(model, measure=True)
+        return Inspection({NOW: plan}, count_parameters(model), {}, flops_of(model, plan.decisions, example))
     config = CuttlefishConfig.coerce(config)
     if not statistics and config.target_ratio is None and config.max_loss_increase is None:
         config = replace(config, rank_rule="loss", target_ratio=DEFAULT_RATIO)
@@ -194,7 +197,7 @@ def inspect_model(
     for rule in RANK_RULES:
         sized = {} if rule == "loss" else {"target_ratio": None, "max_loss_increase": None}
         plans[rule] = plan_ranks(spectra, replace(config, rank_rule=rule, **sized))  # type: ignore[arg-type]
-    return Inspection(plans, count_parameters(model), spectra)
+    return Inspection(plans, count_parameters(model), spectra, flops_of(model, layers, example))
 
 
 def present_plan(model: nn.Module, measure: bool = False) -> RankPlan:

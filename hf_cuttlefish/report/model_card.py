@@ -13,11 +13,14 @@ from torch import nn
 from transformers.modelcard import TASK_MAPPING
 
 from ..decide.plan import RankDecision, RankPlan
+from ..layers.kinds import kind_of
+from ..layers.low_rank import low_rank_layers
 from ..layers.sizes import count_parameters, group_name
 from ..patch.report import FactorizationReport
 from ..saving.companions import card_of, remembered, source_of
 from .card_source import source_facts
-from .inspection import FLOPS_PER_PARAMETER, present_plan
+from .flops import FLOPS_PER_PARAMETER
+from .inspection import present_plan
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +201,10 @@ def _section(
     """Our part of the text, between two marks."""
     before, after = plan.parameters()
     total = count_parameters(model)
+    flops = ["their FLOPs a token", *_change(FLOPS_PER_PARAMETER * before, FLOPS_PER_PARAMETER * after)]
+    on_maps = any(
+        kind_of(layer).has_maps for layer in low_rank_layers(model).values()
+    )  # then it takes a forward to know
     parts = [
         BEGIN,
         *_how_to_load(model, task),
@@ -207,7 +214,7 @@ def _section(
             [
                 ["parameters", *_change(total + before - after, total)],
                 ["of these, factorized projections", *_change(before, after)],
-                ["their FLOPs a token", *_change(FLOPS_PER_PARAMETER * before, FLOPS_PER_PARAMETER * after)],
+                *([] if on_maps else [flops]),
             ],
         ),
         *([_history(report)] if report is not None else []),

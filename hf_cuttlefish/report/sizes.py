@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,7 @@ from ..decide.targets import find_targets
 from ..layers.sizes import count_parameters
 from ..maths.factors import Decomposition, Moments, rough_cut
 from ..measure.cuts import Measured, measure_cuts
-from .inspection import FLOPS_PER_PARAMETER
+from .flops import Flops, flops_of
 
 METRICS = {"accuracy": "accuracy, %", "perplexity": "perplexity", "agreement": "same answer as dense, %"}
 """Metrics in the order in which one is shown: the first that is known."""
@@ -37,14 +37,14 @@ class SizePoint:
 
     Attributes:
         kept: share of the target layers' parameters, as it came out at whole ranks; 1 for the dense model.
-        target_parameters, parameters: of the target layers, and of the whole model. flops_per_token: of the target layers.
+        target_parameters, parameters: of the target layers, and of the whole model. flops: of the target layers.
         predicted_loss_increase: to second order; None without data. measured: on the rows held out; None without data.
     """
 
     kept: float
     target_parameters: int
     parameters: int
-    flops_per_token: int
+    flops: int
     file_bytes: int
     predicted_loss_increase: float | None
     measured: Measured | None
@@ -61,12 +61,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class SizeCurve:
-    """Sizes of one model, from large to small; `dense` is the model as it is. plans: of each size. rows: that measured."""
+    """Sizes of one model, from large to small; `dense` is the model as it is. plans: of each size. rows: that measured. flops: what they are of."""
 
     dense: SizePoint
     points: list[SizePoint]
     plans: list[RankPlan]
     rows: int = 0
+    flops: Flops = field(default_factory=Flops)
 
     @property
     def metric(self) -> str | None:
@@ -128,7 +129,7 @@ class SizeCurve:
 
     def rows_of_table(self) -> list[list[str]]:
         """Header, the dense model, and a row a size."""
-        header = ["kept", "these layers", "whole model", "MFLOPs a token", "file, MB", "predicted loss"]
+        header = ["kept", "these layers", "whole model", self.flops.header, "file, MB", "predicted loss"]
         header += ["measured loss", METRICS.get(self.metric or "", "")]
         loss = self.dense.measured.loss if self.dense.measured is not None else None
         rows = []
@@ -139,7 +140,7 @@ class SizeCurve:
                     "dense" if point is self.dense else f"{point.kept:.0%}",
                     f"{point.target_parameters:,}",
                     f"{point.parameters:,} ({point.parameters / self.dense.parameters:.0%})",
-                    f"{point.flops_per_token / 1e6:.2f}",
+                    f"{point.flops / 1e6:.2f}",
                     f"{point.file_bytes / 1e6:.1f}",
                     "" if predicted is None else f"+{predicted:.3g}" if loss is None else f"{loss + predicted:.4g}",
                     _number(point.measured, "loss"),
@@ -171,12 +172,15 @@ class SizeCurve:
         """JSON-ready."""
         knee, near = self.knee(), self.within_bound()
         return {
-            "dense": asdict(self.dense),
-            "sizes": [asdict(point) for point in self.points],
+            "dense": self._point(self.dense),
+            "sizes": [self._point(point) for point in self.points],
             "rows": self.rows,
             "knee": None if knee is None else knee.kept,
             "within_bound": None if near is None else near.kept,
         }
+
+    def _point(self, point: SizePoint) -> dict[str, Any]:
+        return {(self.flops.key if name == "flops" else name): value for name, value in asdict(point).items()}
 
     def _height(self, point: SizePoint) -> float | None:
         if point.measured is None or self.dense.measured is None:
@@ -232,32 +236,36 @@ def size_curve(
         measure_cuts(model, layers, cuts, held_out, progress) if held_out else [None] * (1 + len(plans))
     )
     before = sum(_weight(layer).numel() for layer in layers.values())
-    sizes = _Sizes(count_parameters(model), before, _bytes_of(model), layers)
+    flops = flops_of(model, layers, held_out[0] if held_out else None)
+    sizes = _Sizes(count_parameters(model), before, _bytes_of(model), layers, flops)
     points = [sizes.point(plan, found) for plan, found in zip(plans, measured[1:], strict=True)]
     rows = sum(next(len(v) for v in batch.values() if hasattr(v, "__len__")) for batch in held_out)
-    return SizeCurve(sizes.point(None, measured[0]), points, plans, rows)
+    return SizeCurve(sizes.point(None, measured[0]), points, plans, rows, flops)
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Of the dense model: parameters, those of the target layers, bytes, and the layers."""
+    """Of the dense model: parameters, those of the target layers, bytes, the layers and their FLOPs."""
 
     parameters: int
     targets: int
     bytes: int
     layers: Mapping[str, nn.Module]
+    flops: Flops
 
     def point(self, plan: RankPlan | None, measured: Measured | None) -> SizePoint:
         """The dense model (None), or what it would be under a plan."""
         after, saved = self.targets, 0
+        flops = sum(self.flops.each(name) * _weight(layer).numel() for name, layer in self.layers.items())
         for name, decision in {} if plan is None else plan.decisions.items():
             less = decision.parameters_before - decision.parameters_after
+            flops -= self.flops.each(name) * less
             after, saved = after - less, saved + less * _weight(self.layers[name]).element_size()
         return SizePoint(
             after / max(1, self.targets),
             after,
             self.parameters - self.targets + after,
-            FLOPS_PER_PARAMETER * after,
+            flops,
             self.bytes - saved,
             0.0 if plan is None and measured is not None else None if plan is None else plan.predicted_loss_increase,
             measured,

@@ -33,7 +33,7 @@ def test_sizes_are_those_of_the_factorized_model(measured, tmp_path):
     factorize(small, curve.plans[-1])
     last = curve.points[-1]
     assert last.parameters == sum(p.numel() for p in small.parameters())
-    assert last.flops_per_token == 2 * last.target_parameters
+    assert last.flops == 2 * last.target_parameters
     small.save_pretrained(tmp_path)
     written = (tmp_path / "model.safetensors").stat().st_size
     assert abs(written - last.file_bytes) < 20_000  # the file has a header with names
