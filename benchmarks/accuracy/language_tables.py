@@ -40,9 +40,8 @@ def repair_table(records: Sequence[Record]) -> str:
         rises = [both[1] for r in runs if (both := measured(r)) is not None]
         left = [r["validation"]["loss"] - dense[cell, r["seed"]] for r in runs]
         rise, gap = mean_and_error(rises)[0], mean_and_error(left)[0]
-        after = runs[0]["steps"] - runs[0]["switch_step"]
-        rows.append([*cell, f"{column[1]:.2g}", after, f"{rise:.3f}", f"{gap:.3f}", f"{1 - gap / rise:.0%}"])
-    header = ["text", "learning rate", "kept", "steps afterwards", "rise at the switch", "left at the end", "came back"]
+        rows.append([*cell, f"{column[1]:.2g}", f"{rise:.3f}", f"{gap:.3f}", f"{1 - gap / rise:.0%}"])
+    header = ["text", "learning rate", "kept", "rise at the switch", "left at the end", "came back"]
     return markdown_table(header, rows)
 
 
