@@ -17,7 +17,7 @@ def vocabulary_table(records: Sequence[Record]) -> str:
     for (dataset, what, device), runs in grouped(order, lambda r: (r["dataset"], form_of(r), device_of(r))).items():
         sizes = [r["parameters"]["after"]["model"] / r["parameters"]["before"]["model"] for r in runs]
         ranks = sorted({rank for r in runs if (rank := table_rank(r))})
-        accuracy = show([score(r) for r in runs])
+        accuracy = show([score(r) for r in runs]) + (f" (n {len(runs)})" if len(runs) != 3 else "")
         rows.append(
             [
                 TEXTS[dataset],
@@ -26,10 +26,9 @@ def vocabulary_table(records: Sequence[Record]) -> str:
                 ", ".join(map(str, ranks)),
                 accuracy,
                 device,
-                len(runs),
             ]
         )
-    return markdown_table(["data", "run", "whole model", "rank of the table", "test accuracy", "device", "seeds"], rows)
+    return markdown_table(["data", "run", "whole model", "rank of the table", "test accuracy", "device"], rows)
 
 
 def form_of(record: Record) -> str:
