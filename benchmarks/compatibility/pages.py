@@ -14,6 +14,16 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "compatibility.json"
 DOCS = ROOT / "docs" / "compatibility.md"
 
+MEANINGS = {
+    PASSES: "all of the above",
+    REFUSED: "nothing to factorize: an error before anything is changed",
+    FAILS: "ours is at fault",
+    UPSTREAM: "the dense model changes its outputs after loading, or in a second run",
+    NOT_RUN: "factorized, saved and loaded, but no generic batch fits its forward",
+    NOT_BUILT: "needs weights or packages from elsewhere",
+}
+TITLES = {REFUSED: "Refused", FAILS: "Fails", UPSTREAM: "Dense fails too"}
+
 
 def write_docs(results: list[dict[str, Any]], versions: dict[str, str], classes: int) -> str:
     """docs/compatibility.md from the results alone."""
@@ -24,62 +34,48 @@ def write_docs(results: list[dict[str, Any]], versions: dict[str, str], classes:
     lines = [
         "# Compatibility",
         "",
-        "Every model class of transformers' auto mappings, built tiny from its config with random weights, in fp32 on a CPU: the "
-        "same plan twice from one seed, full rank equal to dense, factorize, forward, backward, save, AutoModel load with equal "
-        "outputs, merge. Written by",
-        "`python -m benchmarks.compatibility`; every class with its result is in "
+        f"{by_status[PASSES]:,} of the {able:,} model classes of transformers that can be factorized pass "
+        f"({by_status[PASSES] / max(able, 1):.1%}).",
+        "",
+        f"Tested: {len(results):,} classes{part} of {len({r['model_type'] for r in results})} model types, tiny, with random weights, in "
+        f"fp32 on a CPU ({', '.join(f'{k} {v}' for k, v in versions.items())}). Each is factorized, run forward and backward, saved, "
+        "loaded and merged; outputs have to agree. Convolutions were factorized only in classes without linear layers in their blocks, and "
+        "experts in none. `python -m benchmarks.compatibility` writes this page, and every class into "
         "`benchmarks/results/compatibility.json`.",
         "",
-        f"{', '.join(f'{k} {v}' for k, v in versions.items())}: {len(results):,} classes{part} of "
-        f"{len({r['model_type'] for r in results})} model types. {len(tested)} build and run; {by_status[REFUSED]} of these have "
-        f"nothing to factorize, and of the other {able}, {by_status[PASSES]} pass ({by_status[PASSES] / max(able, 1):.1%}).",
-        "",
-        counts_table(results),
-        "",
-        "*Refused*: nothing to factorize, said by an error before anything is changed. *Dense fails too*: the dense model, saved and "
-        "loaded or run twice without us, does not give its own outputs back either. *Not run*: it builds, but none of our "
-        "generic batches fits its forward; all steps but forward and backward pass. *Not built*: no tiny config works without "
-        "weights or packages from elsewhere.",
+        markdown_table(
+            ("result", "classes", ""),
+            [(TITLES.get(s, s.capitalize()).lower(), by_status[s], means) for s, means in MEANINGS.items()],
+        ),
     ]
-    for status, title in ((REFUSED, "Refused"), (FAILS, "Fails"), (UPSTREAM, "Dense fails too"), (NOT_RUN, "Not run")):
+    for status, title in TITLES.items():
         if groups := by_reason([r for r in results if r["status"] == status]):
-            lines += ["", f"## {title}", "", named(groups) if status == NOT_RUN else reasons_table(groups)]
-    lines += ["", "## Passes", ""]
-    lines.append(", ".join(sorted({r["model_type"] for r in results if r["status"] == PASSES})) + ".")
+            lines += ["", f"## {title}", "", reasons_table(groups)]
+    lines += ["", "## Not run", "", "Some or all classes of:", "", model_types(results, NOT_RUN)]
+    lines += ["", "## Passes", "", model_types(results, PASSES)]
     return "\n".join(lines) + "\n"
 
 
-def counts_table(results: list[dict[str, Any]]) -> str:
-    """How many classes of each auto class came to what."""
-    rows = []
-    for auto in [*dict.fromkeys(r["auto"] for r in results), "all"]:
-        mine = [r for r in results if auto in (r["auto"], "all")]
-        count = Counter(r["status"] for r in mine)
-        rows.append([auto, len(mine), *(count[s] for s in (PASSES, REFUSED, FAILS, UPSTREAM, NOT_RUN, NOT_BUILT))])
-    header = ("auto class", "classes", "pass", "refused", "fail", "dense fails too", "not run", "not built")
-    return markdown_table(header, rows)
-
-
 def by_reason(results: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Names of classes by what was said of them."""
+    """Model types by what was said of their classes."""
     groups: dict[str, list[str]] = {}
     for r in results:
         reason = re.sub(rf"\b{re.escape(r['class'])}\b", "the model", r.get("control") or r["reason"])
-        groups.setdefault(generic(reason), []).append(r["class"])
-    return groups
+        groups.setdefault(generic(reason), []).append(r["model_type"])
+    return {reason: sorted(set(types)) for reason, types in groups.items()}
 
 
 def reasons_table(groups: dict[str, list[str]]) -> str:
-    """The reasons that most classes share first."""
+    """The reasons that most types share first."""
     ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
     return markdown_table(
-        ("why", "classes"), [(reason.replace("|", "/"), ", ".join(names)) for reason, names in ordered]
+        ("why", "some or all classes of"), [(reason.replace("|", "/"), ", ".join(names)) for reason, names in ordered]
     )
 
 
-def named(groups: dict[str, list[str]]) -> str:
-    """The classes alone."""
-    return ", ".join(sorted(name for group in groups.values() for name in group)) + "."
+def model_types(results: list[dict[str, Any]], status: str) -> str:
+    """The model types that have classes of one status."""
+    return ", ".join(sorted({r["model_type"] for r in results if r["status"] == status})) + "."
 
 
 def generic(reason: str) -> str:
