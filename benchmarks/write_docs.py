@@ -29,7 +29,7 @@ SPEED = {"speed": "speed_cpu.json", "GPU": "speed_h100.json"}
 IMAGES = ROOT / "docs" / "images"
 HEAD = """# Results, the records
 
-The answer is in [Results](results.md). `python -m benchmarks.write_docs` writes this page from `benchmarks/results/accuracy`.
+`python -m benchmarks.write_docs` writes this page from `benchmarks/results/accuracy`.
 
 > These runs have the former defaults: size 0.40, an unchanged learning rate (times 1.5 below a quarter), statistics from 4% of the run,
 > gradient damping 0.03. Today's defaults: [results by model and rate](results-rates.md).
@@ -121,9 +121,7 @@ def main() -> None:
     parts = [
         HEAD,
         conditions(table),
-        "## All data sets: test accuracy against dense, points",
-        "Three seeds unless (n) says otherwise.",
-        summary_table(table, dense),
+        "Points of test accuracy against dense; three seeds unless (n) says otherwise. The mean over data sets is in [Results](results.md).",
     ]
     for dataset, name in SETS.items():
         chosen = [r for r in table if r["dataset"] == dataset]
@@ -160,8 +158,8 @@ def main() -> None:
         ablation_table(ablation, dense),
         LIMITS,
     ]
-    for page in (ROOT / "README.md", ROOT / "docs" / "results.md"):
-        fill(page, "results", summary_table(with_default(table), dense))
+    fill(ROOT / "README.md", "results", summary_table(with_default(table), dense))
+    fill(ROOT / "docs" / "results.md", "results", summary_table(table, dense))
     for what, name in SPEED.items():
         record = json.loads((ROOT / "benchmarks" / "results" / name).read_text("utf-8"))
         fill(ROOT / "docs" / "speed-tables.md", what, "\n".join(speed_tables(record)))

@@ -32,17 +32,24 @@ def perplexity_table(records: Sequence[Record]) -> str:
 
 
 def repair_table(records: Sequence[Record]) -> str:
-    """What a cut adds to the validation loss at the switch and what is left of it at the end, in nats a token."""
+    """What a cut adds to the validation loss at the switch, what is left of it at the end (nats a token), and how much came back."""
     dense = {(cell_of(r), r["seed"]): r["validation"]["loss"] for r in records if r["method"] == "dense"}
-    rows = []
     ours = [r for r in records if r["method"] == "cuttlefish"]
-    for (cell, column), runs in sorted(grouped(ours, lambda r: (cell_of(r), column_of(r))).items()):
+    sizes = sorted({column_of(r)[1] for r in ours}, reverse=True)
+
+    def change(runs: Sequence[Record]) -> str:
         rises = [both[1] for r in runs if (both := measured(r)) is not None]
-        left = [r["validation"]["loss"] - dense[cell, r["seed"]] for r in runs]
-        rise, gap = mean_and_error(rises)[0], mean_and_error(left)[0]
-        rows.append([*cell, f"{column[1]:.2g}", f"{rise:.3f}", f"{gap:.3f}", f"{1 - gap / rise:.0%}"])
-    header = ["text", "learning rate", "kept", "rise at the switch", "left at the end", "came back"]
-    return markdown_table(header, rows)
+        if not rises:
+            return ""
+        rise = mean_and_error(rises)[0]
+        gap = mean_and_error([r["validation"]["loss"] - dense[cell_of(r), r["seed"]] for r in runs])[0]
+        return f"{rise:.3f}, {gap:.3f} ({1 - gap / rise:.0%})"
+
+    rows = [
+        [*cell, *(change([r for r in runs if column_of(r)[1] == size]) for size in sizes)]
+        for cell, runs in grouped(ours, cell_of).items()
+    ]
+    return markdown_table(["text", "learning rate", *(f"{size:.2g} kept" for size in sizes)], rows)
 
 
 def cell_of(record: Record) -> tuple[str, str]:

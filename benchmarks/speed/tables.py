@@ -142,7 +142,7 @@ def selections_table(selects: list[dict[str, Any]]) -> str:
                     "compiled" if row["compiled"] else "eager",
                     f"{row['chosen']} of {row['planned']}",
                     f"{row['seconds']:.1f}",
-                    ", ".join(f"{gain[1]} x {gain[2]} {gain[3]}" for gain in gains if gain),
+                    ", ".join(f"{gain[1]} {gain[2]}" for gain in gains if gain),
                     f"{step['low_rank'] / step['dense']:.2f}" if step else "",
                 )
             )
@@ -159,8 +159,8 @@ def selections_table(selects: list[dict[str, Any]]) -> str:
     return _markdown(header, rows)
 
 
-GAIN = re.compile(r"^\d+ x \S+ \((\d+) -> ([\d +]+), .*?, ([\d.]+x)")
-"""Sizes of a group of layers and its gain, in a note of measured selection."""
+GAIN = re.compile(r"^\d+ x (\S+) \(.*?, ([\d.]+)x")
+"""Name of a group of layers and its gain, in a note of measured selection."""
 
 
 def _markdown(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

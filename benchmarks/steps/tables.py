@@ -8,7 +8,7 @@ from typing import Any
 from ..markdown import markdown_table
 
 NAMES = {
-    "bert-base": "BERT-base, 12 blocks, 32 x 128",
+    "bert-base": "BERT-base, 32 x 128",
     "bert-large": "BERT-large shapes, 6 blocks, 64 x 128",
     "vit-large": "ViT-large shapes, 6 blocks, 64 images",
     "llama-1b": "Llama-1B shapes, 4 blocks, 8 x 1024",
@@ -18,7 +18,7 @@ FORMS = {
     "dense": "dense",
     "pairs": "pairs",
     "multiplied": "multiplied out",
-    "uneven": "multiplied out, ranks differ",
+    "uneven": "the same, ranks differ",
     "mlp": "pairs in the MLP alone",
     "lora": "LoRA, rank 16",
 }
