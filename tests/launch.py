@@ -1,14 +1,19 @@
 """Start real processes on this machine: by torchrun (gloo, no GPU), or by hand where it would be in the way."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(__file__).parent / "engines" / "scripts"
-LIMIT = 480
+LIMIT = 300
 """Seconds that a launch may take on a busy machine; usual are 15 to 60."""
 
 _NOT_HANDED_ON = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU")
@@ -17,6 +22,7 @@ PLAIN = {k: v for k, v in os.environ.items() if k not in _NOT_HANDED_ON} | {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONFAULTHANDLER": "1",
     "PYTHONPATH": os.pathsep.join(_PATHS),
 }
 """The environment of a process that may use what it finds."""
@@ -24,12 +30,38 @@ ON_CPU = {**PLAIN, "ACCELERATE_USE_CPU": "true"}
 
 
 def launch(processes: int, script: str, *arguments: object, environment: Mapping[str, str] = ON_CPU) -> str:
-    """Run a script of engines/scripts under torchrun until all processes have ended well; returns what they have printed."""
+    """Run a script of engines/scripts under torchrun until all processes have ended well; returns what they have printed.
+
+    Gloo can hang on a busy machine (once in some hundred launches). What hangs is ended, shown as a warning with the place of
+    each thread, and run once more; what hangs twice fails.
+    """
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     run += [str(SCRIPTS / script), *map(str, arguments)]
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=LIMIT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout
+    empty = [a for a in arguments if isinstance(a, Path) and a.is_dir() and not any(a.iterdir())]
+    code, printed, errors = _run(run, environment)
+    if code is None:
+        warnings.warn(f"{script} hung, and is run again:\n{errors[-20000:]}", stacklevel=2)
+        for folder in empty:
+            shutil.rmtree(folder)
+            folder.mkdir()
+        code, printed, errors = _run(run, environment)
+    assert code == 0, printed[-2000:] + errors[-9000:]
+    return printed
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int | None, str, str]:
+    """How a command ended (None: not within the limit), its output and its errors."""
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as started:
+        try:
+            printed, errors = started.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            # With PYTHONFAULTHANDLER, who is aborted prints first where its threads stand.
+            for child in psutil.Process(started.pid).children(recursive=True):
+                child.send_signal(signal.SIGABRT)
+            return None, *started.communicate(timeout=60)
+    return started.returncode, printed, errors
 
 
 def by_hand(

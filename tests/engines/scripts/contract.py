@@ -6,7 +6,6 @@ that an earlier version has written (data/checkpoints/write.py), from which the 
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import sys
@@ -341,6 +340,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    gc.collect()
-    dist.barrier()
     leave()

@@ -6,7 +6,6 @@ are set up already (gloo) and DeepSpeed's own CPU backend; everything after that
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from dataclasses import replace
@@ -382,6 +381,4 @@ def main() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main()
-    gc.collect()
-    dist.barrier()
     leave()

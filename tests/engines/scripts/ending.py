@@ -1,15 +1,18 @@
 """How a script of several processes ends."""
 
-import time
+import os
+import sys
 
 from torch import distributed as dist
 
 
 def leave() -> None:
-    """End the process group, once gloo's threads have let go of what they sent.
+    """End this process, once all have come here, without taking the process group apart.
 
-    In torch 2.13 such a thread waits for the GIL to free its last tensors; whoever frees the group meanwhile holds the GIL and
-    waits for the thread (seen on a busy machine: both for ever).
+    In torch 2.13 a gloo thread waits for the GIL to free its last tensors; whoever frees the group meanwhile holds the GIL and
+    waits for the thread. On a busy machine both wait for ever, however long one sleeps before.
     """
-    time.sleep(0.3)
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -7,7 +7,6 @@ Rank 0 writes FOLDER/sharded.json and sharded.pt; the same global batches are us
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from pathlib import Path
@@ -337,6 +336,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    gc.collect()
-    dist.barrier()
     leave()

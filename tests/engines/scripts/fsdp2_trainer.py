@@ -6,7 +6,6 @@ is its own and torch's real FSDP2, on gloo. Each result says whether FSDP was re
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 import torch._dynamo.utils
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
@@ -101,6 +99,4 @@ def main() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main()
-    gc.collect()
-    dist.barrier()
     leave()

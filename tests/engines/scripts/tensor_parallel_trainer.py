@@ -6,7 +6,6 @@ Accelerate's and torch's own, on gloo. Each result says how the weights were div
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from dataclasses import replace
@@ -258,6 +257,4 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     main()
-    gc.collect()
-    dist.barrier()
     leave()

@@ -6,7 +6,6 @@ RANK=.. WORLD_SIZE=.. trainers.py FOLDER killed           process 1 kills itself
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -210,6 +209,4 @@ def killed(folder: Path) -> None:
 if __name__ == "__main__":
     main()
     # Trainer leaves the process group to the end of Python, where gloo's threads may be cut off and abort the process.
-    gc.collect()
-    dist.barrier()
     leave()
