@@ -5,6 +5,10 @@
     done
     python -m benchmarks.eight_bits --task trec --runs runs/trec_42 runs/trec_43 runs/trec_44 --out runs/eight_bits.json
     python -m benchmarks.eight_bits --task fashion_mnist --runs runs/fashion_42 --out runs/eight_bits.json   # adds to the file
+    python examples/sft.py --method both --output_dir runs/sft
+    python -m benchmarks.eight_bits --task dialogs --runs runs/sft --out runs/eight_bits.json
+    python -m benchmarks.eight_bits.prepare runs/benchmark-data/gemma --out runs/gemma    # the data of benchmarks.accuracy
+    python -m benchmarks.eight_bits --task gemma --runs runs/gemma --limit 24 --out runs/eight_bits.json
 
 A run is what examples/*.py --method both has written: its folders dense/model and cuttlefish/model. Needs torchao and the extra onnx.
 """

@@ -1,4 +1,4 @@
-"""The tasks on which eight bits are judged: test accuracy of the demo's sets, or perplexity of a language model on dialogs."""
+"""The tasks on which eight bits are judged: test accuracy of the examples' sets, or perplexity of a language model on dialogs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
 from .forms import Run
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+PIECES = "pieces.npz"
+"""In a run of `eight_bits.prepare`: what it is scored on."""
 
 Batch = dict[str, torch.Tensor]
 Data = list[tuple[Batch, torch.Tensor]]
@@ -80,6 +84,18 @@ def load_dialogs(folder: Path, limit: int | None) -> Data:
     ]
 
 
+def load_pieces(folder: Path, limit: int | None) -> Data:
+    """The pieces of text that `eight_bits.prepare` has put into the run, 4 at once; of 256 tokens, begun by <bos>."""
+    with np.load(folder.parents[1] / PIECES) as stored:
+        pieces = torch.from_numpy(stored["pieces"].astype(np.int64))[:limit]
+    return [({"input_ids": some, "attention_mask": torch.ones_like(some)}, some) for some in pieces.split(4)]
+
+
+def beginnings(data: Data, size: int) -> Batch:
+    """The first 32 tokens of texts: what is timed of a language model."""
+    return {key: value[:, :32] for key, value in padded(data, size).items()}
+
+
 def padded(data: Data, size: int) -> Batch:
     """A batch of the middle of the data."""
     batch = data[len(data) // 2][0]
@@ -114,5 +130,6 @@ TASKS = {
         )
         for name in ("digits", "fashion_mnist")
     },
-    "dialogs": Task(transformers.AutoModelForCausalLM, "perplexity", load_dialogs, padded, perplexity),
+    "dialogs": Task(transformers.AutoModelForCausalLM, "perplexity", load_dialogs, beginnings, perplexity),
+    "gemma": Task(transformers.AutoModelForCausalLM, "perplexity", load_pieces, beginnings, perplexity),
 }

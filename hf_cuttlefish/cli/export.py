@@ -19,7 +19,7 @@ from ..saving.companions import TOKENIZER, copy_companions
 from ..saving.gguf_export import check_gguf, export_gguf, find_converter
 from ..saving.merged import save_merged
 from ..saving.onnx_export import check_onnx, export_onnx
-from .files import load_config, load_model, output
+from .files import load_config, load_model, naming, output
 
 MARGIN = 1.1
 """Room that is asked for beyond the weights: graph, tokenizer, headers."""
@@ -154,7 +154,8 @@ def _file(options: argparse.Namespace) -> Iterator[Path]:
     except OSError as error:
         raise type(error)(f"{out} cannot be written: {error.strerror}") from error
     try:
-        yield out
+        with naming(out):
+            yield out
         made = []
     finally:
         for folder in made:

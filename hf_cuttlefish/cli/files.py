@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,9 @@ from safetensors import SafetensorError
 
 from ..decide.plan import RankPlan
 from .talking import one_line, warn
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A disk, a quota or a limit of files."""
 
 
 def load_config(name: str) -> Any:
@@ -103,7 +107,8 @@ def output(options: argparse.Namespace) -> Iterator[Path]:
     except OSError as error:
         raise type(error)(f"{out} cannot be written: {error.strerror}") from error
     try:
-        yield partial
+        with naming(out):
+            yield partial
         for old in [
             *out.glob("model*.safetensors"),
             *out.glob("model*.safetensors.index.json"),
@@ -116,12 +121,25 @@ def output(options: argparse.Namespace) -> Iterator[Path]:
                 shutil.rmtree(target)
             os.replace(new, target)
         made = []
-    except SafetensorError as error:  # the disk is full, or a limit is reached
-        raise OSError(f"{out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for folder in made:
             folder.rmdir()
+
+
+@contextlib.contextmanager
+def naming(out: Path) -> Iterator[None]:
+    """Names what was to be written where the disk is full or a limit is reached; the libraries' errors do not. Raises OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        if "while serializing" not in str(error):  # it was read
+            raise
+        raise OSError(f"{out} cannot be written: {error}") from error
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(f"{out} cannot be written: {error.strerror}") from error
 
 
 def read_plan(path: str) -> Any:

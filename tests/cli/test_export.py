@@ -62,6 +62,12 @@ def left(folder: Path):
     return sorted(path.name for path in folder.rglob("*"))
 
 
+def needs(kind):
+    """Skips where a package for this format is missing."""
+    for package in {"onnx": ["onnx", "onnxscript", "onnxruntime"], "gguf": ["gguf"]}.get(kind, []):
+        pytest.importorskip(package)
+
+
 # --- dense ---
 
 
@@ -96,8 +102,7 @@ def test_a_sharded_folder_and_one_that_lacks_a_shard(export, tmp_path):
 
 @pytest.mark.parametrize("kind", ["dense", "onnx", "gguf"])
 def test_a_quantized_model_is_refused_by_name(export, folder, tmp_path, kind):
-    for package in {"onnx": ["onnx", "onnxscript", "onnxruntime"], "gguf": ["gguf"]}.get(kind, []):
-        pytest.importorskip(package)
+    needs(kind)
     shutil.copytree(folder, tmp_path / "packed")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
@@ -151,6 +156,14 @@ def test_a_changed_modelling_file_is_not_run(folder, tmp_path):
     assert not (tmp_path / "changed" / "ran").exists()
 
 
+def test_damaged_weights_are_not_taken_for_a_full_disk(export, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "damaged")
+    os.truncate(tmp_path / "damaged" / "model.safetensors", 1000)
+    code, _, stderr = export(tmp_path / "damaged", tmp_path / "new" / "out", "--format", "dense")
+    assert code == 1 and "hf-cuttlefish: error: " in stderr and "cannot be written" not in stderr, stderr
+    assert not (tmp_path / "new").exists()
+
+
 # --- no room ---
 
 
@@ -161,22 +174,58 @@ def test_no_room_is_said_before_anything_is_written(export, folder, tmp_path, mo
     assert left(tmp_path) == []
 
 
-def test_a_write_that_fails_half_way_leaves_nothing(folder, tmp_path):
+@pytest.mark.parametrize("kind", ["dense", "onnx", "gguf"])
+def test_a_write_that_fails_half_way_leaves_nothing(folder, tmp_path, kind):
     """The file system takes files of 8 KB at most, which is less than the weights."""
+    needs(kind)
+    out = tmp_path / "new" / ("out.gguf" if kind == "gguf" else "out")
+    arguments = ["export", str(folder), str(out), "--format", kind]
+    if kind == "gguf":
+        (tmp_path / "clone").mkdir()
+        (tmp_path / "clone" / "convert_hf_to_gguf.py").write_text("raise SystemExit('not reached')\n")
+        arguments += ["--converter", str(tmp_path / "clone")]
     code = (
         "import resource, signal, sys\n"
         "from hf_cuttlefish.cli.main import main\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
-        f"sys.exit(main(['export', {str(folder)!r}, {str(tmp_path / 'new' / 'out')!r}, '--format', 'dense']))"
+        f"sys.exit(main({arguments!r}))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     said = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and said.startswith(f"hf-cuttlefish: error: {tmp_path / 'new' / 'out'} cannot be"), (
-        done.stderr
-    )
-    assert "File too large" in said and left(tmp_path) == []
+    assert done.returncode == 1 and said.startswith(f"hf-cuttlefish: error: {out} cannot be"), done.stderr
+    assert "File too large" in said and not (tmp_path / "new").exists()
+
+
+def mounted(place: Path, size: str) -> bool:
+    """Whether a file system of that size could be put there, which takes root."""
+    if os.geteuid() or shutil.which("mount") is None:
+        return False
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["dense", "onnx", "gguf"])
+def test_a_disk_that_is_too_small(export, folder, tmp_path, kind):
+    """A real one: a file system of 64 KB."""
+    needs(kind)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not mounted(disk, "64k"):
+        pytest.skip("no file system can be mounted here")
+    try:
+        options = []
+        if kind == "gguf":
+            (tmp_path / "convert_hf_to_gguf.py").write_text("raise SystemExit('not reached')\n")
+            options = ["--converter", tmp_path]
+        out = disk / "new" / ("out.gguf" if kind == "gguf" else "out")
+        # The factors alone would fit, the graph beside them does not.
+        words = [f"{out} cannot be written: No space left"] if kind == "onnx" else [f"no room for {out}", "has 65,536"]
+        assert_fails(export(folder, out, "--format", kind, *options), *words)
+        assert left(disk) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 # --- onnx ---
