@@ -46,7 +46,7 @@ def load_config(name: str) -> Any:
     except OSError as error:
         if is_local(name):
             raise
-        offline = " and HF_HUB_OFFLINE is set" if transformers.utils.hub.is_offline_mode() else ""
+        offline = " (HF_HUB_OFFLINE is set)" if transformers.utils.hub.is_offline_mode() else ""
         raise FileNotFoundError(
             f"{name} is no folder here, and no model of that name is in the cache or can be fetched from the hub{offline}"
         ) from error

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
@@ -30,13 +30,16 @@ def read_texts(
 ) -> list[TextRow]:
     """Examples from a file: CSV or TSV with a header, JSONL or JSON (a list of objects), or any other file as lines of text.
 
+    A .csv may be parted by semicolons or tabs and begin with a byte order mark, as spreadsheets write it.
+
     Args:
         text_columns: one column, or two for pairs. None: "text", or the only other column beside the label.
         label_column: used where the file has it. most: read no more rows than that.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is not UTF-8, a column that is missing, a line that is no JSON object, or no text at all; the message names the place.
+        ValueError: a file that is not UTF-8, a column that is missing, a row with more cells than columns, a line that is no
+            JSON object, or no text at all; the message names the place.
     """
     path = Path(path)
     try:
@@ -51,9 +54,9 @@ def read_texts(
 def _read(path: Path, text_columns: list[str] | None, label_column: str, most: int | None) -> list[TextRow]:
     kind = path.suffix.lower()
     records: Iterable[Any]
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         if kind in (".csv", ".tsv"):
-            records = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")
+            records = _table_rows(path, file, "\t" if kind == ".tsv" else ",;\t")
         elif kind in (".jsonl", ".json"):
             records = _json_records(path, file.read(), lines=kind == ".jsonl")
         else:
@@ -91,7 +94,7 @@ def read_conversations(path: Path, most: int | None = None) -> list[list[dict[st
     if path.suffix.lower() not in (".jsonl", ".json"):
         return None
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         return None  # `read_texts` says so
     records = _json_records(path, text, lines=path.suffix.lower() == ".jsonl")[:most]
@@ -194,10 +197,27 @@ def _json_records(path: Path, text: str, lines: bool) -> list[Any]:
         raise ValueError(f"{path}{place}: no JSON: {error}") from error
 
 
+def _table_rows(path: Path, file: TextIO, delimiters: str) -> Iterator[dict[str, Any]]:
+    """Rows of a table, whose delimiter is the one of these that its header has most of (the first if it has none)."""
+    header = file.readline()
+    file.seek(0)
+    delimiter = max(delimiters, key=header.count)
+    for number, record in enumerate(csv.DictReader(file, delimiter=delimiter), start=1):
+        if None in record:
+            raise ValueError(
+                f"{path}: entry {number} has more cells than the {len(record) - 1} columns of the first line: a text that holds "
+                f"{delimiter!r} stands in double quotes"
+            )
+        yield record
+
+
 def _guess_text_columns(path: Path, record: Mapping[str, Any], label_column: str) -> list[str]:
     others = [column for column in record if column != label_column]
     if "text" in record:
         return ["text"]
     if len(others) == 1:
         return others
-    raise ValueError(f"{path} has the columns {', '.join(map(repr, record))}: say which hold the text")
+    raise ValueError(
+        f"{path} has the columns {', '.join(map(repr, record))} (the first line names them): say which hold the text with "
+        "--text-column, and which the classes with --label-column"
+    )

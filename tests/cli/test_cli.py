@@ -298,7 +298,8 @@ def test_data_that_will_not_do(run, dense, tmp_path):
         "text,label\na b,PLACE\n": "the label 'PLACE' is none that the model knows: NUM, LOC, HUM",
         "text,label\na b,7\n": "the label '7'",
         "text,label\n": "holds no text",
-        "one,two,label\na,b,0\n": "say which hold the text",
+        "one,two,label\na,b,0\n": "say which hold the text with --text-column",
+        "text,label\na, b,0\n": "entry 1 has more cells than the 2 columns of the first line",
     }
     for content, message in ways.items():
         bad.write_text(content)

@@ -65,6 +65,17 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path, name):
         read_texts(tmp_path / name)
 
 
+@pytest.mark.parametrize("parted", [",", ";", "\t"])
+def test_a_table_as_spreadsheets_write_it(tmp_path, parted):
+    """With a byte order mark, and parted by semicolons where the comma is for fractions."""
+    table = tmp_path / "texts.csv"
+    table.write_text(f'\ufefftext{parted}label\r\n"a;\tb, c"{parted}x\r\nd{parted}y\r\n', encoding="utf-8")
+    assert [(row.text, row.label) for row in read_texts(table)] == [("a;\tb, c", "x"), ("d", "y")]
+    table.write_text(f"text{parted}label\na{parted}b{parted}x\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"entry 1 has more cells than the 2 columns .* stands in double quotes"):
+        read_texts(table)
+
+
 def test_a_plan_that_is_not_utf8_is_named(tmp_path, capsys):
     (tmp_path / "plan.json").write_bytes('{"é": 3}'.encode("latin-1"))
     code = main(["factorize", str(tmp_path), str(tmp_path / "out"), "--plan", str(tmp_path / "plan.json")])
