@@ -31,8 +31,8 @@ HEAD = """# Results, the records
 
 `python -m benchmarks.write_docs` writes this page from `benchmarks/results/accuracy`.
 
-> These runs have the former defaults: size 0.40, an unchanged learning rate (times 1.5 below a quarter), statistics from 4% of the run,
-> gradient damping 0.03. Today's defaults: [results by model and rate](results-rates.md).
+> These runs have the former defaults. Size 0.40, the learning rate unchanged (times 1.5 below a quarter), statistics from 4% of the
+> run, gradient damping 0.03. Today's defaults: [results by model and rate](results-rates.md).
 """
 
 SETS = {
@@ -50,8 +50,9 @@ SCRATCH = """No pretrained weights (`--suite scratch`). The controls switch wher
 | digits | ViT of 4 x 96, 8 x 8 pixels | 40 epochs, 800 steps | 360 (one is 0.28 points) | CPU, one thread, fp32 |
 | Fashion-MNIST | ViT of 6 x 192, 12,000 rows | 12 epochs, 564 steps of 256 | 10,000 | H100, bf16 |"""
 
-CALIBRATION = """Median of measured over predicted increase of the loss (validation split), by the time of the switch, from `choose_h100`. The prediction
-ranks cuts of one model; its scale is off. Every run is in the [plot](how-it-works.md#ranks)."""
+CALIBRATION = """Measured over predicted increase of the loss: median, validation split, by the time of the switch. The prediction
+ranks cuts of one model; its scale is off. Every run of `choose_h100` is in the
+[plot](how-it-works.md#ranks)."""
 
 EXPLORED = """Against the same runs without the change; three text sets and the ViT, records `explore_h100` and `fading_h100`. Code that was not
 kept is not in the repository.
@@ -79,7 +80,7 @@ LIMITS = """## What these numbers are not
 - Two seeds for spectral init and plain SVD at 1/2 on the ViT. No control ran at 1/10.
 - We switched at 30% of the run and took 1.5 times the rate below a quarter. The controls switch where their recipes do, at the dense rate.
 - Our rows and the ViT's ran after the text controls, under another sharing of the GPU (CUDA MPS).
-- The ViT (12,000 rows of 56 pixels, 3 epochs, rate 5e-5) is not trained out: LoRA, at five times the rate, ends 2.2 points above dense.
+- The ViT (12,000 rows of 56 pixels, 3 epochs, rate 5e-5) is not trained out. LoRA, at five times the rate, ends 2.2 points above dense.
 - The time of the switch, the ablation and the calibration were measured before examples were weighted.
 """
 

@@ -23,7 +23,7 @@ def tables(record: dict[str, Any]) -> Iterator[str]:
     for job in record.get("layers", []):
         p = job["peaks"]
         yield (
-            "One layer (or three of one input), forward and backward, by rank as a share of the smaller side. Floor: by the "
+            "One layer (or three of one input), forward and backward. Columns: rank as a share of the smaller side. Floor: by the "
             f"measured peaks of {p['flops'] / 1e12:.2f} TFLOP/s and {p['bytes'] / 1e9:.0f} GB/s.\n"
         )
         yield layers_table(job["rows"])
@@ -37,7 +37,7 @@ def tables(record: dict[str, Any]) -> Iterator[str]:
         yield '`objective="speed"`:\n'
         yield selections_table(record["select"])
     if record.get("not_run"):
-        yield f"Not run: {', '.join(record['not_run'])}.\n"
+        yield "Not run:\n\n" + "\n".join(f"- {name}" for name in record["not_run"]) + "\n"
 
 
 def steps_table(steps: list[dict[str, Any]]) -> str:
