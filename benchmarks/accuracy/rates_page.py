@@ -66,11 +66,9 @@ def rates_page(records: Sequence[Record]) -> str:
     thirds = {cell_of(r) for r in records if way_of(r) == THIRD}
     parts = [
         HEAD,
-        "## Means (points)",
+        "## Means (points, test split where nothing else is said)",
         "Each data set and rate counts the same. In brackets: how many were run, if not all.",
-        groups_table(records, "test_split"),
-        "On the validation split:",
-        groups_table(records, "validation"),
+        groups_table(records),
         "## Aims",
         "Set before the runs; most were missed.",
         aims_table(records),

@@ -124,15 +124,16 @@ def default_size(records: Sequence[Record], cells: Sequence[Cell]) -> str:
     return _mean([sum(s) / len(s) for s in sizes if s])
 
 
-def groups_table(records: Sequence[Record], split: str) -> str:
-    """Means over data sets and rates."""
-    found, groups = Differences(records, split), groups_of(records)
-    ways = [DEFAULT, FORMER, SIXTH]
+def groups_table(records: Sequence[Record]) -> str:
+    """Means over data sets and rates: on the test split, and of the two defaults on the validation split."""
+    test, validation = Differences(records, "test_split"), Differences(records, "validation")
+    columns = [(test, DEFAULT), (test, FORMER), (test, SIXTH), (validation, DEFAULT), (validation, FORMER)]
     rows = [
-        [name, *(found.mean_over(m, w) for w in ways), default_size(records, m), str(len(m))]
-        for name, m in groups.items()
+        [name, *(found.mean_over(m, way) for found, way in columns), default_size(records, m), str(len(m))]
+        for name, m in groups_of(records).items()
     ]
-    return markdown_table(("", *(NAMES[w] for w in ways), "kept by default", "data sets x rates"), rows)
+    names = [NAMES[way] + (", validation" if found is validation else "") for found, way in columns]
+    return markdown_table(("", *names, "kept by default", "data sets x rates"), rows)
 
 
 def aims_table(records: Sequence[Record]) -> str:
