@@ -82,6 +82,13 @@ class CuttlefishConfig:
         default=None,
         metadata={"help": "Ranks are multiples of this. None: 32 in a decoder at least 512 features wide, else 8."},
     )
+    even_ranks: bool | str = field(
+        default="auto",
+        metadata={
+            "help": "Neighbouring blocks share their ranks: at most three kinds of blocks, at the same size. 'auto': where blocks are compiled one "
+            "by one, a graph for each kind."
+        },
+    )
     target_ratio: float | None = field(
         default=None,
         metadata={
@@ -157,8 +164,10 @@ class CuttlefishConfig:
         if isinstance(self.exclude_modules, (tuple, set, frozenset)):
             self.exclude_modules = sorted(self.exclude_modules)
         self._check_patterns()
-        if not isinstance(self.embeddings, bool):
-            raise TypeError(f"embeddings must be True or False, got {self.embeddings!r:.80}")
+        for name, also in (("embeddings", ""), ("even_ranks", " or 'auto'")):
+            value = getattr(self, name)
+            if not (isinstance(value, bool) or (also and value == "auto")):
+                raise TypeError(f"{name} must be True or False{also}, got {value!r:.80}")
         self._check_choice("rank_rule", RANK_RULES)
         self._check_choice("stable_rank_scale", ("auto", "initial", "random_matrix"))
         self._check_choice("objective", ("size", "speed"))
@@ -217,8 +226,8 @@ class CuttlefishConfig:
         learning rate after the switch, for which its code has 2 times (BERT, fine-tuned) and a third (DeiT, from scratch):
         say which as `learning_rate_scale`.
         """
-        paper = cls(rank_rule="paper", optimizer_state="reset", statistics_steps=0, learning_rate_scale=1.0)
-        return replace(paper, **changes)
+        reset = cls(rank_rule="paper", optimizer_state="reset", statistics_steps=0, learning_rate_scale=1.0)
+        return replace(reset, **{"even_ranks": False, **changes})
 
     @classmethod
     def paper_cnn(cls, **changes: Any) -> CuttlefishConfig:
@@ -336,12 +345,8 @@ class CuttlefishConfig:
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value < least:
-            remedy = (
-                "; to train low rank from the first step, call factorize(model, plan) before"
-                if name == "switch_step"
-                else ""
-            )
-            raise ValueError(f"{name} is {value}: it must be at least {least}{remedy}")
+            at_once = "; to train low rank from the first step, call factorize(model, plan) before"
+            raise ValueError(f"{name} is {value}: it must be at least {least}{at_once * (name == 'switch_step')}")
 
 
 def _name_unknown_fields(original: Any) -> Any:

@@ -11,13 +11,14 @@ from torch import nn
 
 from .config import CuttlefishConfig
 from .decide.aligning import aligned
+from .decide.even import note_of_even
 from .decide.left import UNBOUNDED, UNRECOVERED, left_blind, left_frozen, left_unseen, notes_of_dense
 from .decide.plan import RankPlan, break_even_rank
 from .decide.ranks import BATCH_BYTES, BATCHED_ON, needs_no_weights, plan_ranks, rank_by_hand, spectra_of, spectrum_of
 from .decide.rules import LayerSpectrum
 from .decide.size import DENSE, measured_size
 from .decide.speed import keep_faster
-from .engines.around import check_not_wrapped
+from .engines.around import check_not_wrapped, compiles_blocks
 from .engines.base import Engine, Layers
 from .engines.find import check_is_free
 from .layers.kinds import dense_weight, kind_of
@@ -118,13 +119,15 @@ def choose(
         ValueError: weights that are not finite, naming the layer.
     """
     config = aligned(config, engine.model, watch.layers)
+    why_even = why_even_ranks(config, engine.model)
+    config = replace(config, even_ranks=bool(why_even))
     mine: dict[str, Factors] = {}
     keep = "none" if not engine.holds_whole_weights else "found" if engine.processes.size == 1 else "all"
 
     def decide(layers: Layers) -> tuple[RankPlan, list[str]]:
         seen = (watch.moments, watch.initial(), watch.flow)
         plan, found = plan_and_factors(layers, config, *seen, keep, watch.kept, alignment)
-        plan.notes[:0] = notes_of_dense(watch.model)
+        plan.notes[:0] = [*notes_of_dense(watch.model), *([note_of_even(plan, why_even)] if why_even and plan else [])]
         mine.update(found)
         return plan, [name for name, f in found.items() if f.bias_shift is not None]
 
@@ -134,6 +137,13 @@ def choose(
     if not engine.holds_whole_weights:
         return plan, FactorsInTurn(engine, watch, plan, config)
     return plan, share(watch.layers, plan, mine, shifted, engine.processes)
+
+
+def why_even_ranks(config: CuttlefishConfig, model: nn.Module) -> str:
+    """Why layers are to share ranks; "" where each has its own. model: bare."""
+    if config.even_ranks != "auto":
+        return "even_ranks=True" if config.even_ranks else ""
+    return "blocks are compiled one by one, and equal ones share a graph" if compiles_blocks(model) else ""
 
 
 def plan_and_factors(

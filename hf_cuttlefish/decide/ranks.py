@@ -14,6 +14,7 @@ from ..layers.kinds import dense_weight, kind_of
 from ..maths.factors import Decomposition, LayerMoments, Moments, decompose, decompose_together
 from ..maths.stable_ranks import stable_rank
 from .aligning import aligned, multiple_of
+from .even import even_ranks
 from .plan import RankDecision, RankPlan
 from .rules import RULES, LayerSpectrum, allowed_rank, dropped_loss
 from .targets import find_targets, matches
@@ -165,7 +166,8 @@ def plan_ranks(
     notes: list[str] = []
     left = left or {}
     by_rule = {name: s for name, s in spectra.items() if rank_by_hand(name, config) is None and name not in left}
-    wanted = RULES[config.rank_rule](by_rule, config, training_loss, notes) if by_rule else {}
+    rule = even_ranks if config.even_ranks is True else RULES[config.rank_rule]
+    wanted = rule(by_rule, config, training_loss, notes) if by_rule else {}
     decisions = {}
     rank: int | None
     for name, s in spectra.items():

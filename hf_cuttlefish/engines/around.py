@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections import Counter
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..layers.low_rank import low_rank_layers
 from ..layers.parts import is_empty_between_uses, is_sharded
+from ..measure.eager import has_compiled
 from ..processes import Processes, is_distributed
 
 _REFUSED = {
@@ -157,6 +159,18 @@ def forget_compiled(model: nn.Module) -> None:
     settings = torch._dynamo.config
     if blocks > getattr(settings, "recompile_limit", blocks):
         settings.recompile_limit = blocks
+
+
+def compiles_blocks(model: nn.Module) -> bool:
+    """Whether blocks of a bare model are compiled one by one, so that those of one shape share one graph."""
+    if not has_compiled():
+        return False
+    inside = {id(module) for module in model.modules() if module is not model}
+    # Accelerate wraps the blocks in a copy of all that holds them, or compiles them in place.
+    wrapped = (module._modules["_orig_mod"] for module in live_modules() if is_compiled(module))
+    blocks = {id(block): block for block in (*wrapped, *filter(_is_block, model.modules())) if id(block) in inside}
+    kinds = Counter(type(block) for block in blocks.values() if block is not None and block._modules)
+    return max(kinds.values(), default=0) > 1
 
 
 def _is_block(module: nn.Module) -> bool:

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification, TrainerCallback
+from accelerate.utils import compile_regions
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig
+from hf_cuttlefish.decide.even import PARTS
 from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.engines.around import compiles_blocks
 from hf_cuttlefish.layers.low_rank import low_rank_layers
 from hf_cuttlefish.measure.eager import said_of_shapes
 from tiny_trainer import CONFIG, SWITCH, assert_same_run, run, tiny_bert
@@ -140,6 +143,44 @@ def test_blocks_of_different_ranks_all_stay_compiled() -> None:
         assert torch._dynamo.config.recompile_limit >= 10
     finally:
         torch._dynamo.config.recompile_limit = before
+
+
+@pytest.mark.parametrize("even", ["auto", False])
+def test_blocks_that_share_ranks_share_a_graph(even: bool | str) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50, "num_labels": 3}
+    model = BertForSequenceClassification(BertConfig(num_hidden_layers=7, **sizes)).train()
+    for block in model.bert.encoder.layer:
+        block.compile(backend="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    config = CuttlefishConfig(switch_step=3, statistics_steps=2, rank_multiple=1, target_ratio=0.4, even_ranks=even)
+    cuttlefish = Cuttlefish(model, optimizer, config, total_steps=20)
+    graphs = []
+    for _ in range(5):
+        ids = torch.randint(3, 50, (8, 10))
+        model(input_ids=ids, labels=ids[:, 0] % 3).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cuttlefish.step()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    plan = cuttlefish.plan
+    assert plan is not None
+    kinds = {tuple(plan[name] for name in plan if f"layer.{i}." in name) for i in range(7)}
+    assert graphs[-1] - graphs[2] == len(kinds)
+    assert (len(kinds) <= PARTS) is bool(even)
+    assert any("even ranks (blocks are compiled one by one" in note for note in plan.notes) is bool(even)
+
+
+def test_blocks_compiled_one_by_one_are_told_from_a_whole_model() -> None:
+    ids = torch.ones(1, 4, dtype=torch.long)
+    for compile, is_so in ((compile_regions, True), (torch.compile, False)):
+        torch._dynamo.reset()
+        model = tiny_bert()
+        assert not compiles_blocks(model)
+        compiled = compile(model, backend="eager")
+        compiled(input_ids=ids)
+        assert compiles_blocks(model) is is_so
+        torch._dynamo.utils.counters.clear()
 
 
 def test_many_shapes_are_said_with_how_to_bound_them() -> None:
