@@ -32,7 +32,11 @@ def steps_table(records: Iterable[Record], modes: Sequence[str]) -> str:
     rows = []
     for r in records:
         form = FORMS.get(r["variant"].partition(" ")[0])  # prototypes are in the record alone
-        if r["mode"] not in modes or form is None or ("infer" in modes and form not in (FORMS["dense"], FORMS["pairs"])):
+        if (
+            r["mode"] not in modes
+            or form is None
+            or ("infer" in modes and form not in (FORMS["dense"], FORMS["pairs"]))
+        ):
             continue
         batch = f", batch {r['rows']}" if r["mode"].startswith("infer") else ""
         spread = f"{r['ms']:.1f} ({r['quartiles'][0]:.1f}-{r['quartiles'][1]:.1f})"
