@@ -22,7 +22,6 @@ from .layers.sizes import count_parameters
 from .measure.moments import steps_in
 from .measure.watch import Watch
 from .patch.decay import FrobeniusDecay
-from .patch.learning_rate import check_can_scale
 from .patch.low_rank_phase import LowRankPhase
 from .patch.report import FactorizationReport
 from .processes import Processes, ProcessLostError
@@ -126,7 +125,7 @@ class Cuttlefish:
                 self._say(*lines.low_rank_phase(found))
             return False
         if self.config.learning_rate_scale not in (None, 1):
-            check_can_scale(self.engine.optimizer, self.scheduler)  # a scheduler may have been made since
+            self.engine.check_rate(self.scheduler)  # a scheduler may have been made since
         # Measure what this step has shown, then decide from numbers alone.
         self.watch.step(self.global_step, self.schedule.latest_step)
         if (terms := self.watch.terms_of_first_step()) is not None:
@@ -353,7 +352,7 @@ class Cuttlefish:
             return self._stay_dense(plan)
         planned = time.perf_counter()
         if self.restarts and folder is not None:  # make the change in the checkpoint, or here
-            checkpoint = self.engine.checkpoint(plan, factors, self.config.optimizer_state)
+            checkpoint = self.engine.checkpoint(plan, factors, self.config, self.scheduler, alignment)
             report = checkpoint.write(folder)
             self._checkpoint = checkpoint
             self._record(plan, report)

@@ -15,6 +15,7 @@ from ..config import CuttlefishConfig
 from ..layers.parts import whole
 from ..maths.factors import Factors
 from ..patch.edits import Edit
+from ..patch.learning_rate import check_can_scale
 from ..patch.modules import Change, make_change
 from ..patch.optimizer import check_can_switch, check_holds, check_state, inner_optimizer
 from ..patch.structure import Exchanges
@@ -114,6 +115,14 @@ class Engine:
     def check_saving(self, args: Any) -> None:
         """Raises ValueError where Trainer saves in a form that a switch could not go through. args: TrainingArguments."""
 
+    def rated(self, scheduler: Any) -> tuple[Any, Any]:
+        """The optimizer whose groups hold the learning rate, and the scheduler that drives it. scheduler: as it was given."""
+        return self.optimizer, scheduler
+
+    def check_rate(self, scheduler: Any) -> None:
+        """Raises TypeError, ValueError unless the learning rate could be scaled: as `check_can_scale`."""
+        check_can_scale(*self.rated(scheduler))
+
     # --- while training ---
 
     def check_step(self) -> None:
@@ -155,8 +164,15 @@ class Engine:
         swap = ShardAnew(change) if is_redundant(self.optimizer) else None
         return [*change.edits(swap), ForgetCompiled(self.model)]
 
-    def checkpoint(self, plan: Any, factors: Mapping[str, Factors], mode: str) -> LowRankCheckpoint:
-        """The low-rank form of a checkpoint, for an engine that is `fixed`. Arguments as of `change`."""
+    def checkpoint(
+        self,
+        plan: Any,
+        factors: Mapping[str, Factors],
+        config: CuttlefishConfig,
+        scheduler: Any,
+        alignment: float | None,
+    ) -> LowRankCheckpoint:
+        """The low-rank form of a checkpoint, for an engine that is `fixed`. Arguments as of `switch_in_place`."""
         raise RuntimeError(f"{type(self).__name__} is changed in place and writes no checkpoint of the switch")
 
     # --- around files ---

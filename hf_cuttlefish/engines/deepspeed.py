@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from ..config import CuttlefishConfig
-from ..decide.plan import RankPlan
 from ..layers.kinds import kind_of
 from ..layers.low_rank import LowRankLayer
 from ..layers.parts import is_empty_between_uses, shape_of
@@ -50,6 +49,7 @@ class DeepSpeed(RestartEngine):
     def __init__(self, model: nn.Module, engine: Any, optimizer: Any = None) -> None:
         super().__init__(model, optimizer)
         self.deepspeed, self.zero = engine, engine.optimizer
+        self.saves_scheduler = engine.lr_scheduler is not None
 
     @classmethod
     def find(cls, around: Around, optimizer: Any) -> Engine | None:
@@ -107,6 +107,10 @@ class DeepSpeed(RestartEngine):
             "a checkpoint engine that writes later": engine.checkpoint_engine.is_decoupled(),
         }
 
+    def rated(self, scheduler: Any) -> tuple[Any, Any]:
+        """The optimizer inside ZeRO's. A scheduler that DeepSpeed steps drives it, whichever was given."""
+        return self.zero.optimizer, self.deepspeed.lr_scheduler or scheduler
+
     def loss_scale(self, scaler: Any = None) -> float:
         """fp16's scale, else 1. (Trainer divides the loss by the accumulation steps itself, and tells the engine not to.)"""
         return float(self.zero.loss_scale)
@@ -126,8 +130,8 @@ class DeepSpeed(RestartEngine):
         """The weight as the model computes with it, a copy; under ZeRO-3 in the memory of the host."""
         return gathered(parameter).cpu() if is_empty_between_uses(parameter) else parameter.detach().clone()
 
-    def checkpoint(self, plan: RankPlan, factors: Mapping[str, Factors], mode: str) -> DeepSpeedCheckpoint:
-        return DeepSpeedCheckpoint(self, plan, factors, mode)
+    def checkpoint(self, *given: Any, **named: Any) -> DeepSpeedCheckpoint:
+        return DeepSpeedCheckpoint(self, *given, **named)
 
     @classmethod
     def checkpoint_files(cls, folder: Path, processes: int) -> tuple[list[str], str | None] | None:
@@ -206,7 +210,7 @@ class DeepSpeedCheckpoint(LowRankCheckpoint):
         new_of = {id(old): new for old, new, _ in self._pairs(model)}
         groups = [
             {**group, "params": [p for old in params for p in new_of[id(old)]]}
-            for group, params in zip(basic.param_groups, self.engine.partitions.groups, strict=True)
+            for group, params in zip(self.rate.groups(basic.param_groups), self.engine.partitions.groups, strict=True)
         ]
         twin = object.__new__(type(basic))  # the class's own arguments need not be its defaults
         twin.__dict__.update({k: v for k, v in vars(basic).items() if k != "step"})
@@ -214,7 +218,8 @@ class DeepSpeedCheckpoint(LowRankCheckpoint):
         config = {k: v for k, v in copy.deepcopy(first.config).items() if k not in _NOT_COPIED}
         config["zero_allow_untested_optimizer"] = True
         engine, *_ = deepspeed.initialize(model=model, optimizer=twin, config=config)
-        engine.lr_scheduler = first.lr_scheduler  # only to be saved; DeepSpeed's own, if it has one
+        if first.lr_scheduler is not None:  # DeepSpeed's own, or one that was given to it: only to be saved
+            engine.lr_scheduler = self.rate.scheduler(first.lr_scheduler)
         engine.optimizer.loss_scaler = self.engine.zero.loss_scaler
         for counter in ("global_steps", "global_samples", "skipped_steps", "micro_steps"):
             setattr(engine, counter, getattr(first, counter))

@@ -23,7 +23,6 @@ from torch import distributed as dist
 from torch import nn
 
 from ..config import CuttlefishConfig
-from ..decide.plan import RankPlan
 from ..layers.kinds import is_dense, kind_of
 from ..layers.low_rank import LowRankLayer
 from ..maths.factors import Factors
@@ -115,8 +114,8 @@ class FSDP1(RestartEngine):
         """The layers that run, for those that describe them."""
         return {name: self._live[id(layer)] for name, layer in layers.items()}
 
-    def checkpoint(self, plan: RankPlan, factors: Mapping[str, Factors], mode: str) -> FSDP1Checkpoint:
-        return FSDP1Checkpoint(self, plan, factors, mode)
+    def checkpoint(self, *given: Any, **named: Any) -> FSDP1Checkpoint:
+        return FSDP1Checkpoint(self, *given, **named)
 
     @classmethod
     def checkpoint_files(cls, folder: Path, processes: int) -> tuple[list[str], str | None] | None:
@@ -285,7 +284,7 @@ class FSDP1Checkpoint(LowRankCheckpoint):
         saved = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", mmap=True, weights_only=True)
         carry = self._may_carry(k for own in saved["state"].values() for k in unknown_state(own))
         states = dict(self._states(saved["state"], exact)) if carry else {}
-        saved |= {"state": states, "param_groups": self._groups(saved["param_groups"])}
+        saved |= {"state": states, "param_groups": self._groups(self.rate.groups(saved["param_groups"]))}
         torch.save(saved, staging / OPTIMIZER_FILE)
         return f"FSDP1: {self._outcome(bool(states))}"
 

@@ -26,6 +26,7 @@ from ..patch.report import FactorizationReport
 from .around import check_not_wrapped
 from .base import Layers, ShardedEngine
 from .files import is_weights_file
+from .saved_rate import SavedRate, saved_rate
 from .zero_redundancy import refuse_redundant
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class RestartEngine(ShardedEngine):
     """An engine that fixes the structure when it is built, so that the switch goes through a checkpoint."""
 
     takes_parts = False
+    saves_scheduler: bool = False
+    """Whether the engine's own files hold the scheduler's state."""
 
     def check(self, layers: Layers, config: CuttlefishConfig, can_restart: bool = False) -> None:
         check_not_wrapped(self.model, sharded=True)
@@ -56,11 +59,6 @@ class RestartEngine(ShardedEngine):
                 f"{self.fixed} are fixed when it is built, so the switch needs a checkpoint and a new engine: use Trainer with "
                 "CuttlefishCallback, which knows how; in a loop of your own can_restart=True and switch_in_checkpoint "
                 "(docs/distributed.md), FSDP2 or DDP"
-            )
-        if config.learning_rate_scale not in (None, 1):
-            raise ValueError(
-                f"learning_rate_scale is {config.learning_rate_scale}, and a switch by restart cannot change the schedule "
-                "that is saved: leave it at 1"
             )
 
     def check_saving(self, args: Any) -> None:
@@ -77,19 +75,27 @@ class LowRankCheckpoint(ABC):
     Args:
         engine: with the model, which stay as they are.
         factors: of the plan's layers, asked for in their order, each time anew.
-        optimizer_state: "carry", or "reset", which resets all parameters.
+        config: its optimizer_state "reset" resets all parameters.
+        scheduler: as it was given. alignment: of the weights' travel, by which the learning rate is chosen.
 
     Attributes:
-        model: the factorized copy after `write`.
+        model: the factorized copy after `write`. rate: what becomes of the learning rate.
     """
 
     mark: ClassVar[str]
     """File without which nothing can be resumed from the folder: of a loop's checkpoint it goes first and comes last."""
 
     def __init__(
-        self, engine: RestartEngine, plan: RankPlan, factors: Mapping[str, Factors], optimizer_state: str
+        self,
+        engine: RestartEngine,
+        plan: RankPlan,
+        factors: Mapping[str, Factors],
+        config: CuttlefishConfig,
+        scheduler: Any,
+        alignment: float | None,
     ) -> None:
-        self.engine, self.plan, self.factors, self.optimizer_state = engine, plan, factors, optimizer_state
+        self.engine, self.plan, self.factors, self.config = engine, plan, factors, config
+        self.scheduler, self.alignment, self.rate = scheduler, alignment, SavedRate()
         self.processes = engine.processes
         self.model: nn.Module | None = None
 
@@ -104,11 +110,11 @@ class LowRankCheckpoint(ABC):
         """
         self.model = None  # of an earlier call
         staging = folder / STAGING
-        self.processes.from_main(lambda: self._make_room(folder, staging))
+        self.rate = self.processes.from_main(lambda: self._make_room(folder, staging))
         try:
             with self.processes.together():
                 model, report, state = self._write_parts(folder, staging)
-            report.optimizer = self.processes.from_main(lambda: self._save(folder, staging, model, report, state))
+            report.optimizer = self.processes.from_main(lambda: self._finish(folder, staging, model, report, state))
         except BaseException:
             if self.processes.is_main:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -117,10 +123,28 @@ class LowRankCheckpoint(ABC):
         self.model = model
         return report
 
-    def _make_room(self, folder: Path, staging: Path) -> None:
+    def _make_room(self, folder: Path, staging: Path) -> SavedRate:
+        """Look at the folder before anything is written; what the learning rate will be."""
         self._check(folder)
+        before, after = self.plan.parameters()
+        driven, saves = self.engine.rated(self.scheduler), self.engine.saves_scheduler
+        rate = saved_rate(folder, *driven, self.config, after / before, self.alignment, saves)
         if staging.exists():
             shutil.rmtree(staging)
+        return rate
+
+    def _finish(
+        self,
+        folder: Path,
+        staging: Path,
+        model: nn.Module,
+        report: FactorizationReport,
+        state: Mapping[str, torch.Tensor],
+    ) -> str:
+        """What the main process adds at last."""
+        said = self._save(folder, staging, model, report, state)
+        self.rate.write(folder, staging)
+        return said
 
     @abstractmethod
     def _check(self, folder: Path) -> None:
@@ -147,17 +171,17 @@ class LowRankCheckpoint(ABC):
     def _may_carry(self, unknown: Iterable[str]) -> bool:
         """Whether optimizer state is to be projected; warns of kinds that cannot be, for which all of it starts anew."""
         kinds = sorted(set(unknown))
-        if kinds and self.optimizer_state == "carry" and self.processes.is_main:
+        if kinds and self.config.optimizer_state == "carry" and self.processes.is_main:
             logger.warning(
                 "Cuttlefish: the optimizer keeps the state %s, which has no known projection; all of its state starts anew.",
                 ", ".join(kinds),
             )
-        return self.optimizer_state == "carry" and not kinds
+        return self.config.optimizer_state == "carry" and not kinds
 
     def _outcome(self, carried: bool) -> str:
-        """What the report says of the optimizer: its rate is not scaled in a checkpoint."""
+        """What the report says of the optimizer."""
         state = f"state carried for {len(self.plan)} of {len(self.plan)} layers" if carried else "state starts anew"
-        return f"learning rate unchanged; {state}"
+        return "; ".join(said for said in (self.rate.summary, state) if said)
 
 
 class KeptFactors(Mapping[str, Factors]):

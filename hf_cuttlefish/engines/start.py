@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,11 +13,12 @@ from ..decide.targets import find_targets, is_part
 from ..layers.dense import is_meta
 from ..layers.kinds import kind_of
 from ..layers.low_rank import low_rank_layers
-from ..patch.learning_rate import check_can_scale
 from ..patch.structure import check_free
 from ..processes import Processes
 from .base import Engine
 from .find import find_engine
+
+logger = logging.getLogger(__name__)
 
 
 def start(
@@ -41,11 +43,9 @@ def start(
         processes = engine.processes
         if not low_rank_layers(engine.model):  # else nothing will be changed, so anything is fine
             layers = _targets(engine, config)
-            engine.check(
-                layers, config, can_restart
-            )  # first: DeepSpeed's optimizer is none that can be asked for its rate
-            if config.learning_rate_scale not in (None, 1):
-                check_can_scale(engine.optimizer, scheduler)
+            engine.check(layers, config, can_restart)
+            if config.learning_rate_scale != 1:
+                _check_rate(engine, scheduler, config.learning_rate_scale)
     except Exception as caught:
         error = caught
     processes.agree(error)
@@ -53,6 +53,17 @@ def start(
     if engine is not None and layers:
         engine.check_replicas("at the start")
     return engine or Engine(model, optimizer), layers
+
+
+def _check_rate(engine: Engine, scheduler: Any, scale: float | None) -> None:
+    """Raises TypeError, ValueError for a scale that could not be carried out; of a suggested one a restart says so."""
+    try:
+        engine.check_rate(scheduler)
+    except (TypeError, ValueError) as error:
+        if scale is not None:
+            raise
+        if engine.fixed and engine.processes.is_main:
+            logger.info("Cuttlefish: the switch will leave the learning rate as it is: %s.", error)
 
 
 def _targets(engine: Engine, config: CuttlefishConfig) -> dict[str, nn.Module]:

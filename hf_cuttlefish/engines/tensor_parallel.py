@@ -19,7 +19,6 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 
 from ..config import CuttlefishConfig
 from ..decide.files import replaced
-from ..decide.plan import RankPlan
 from ..layers.low_rank import LowRankLayer, LowRankLinear
 from ..layers.parts import is_sharded, whole
 from ..maths.factors import Factors
@@ -113,8 +112,8 @@ class TensorParallel(RestartEngine):
         if wrong:
             raise RuntimeError(f"{DIFFERENT} {when}: {wrong[0]}. {RESUME}")
 
-    def checkpoint(self, plan: RankPlan, factors: Mapping[str, Factors], mode: str) -> TensorParallelCheckpoint:
-        return TensorParallelCheckpoint(self, plan, factors, mode)
+    def checkpoint(self, *given: Any, **named: Any) -> TensorParallelCheckpoint:
+        return TensorParallelCheckpoint(self, *given, **named)
 
     def after_loading_optimizer(self, optimizer: Any) -> None:
         cut_state(self.model, optimizer)
@@ -219,6 +218,7 @@ class TensorParallelCheckpoint(LowRankCheckpoint):
         carry = self._may_carry(unknown) and bool(inner.state)
         layer_of = {id(self.engine.model.get_submodule(name).weight): name for name in self.plan}
         saved = _whole_state(inner, self.processes, carry, layer_of, factors)
+        saved["param_groups"] = self.rate.groups(saved["param_groups"])
         return saved, self._outcome(carry)
 
     def _save(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from .edits import Edit
-from .optimizer import inner_optimizer
+from .optimizer import inner_optimizer, unwrapped
 
 IN_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 """Rates that an optimizer's groups hold; the third and fourth are OneCycleLR's, the last is SWALR's."""
@@ -41,7 +41,7 @@ def suggested_scale(kept: float, alignment: float | None = None) -> float:
 
 def averages_weights(optimizer: Any) -> bool:
     """Whether the model's weights are an average that the optimizer keeps: schedule-free ones, which have modes to train and eval."""
-    inner = inner_optimizer(optimizer)
+    inner = unwrapped(optimizer)
     return callable(getattr(inner, "train", None)) and callable(getattr(inner, "eval", None))
 
 
@@ -53,7 +53,7 @@ def check_can_scale(optimizer: Any, scheduler: Any) -> None:
         ValueError: a scheduler of another optimizer, one that drives the optimizer and was not given, or an optimizer that
             sets its rate by itself.
     """
-    inner = inner_optimizer(optimizer)
+    inner = _stepping(optimizer)
     if any(group.get("lr") is None for group in inner.param_groups):
         raise ValueError(
             f"learning_rate_scale needs a learning rate, and {type(inner).__name__} finds its own (lr is None): give it one, "
@@ -67,12 +67,18 @@ def check_can_scale(optimizer: Any, scheduler: Any) -> None:
             )
         return
     for part in _parts(scheduler):
+        if type(part).__module__.startswith("deepspeed."):
+            raise TypeError(
+                f"learning_rate_scale: {type(part).__name__} is DeepSpeed's own scheduler, which saves no rate that could be scaled: "
+                "use a scheduler of torch or transformers, or leave learning_rate_scale at 1"
+            )
         if not isinstance(part, LRScheduler) and not hasattr(part, "min_lrs"):  # the latter: transformers' GreedyLR
             raise TypeError(
                 f"scheduler is a {type(part).__module__}.{type(part).__name__}: learning_rate_scale knows the schedulers of "
                 "torch.optim.lr_scheduler and transformers"
             )
-        if inner_optimizer(part.optimizer) is not inner:
+        driven = unwrapped(part.optimizer)
+        if driven is not inner and getattr(driven, "param_groups", None) is not inner.param_groups:
             raise ValueError(
                 f"the scheduler ({type(part).__name__}) drives another optimizer than the one given: pass the scheduler of "
                 "this optimizer"
@@ -88,7 +94,7 @@ class ScaleLearningRate(Edit):
 
     def __init__(self, optimizer: Any, scheduler: Any, scale: float) -> None:
         check_can_scale(optimizer, scheduler)
-        self._groups, self._scheduler, self.scale = inner_optimizer(optimizer).param_groups, scheduler, scale
+        self._groups, self._scheduler, self.scale = _stepping(optimizer).param_groups, scheduler, scale
         self._before: list[tuple[dict[str, Any], str, Any]] = []
 
     def apply(self) -> None:
@@ -106,8 +112,7 @@ class ScaleLearningRate(Edit):
         self._before = [(h, n, v.clone() if isinstance(v, torch.Tensor) else v) for h, n, v, _ in scaled]
         for holder, name, _, value in scaled:
             _write(holder, name, value)
-        now = float(self._groups[0]["lr"])
-        self.summary = f"learning rate times {self.scale:g} from here on ({before:.3g} -> {now:.3g})"
+        self.summary = said_of(self.scale, before)
 
     def undo(self) -> None:
         for holder, name, value in self._before:
@@ -123,23 +128,79 @@ def learning_rate_edit(
         scale: learning_rate_scale. kept, alignment: see `suggested_scale`.
 
     Raises:
+        TypeError, ValueError: as `wanted_scale`.
+    """
+    wanted, why_not = wanted_scale(optimizer, scheduler, scale, kept, alignment)
+    if wanted != 1:
+        return ScaleLearningRate(optimizer, scheduler, wanted)
+    edit = Edit()
+    edit.summary = why_not
+    return edit
+
+
+def wanted_scale(
+    optimizer: Any, scheduler: Any, scale: float | None, kept: float, alignment: float | None
+) -> tuple[float, str]:
+    """What the rates are to be multiplied by, and where that is 1 against the suggestion, why. Arguments as of `learning_rate_edit`.
+
+    Raises:
         TypeError, ValueError: as `check_can_scale`, for a scale that was asked for; without one the rate is left alone then.
     """
     if scale is None:
         # What travels there is an average, straight at any rate: it tripled a rate that was high enough (TREC 84.5 -> 71.8).
         wanted = 1.0 if averages_weights(optimizer) else suggested_scale(kept, alignment)
     else:
-        wanted = scale
-    edit = Edit()
+        wanted = float(scale)
     if wanted == 1:
-        return edit
+        return wanted, ""
     try:
-        return ScaleLearningRate(optimizer, scheduler, wanted)
+        check_can_scale(optimizer, scheduler)
     except (TypeError, ValueError) as error:
         if scale is not None:
             raise
-        edit.summary = f"learning rate unchanged ({error})"
-        return edit
+        return 1.0, f"learning rate unchanged ({error})"
+    return wanted, ""
+
+
+def said_of(scale: float, before: float) -> str:
+    """What the report says of it. before: the first group's rate."""
+    return f"learning rate times {scale:g} from here on ({before:.3g} -> {before * scale:.3g})"
+
+
+# --- in what is saved ---
+
+
+def scaled_groups(groups: Iterable[Mapping[str, Any]], scale: float) -> list[dict[str, Any]]:
+    """Copies of an optimizer's groups, as `ScaleLearningRate` would make them."""
+    return [_scaled(group, IN_GROUPS, scale) for group in groups]
+
+
+def scaled_scheduler(state: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """A copy of a scheduler's state_dict, as `ScaleLearningRate` would make it."""
+    found = _scaled(state, IN_SCHEDULERS, scale)
+    if "_schedulers" in state:
+        found["_schedulers"] = [scaled_scheduler(part, scale) for part in state["_schedulers"]]
+    return found
+
+
+def bare_scheduler(scheduler: Any) -> Any:
+    """What Accelerate's wrapper is around."""
+    while type(scheduler).__module__.startswith("accelerate.") and hasattr(scheduler, "scheduler"):
+        scheduler = scheduler.scheduler
+    return scheduler
+
+
+# --- inside ---
+
+
+def _stepping(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside, also one of DeepSpeed's: its groups' rates can be set, if not its parameters."""
+    inner = unwrapped(optimizer)
+    return inner if isinstance(inner, torch.optim.Optimizer) else inner_optimizer(inner)
+
+
+def _scaled(holder: Mapping[str, Any], names: Iterable[str], scale: float) -> dict[str, Any]:
+    return {**holder, **{n: _times(holder[n], scale) for n in names if holder.get(n) is not None}}
 
 
 def _write(holder: dict[str, Any], name: str, value: Any) -> None:
@@ -155,8 +216,7 @@ def _times(rates: Any, scale: float) -> Any:
 
 def _parts(scheduler: Any) -> Iterator[Any]:
     """The scheduler inside Accelerate's wrapper, and those that it is made of."""
-    while type(scheduler).__module__.startswith("accelerate.") and hasattr(scheduler, "scheduler"):
-        scheduler = scheduler.scheduler
+    scheduler = bare_scheduler(scheduler)
     yield scheduler
     for part in getattr(scheduler, "_schedulers", ()):
         yield from _parts(part)

@@ -120,15 +120,20 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
             "optimizer is None: give the torch optimizer that trains the model, such as torch.optim.AdamW(model.parameters()); "
             "without training, factorize(model, plan) needs none"
         )
-    seen = optimizer
-    while type(seen).__module__.startswith("accelerate.") and hasattr(seen, "optimizer"):
-        seen = seen.optimizer
+    seen = unwrapped(optimizer)
     kind = type(seen)
     if kind.__module__.startswith("deepspeed") or not isinstance(seen, torch.optim.Optimizer):
         raise TypeError(
             f"{kind.__module__}.{kind.__name__} is no torch.optim.Optimizer whose parameters can be replaced"
         )
     return seen
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """What Accelerate's wrapper is around."""
+    while type(optimizer).__module__.startswith("accelerate.") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def check_holds(optimizer: Any, weights: Mapping[str, nn.Parameter]) -> None:

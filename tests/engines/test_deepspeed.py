@@ -10,6 +10,7 @@ import trainers
 from hf_cuttlefish import CuttlefishConfig, last_whole_checkpoint
 from hf_cuttlefish.engines.files import is_weights_file
 from hf_cuttlefish.maths.projection import unknown_state
+from hf_cuttlefish.patch.learning_rate import SCALE_UNKNOWN
 from hf_cuttlefish.saving.checkpoints import what_is_missing
 from launch import PLAIN, launch
 
@@ -25,15 +26,16 @@ def trained(tmp_path_factory):
     return json.loads((folder / "results.json").read_text())
 
 
-def check_run(run, first):
-    """One switch by restart, after which DeepSpeed trains the factorized model; all processes alike."""
+def check_run(run, first, scale=1.0, ahead=0):
+    """One switch by restart, after which DeepSpeed trains the factorized model, at `scale` times the rate; all processes alike."""
     assert run["on"] and run["on again"] and run["stopped"] == run["switched"] == trainers.SWITCH
     assert run["restart_from"] == run["whole"] and run["restart_from"].endswith(f"checkpoint-{trainers.SWITCH}")
     assert (
         run["steps"] == trainers.STEPS and run["still dense"] and run["ranks"] == run["plan"] and len(run["plan"]) == 12
     )
     assert run["unequal"] == [] and run["losses"] == first["losses"] and run["plan"] == first["plan"]
-    assert run["rates"] == pytest.approx([1e-2 * (1 - i / 10) for i in range(10)])
+    assert run["rates"] == pytest.approx(trainers.scheduled(scale, ahead))
+    assert (f"learning rate times {scale:g} from here on" in run["optimizer"]) is (scale != 1)
     assert run["epochs"] == pytest.approx([(i + 1) / 6 for i in range(10)])  # 48 rows, 8 a step
     assert (
         run["AutoModel"]
@@ -43,17 +45,20 @@ def check_run(run, first):
 
 
 @pytest.mark.parametrize(
-    ("name", "like"),
+    ("name", "like", "scale"),
     [
-        *((name, "DDP") for name in ("ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3, divided from the start")),
-        ("accumulation", "DDP, accumulation"),
+        *((name, "DDP", 1) for name in ("ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3, divided from the start")),
+        ("accumulation", "DDP, accumulation", SCALE_UNKNOWN),
+        ("own optimizer", "DDP, scaled", 1.5),
     ],
 )
-def test_a_restart_goes_on_as_a_switch_in_place(trained, name, like):
+def test_a_restart_goes_on_as_a_switch_in_place(trained, name, like, scale):
     """Losses, plan and step of DDP's switch in place on the same batches; learning rate, epoch and data unbroken."""
     for everywhere in trained:
         run, expected = everywhere[name], everywhere[like]
-        check_run(run, trained[0][name])
+        check_run(
+            run, trained[0][name], scale, ahead=int(name == "own optimizer")
+        )  # DeepSpeed steps that schedule itself
         assert expected["ddp"] and run["plan"] == expected["plan"] and run["switched"] == expected["switched"]
         assert run["losses"] == pytest.approx(expected["losses"], abs=2e-6)
         assert run["increase"] == pytest.approx(expected["increase"], rel=1e-3)
@@ -66,7 +71,15 @@ def test_a_loop_of_ones_own_goes_on_from_its_checkpoint(trained, stage):
         assert run["on"] and run["switched"] == expected["switched"] == trainers.SWITCH
         assert run["plan"] == expected["plan"] == run["ranks"] and len(run["plan"]) == 12
         assert run["losses"] == pytest.approx(expected["losses"], abs=2e-6)
-        assert run["rates"] == pytest.approx([1e-2 * (1 - i / 10) for i in range(10)])
+        assert run["rates"] == pytest.approx(trainers.scheduled(1.5))
+
+
+def test_deepspeed_s_own_schedule_goes_on_as_it_was(trained):
+    for everywhere in trained:
+        run = everywhere["own schedule"]
+        assert run["on"] and run["on again"] and run["switched"] == trainers.SWITCH and len(run["ranks"]) == 12
+        assert run["rates"] == pytest.approx([0.0, 5e-3, *(1e-2 * (1 - i / 8) for i in range(8))])
+        assert "learning rate unchanged (learning_rate_scale: WarmupDecayLR is DeepSpeed's own" in run["optimizer"]
 
 
 @pytest.mark.parametrize("name", ["bf16", "ZeRO-3, bf16"])
@@ -121,7 +134,7 @@ def test_an_error_loses_nothing(trained, where, whole, switched):
     ("name", "said"),
     [
         ("in_place", "switch is 'in_place'"),
-        ("learning rate", "learning_rate_scale is 2.0"),
+        ("learning rate", "WarmupDecayLR is DeepSpeed's own scheduler"),
         ("offloading", "offloading of the parameters"),
         ("ZeRO-0", "ZeRO stage 0"),
         ("best", "load_best_model_at_end could not go back"),

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import trainers
+from hf_cuttlefish.patch.learning_rate import SCALE_UNKNOWN
 from launch import launch
 
 
@@ -15,31 +16,32 @@ def trained(tmp_path_factory):
     return json.loads((folder / "results.json").read_text())
 
 
-def check_run(run, first):
-    """One switch by restart, after which FSDP1 trains the factorized model; all processes alike."""
+def check_run(run, first, scale=1.0):
+    """One switch by restart, after which FSDP1 trains the factorized model, at `scale` times the rate; all processes alike."""
     assert run["units"] >= 3 <= run["units again"] and run["stopped"] == run["switched"] == trainers.SWITCH
     assert run["restart_from"] == run["whole"] and run["restart_from"].endswith(f"checkpoint-{trainers.SWITCH}")
     assert run["steps"] == trainers.STEPS and run["dense"] and run["ranks"] == run["plan"] and len(run["plan"]) == 12
     assert run["losses"] == first["losses"] and run["plan"] == first["plan"]
-    assert run["rates"] == pytest.approx([1e-2 * (1 - i / 10) for i in range(10)])
+    assert run["rates"] == pytest.approx(trainers.scheduled(scale))
+    assert (f"learning rate times {scale:g} from here on" in run["optimizer"]) is (scale != 1)
     assert run["epochs"] == pytest.approx([(i + 1) / 6 for i in range(10)])  # 48 rows, 8 a step
     assert run["AutoModel"] and not any("cuttlefish" in name or "full_rank" in name for name in run["left"])
 
 
 @pytest.mark.parametrize(
-    ("name", "like", "strategy"),
+    ("name", "like", "strategy", "scale"),
     [
-        ("orig", "DDP", "FULL_SHARD"),
-        ("flat", "DDP", "FULL_SHARD"),
-        ("accumulation", "DDP, accumulation", "FULL_SHARD"),
-        ("by size, grad op", "DDP", "SHARD_GRAD_OP"),
+        ("orig", "DDP", "FULL_SHARD", 1),
+        ("flat", "DDP", "FULL_SHARD", 1),
+        ("accumulation", "DDP, accumulation", "FULL_SHARD", SCALE_UNKNOWN),
+        ("by size, grad op", "DDP", "SHARD_GRAD_OP", 1),
     ],
 )
-def test_a_restart_goes_on_as_a_switch_in_place(trained, name, like, strategy):
-    """Losses, plan and step of DDP's switch in place; use_orig_params on and off; units by block and by size."""
+def test_a_restart_goes_on_as_a_switch_in_place(trained, name, like, strategy, scale):
+    """Losses, plan, step and rate of DDP's switch in place; use_orig_params on and off; units by block and by size."""
     for everywhere in trained:
         run, expected = everywhere[name], everywhere[like]
-        check_run(run, trained[0][name])
+        check_run(run, trained[0][name], scale)
         assert expected["ddp"] and run["plan"] == expected["plan"] and run["switched"] == expected["switched"]
         assert run["losses"] == pytest.approx(expected["losses"], abs=2e-6) and run["strategy"] == strategy
         assert run["increase"] == pytest.approx(expected["increase"], rel=1e-3)
@@ -51,6 +53,8 @@ def test_a_loop_of_one_s_own_goes_on_as_a_switch_in_place(trained):
         assert run["on"] and not expected["on"] and run["plan"] == expected["plan"] and len(run["plan"]) == 12
         assert run["switched"] == expected["switched"] == trainers.SWITCH and run["rates"] == expected["rates"]
         assert run["losses"] == pytest.approx(expected["losses"], abs=2e-6)
+        assert run["rates"] == pytest.approx(trainers.scheduled(1.5))
+        assert all("learning rate times 1.5 from here on (0.004 -> 0.006)" in r["optimizer"] for r in (run, expected))
 
 
 @pytest.mark.parametrize(("step", "stops"), [(4, trainers.SWITCH), (8, trainers.STEPS)])
@@ -102,7 +106,6 @@ def test_an_error_loses_nothing(trained, where, whole, switched):
     ("name", "said"),
     [
         ("in_place", "switch is 'in_place', and FSDP1's flat parameters"),
-        ("learning rate", "learning_rate_scale is 2.0"),
         ("sharded", "state_dict_type is SHARDED_STATE_DICT"),
         ("strategy", "the sharding strategy NO_SHARD"),
         ("offload", "offloaded to the CPU"),

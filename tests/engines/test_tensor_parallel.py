@@ -9,6 +9,7 @@ import torch
 
 import tensor_parallel_trainer
 import trainers
+from hf_cuttlefish.patch.learning_rate import SCALE_UNKNOWN
 from launch import launch
 
 
@@ -19,31 +20,45 @@ def trained(tmp_path_factory):
     tensor_parallel_trainer.make_bases(folder)
     launch(2, "tensor_parallel_trainer.py", folder)
     torch.set_num_threads(1)
-    alone = {base: tensor_parallel_trainer.run(folder / f"{base} alone", folder / base) for base in ("base", "biased")}
+    kinds = {
+        "base": ("base", tensor_parallel_trainer.SETTINGS),
+        "left to itself": ("base", tensor_parallel_trainer.LEFT_TO_ITSELF),
+        "biased": ("biased", tensor_parallel_trainer.SCALED),
+    }
+    alone = {
+        name: tensor_parallel_trainer.run(folder / f"{name} alone", folder / base, settings)
+        for name, (base, settings) in kinds.items()
+    }
     assert not any(run["divided"] or run["divided again"] for run in alone.values())
     return json.loads((folder / "results.json").read_text()), alone, folder
 
 
-def check_run(run):
-    """One switch by restart, after which the factorized model is tensor parallel."""
+def check_run(run, scale=1.0):
+    """One switch by restart, after which the factorized model is tensor parallel, at `scale` times the rate."""
     for _, part, whole in run["divided"].values():
         assert 2 * math.prod(part) <= 1.02 * math.prod(whole)  # of 99 tokens a process has 50
     assert run["dense"] and run["stopped"] == run["switched"] == trainers.SWITCH
     assert run["restart_from"] == run["whole"] and run["restart_from"].endswith(f"checkpoint-{trainers.SWITCH}")
     assert not any("cuttlefish" in name or "full_rank" in name or "partial" in name for name in run["left"])
     assert run["ranks"] == run["plan"] and len(run["plan"]) >= 10
-    assert run["rates"] == pytest.approx([1e-2 * (1 - i / 10) for i in range(10)])
+    assert run["rates"] == pytest.approx(trainers.scheduled(scale))
+    assert (f"learning rate times {scale:g} from here on" in run["optimizer"]) is (scale != 1)
     assert run["epochs"] == pytest.approx([(i + 1) / 6 for i in range(10)])  # 48 rows, 8 a step
 
 
-@pytest.mark.parametrize(("name", "base"), [("plain", "base"), ("accumulation", "base"), ("biased", "biased")])
-def test_a_restart_goes_on_as_one_process(trained, name, base):
+@pytest.mark.parametrize(
+    ("name", "like", "scale"),
+    [("plain", "base", 1), ("accumulation", "left to itself", SCALE_UNKNOWN), ("biased", "biased", 1.5)],
+)
+def test_a_restart_goes_on_as_one_process(trained, name, like, scale):
+    """Losses, plan and rate of one process, which has switched in place."""
     everywhere, alone, _ = trained
-    expected = alone[base]
+    expected = alone[like]
     for results in everywhere:
         run = results[name]
-        check_run(run)
-        assert len(run["divided"]) == (16 if base == "base" else 22) and run["plan"] == expected["plan"]
+        check_run(run, scale)
+        assert run["rates"] == pytest.approx(expected["rates"])
+        assert len(run["divided"]) == (22 if name == "biased" else 16) and run["plan"] == expected["plan"]
         assert run["losses"] == pytest.approx(expected["losses"], abs=2e-6)
         assert run["increase"] == pytest.approx(expected["increase"], rel=1e-4)
         assert f"carried for {len(run['plan'])} of" in run["optimizer"] and len(run["moments"]) == 4

@@ -1,5 +1,7 @@
 """learning_rate_scale: under every schedule, in hand-written loops, in the Trainer, on resume, and under DDP."""
 
+import copy
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,6 +15,8 @@ from hf_cuttlefish.patch.learning_rate import (
     ScaleLearningRate,
     averages_weights,
     learning_rate_edit,
+    scaled_groups,
+    scaled_scheduler,
     suggested_scale,
 )
 from launch import launch
@@ -46,26 +50,41 @@ SCHEDULES = {
 }
 
 
-def rates(schedule, scale, kind=float):
-    """The first group's and the last group's rate before each step; scaled after SWITCH of them."""
-    layer = nn.Linear(2, 2)
-    rate = torch.tensor(1e-2) if kind is torch.tensor else 1e-2
-    optimizer = torch.optim.AdamW([{"params": [layer.weight]}, {"params": [layer.bias]}], lr=rate)
-    scheduler = schedule(optimizer)
+def rates(schedule, scale, kind=float, saved=False):
+    """The first group's and the last group's rate before each step; scaled after SWITCH of them, or in what is saved then."""
+    optimizer, scheduler = optimized(schedule, kind)
     seen = []
     for step in range(STEPS):
         seen.append([float(group["lr"]) for group in optimizer.param_groups])
         optimizer.step()
         scheduler.step(*([1.0] if isinstance(scheduler, torch_schedules.ReduceLROnPlateau) else []))
-        if step + 1 == SWITCH:
+        if step + 1 == SWITCH and saved:
+            state, schedule_state = optimizer.state_dict(), scheduler.state_dict()
+            before = copy.deepcopy((state, schedule_state))
+            groups = scaled_groups(state["param_groups"], scale)
+            scaled = scaled_scheduler(schedule_state, scale)
+            assert (state, schedule_state) == before  # pure
+            optimizer, scheduler = optimized(schedule, kind)
+            optimizer.load_state_dict({**state, "param_groups": groups})
+            scheduler.load_state_dict(scaled)
+        elif step + 1 == SWITCH:
             ScaleLearningRate(optimizer, scheduler, scale).apply()
+        if step + 1 == SWITCH:
             assert scheduler.get_last_lr() == pytest.approx([float(group["lr"]) for group in optimizer.param_groups])
     return seen
 
 
+def optimized(schedule, kind=float):
+    layer = nn.Linear(2, 2)
+    rate = torch.tensor(1e-2) if kind is torch.tensor else 1e-2
+    optimizer = torch.optim.AdamW([{"params": [layer.weight]}, {"params": [layer.bias]}], lr=rate)
+    return optimizer, schedule(optimizer)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_rest_of_the_schedule_is_multiplied(name):
-    plain, scaled = rates(SCHEDULES[name], 1.0), rates(SCHEDULES[name], SCALE)
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_rest_of_the_schedule_is_multiplied(name, saved):
+    plain, scaled = rates(SCHEDULES[name], 1.0), rates(SCHEDULES[name], SCALE, saved=saved)
     assert len({x for pair in plain for x in pair}) > 1
     for step, (a, b) in enumerate(zip(plain, scaled, strict=True)):
         assert b == pytest.approx([x * (SCALE if step >= SWITCH else 1) for x in a], rel=1e-6), step

@@ -38,12 +38,29 @@ SETTINGS = CuttlefishConfig(
     learning_rate_scale=1.0,
     on_error="raise",
 )
+LEFT_TO_ITSELF, SCALED = (replace(SETTINGS, learning_rate_scale=scale) for scale in (None, 1.5))
+OWN_SCHEDULE = {
+    "type": "WarmupDecayLR",
+    "params": {
+        "warmup_max_lr": 1e-2,
+        "warmup_num_steps": 1,
+        "warmup_type": "linear",
+        "total_num_steps": trainers.STEPS,
+    },
+}
+OWN_OPTIMIZER = {
+    "type": "AdamW",
+    "params": {"torch_adam": True, "adam_w_mode": True} | dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto"),
+}
 SAVED: Path | None = None
 """Folder of saved models from which ZeRO-3 is to take them, divided from the start; else they are made whole."""
 LAYER = "bert.encoder.layer.1.intermediate.dense"
 
 
-def arguments(folder: Path, stage: int, zero: dict[str, Any] | None = None, **changes: Any) -> TrainingArguments:
+def arguments(
+    folder: Path, stage: int, zero: dict[str, Any] | None = None, own: dict[str, Any] | None = None, **changes: Any
+) -> TrainingArguments:
+    """own: DeepSpeed's optimizer or scheduler in its config, in the place of the Trainer's."""
     # No parameter is so small that ZeRO-3 would leave it whole.
     all_divided = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
     deepspeed = {
@@ -51,7 +68,7 @@ def arguments(folder: Path, stage: int, zero: dict[str, Any] | None = None, **ch
         "gradient_clipping": "auto",
         "train_micro_batch_size_per_gpu": "auto",
     }
-    deepspeed |= {"gradient_accumulation_steps": "auto", "bf16": {"enabled": "auto"}}
+    deepspeed |= {"gradient_accumulation_steps": "auto", "bf16": {"enabled": "auto"}, **(own or {})}
     options: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": trainers.STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
         "adam_epsilon": 1e-3, "logging_steps": 1, "save_strategy": "no", "seed": 3, "report_to": [], "disable_tqdm": True,
@@ -206,7 +223,7 @@ def loop(folder: Path, stage: int) -> dict[str, Any]:
         if saved is not None:
             accelerator.load_state(str(folder))
         cuttlefish = Cuttlefish(
-            model, optimizer, SETTINGS, total_steps=len(batches), scheduler=scheduler, can_restart=True
+            model, optimizer, SCALED, total_steps=len(batches), scheduler=scheduler, can_restart=True
         )
         if saved is not None:
             cuttlefish.load_state_dict(saved)
@@ -245,7 +262,7 @@ def in_place() -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 - s / len(batches))
     ddp = torch.nn.parallel.DistributedDataParallel(model)
-    cuttlefish = Cuttlefish(ddp, optimizer, SETTINGS, total_steps=len(batches), scheduler=scheduler)
+    cuttlefish = Cuttlefish(ddp, optimizer, SCALED, total_steps=len(batches), scheduler=scheduler)
     losses = []
     for batch in batches:
         loss = ddp(**loops.mine(batch)).loss
@@ -305,7 +322,7 @@ def refusals(folder: Path) -> dict[str, str]:
     answers = {}
     for name, settings, stage, changes in (
         ("in_place", replace(SETTINGS, switch="in_place"), 2, {}),
-        ("learning rate", replace(SETTINGS, learning_rate_scale=2.0), 2, {}),
+        ("learning rate", SCALED, 2, {"own": {"scheduler": OWN_SCHEDULE}}),
         ("ZeRO-0", SETTINGS, 0, {}),
         ("offloading", SETTINGS, 3, {"zero": {"offload_param": {"device": "cpu"}}}),
         ("best", SETTINGS, 2, {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"}),
@@ -314,7 +331,7 @@ def refusals(folder: Path) -> dict[str, str]:
         try:
             trainer(arguments(folder / "refused", stage, **changes), CuttlefishCallback(settings)).train()
             answers[name] = "nothing was raised"
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             answers[name] = str(error)
     made = trainer(arguments(folder / "refused", 2, max_steps=1), CuttlefishCallback(replace(SETTINGS, switch_step=1)))
     made.remove_callback(CuttlefishCallback)
@@ -359,7 +376,11 @@ def main() -> None:
     results |= {
         "ZeRO-1": run(folder / "ZeRO-1", 1),
         "ZeRO-2": run(folder / "ZeRO-2", 2, save_strategy="epoch"),  # saves twice at the switch, which ends an epoch
-        "accumulation": run(folder / "accumulation", 2, gradient_accumulation_steps=2, per_device_train_batch_size=2),
+        "accumulation": run(
+            folder / "accumulation", 2, LEFT_TO_ITSELF, gradient_accumulation_steps=2, per_device_train_batch_size=2
+        ),
+        "own schedule": run(folder / "own schedule", 2, LEFT_TO_ITSELF, own={"scheduler": OWN_SCHEDULE}),
+        "own optimizer": run(folder / "own optimizer", 3, SCALED, own={"optimizer": OWN_OPTIMIZER}),
         "bf16": run(folder / "bf16", 1, bf16=True),
         "reset": run(folder / "reset", 2, replace(SETTINGS, optimizer_state="reset", switch="restart")),
         "failing in writing": failing(folder / "writing", "writing"),
@@ -371,8 +392,9 @@ def main() -> None:
     }
     del os.environ["ACCELERATE_USE_DEEPSPEED"]
     AcceleratorState._reset_state(reset_partial_state=True)
-    half = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
-    for name, changes in (("DDP", {}), ("DDP, accumulation", half)):
+    half: dict[str, Any] = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    half |= {"settings": LEFT_TO_ITSELF}
+    for name, changes in (("DDP", {}), ("DDP, accumulation", half), ("DDP, scaled", {"settings": SCALED})):
         _, _, results[name] = trainers.run(folder, name, optim="adamw_torch", **changes)
         results[name].pop("_weights")
     trainers.write_results(folder, results)

@@ -39,6 +39,8 @@ SETTINGS = CuttlefishConfig(
     learning_rate_scale=1.0,
     on_error="raise",
 )
+LEFT_TO_ITSELF = replace(SETTINGS, learning_rate_scale=None)
+SCALED = replace(SETTINGS, learning_rate_scale=1.5)
 LAYER = "bert.encoder.layer.1.intermediate.dense"
 FlatParamHandle.to_cpu = lambda self: contextlib.nullcontext()  # type: ignore[method-assign,assignment]
 
@@ -224,7 +226,7 @@ def looped(folder: Path | None) -> dict[str, Any]:
         if saved is not None:
             accelerator.load_state(str(folder))
         cuttlefish = Cuttlefish(
-            model, optimizer, SETTINGS, total_steps=len(batches), scheduler=scheduler, can_restart=True
+            model, optimizer, SCALED, total_steps=len(batches), scheduler=scheduler, can_restart=True
         )
         if saved is not None:
             cuttlefish.load_state_dict(saved)
@@ -245,7 +247,8 @@ def looped(folder: Path | None) -> dict[str, Any]:
                 if cuttlefish.switch_in_checkpoint(Path(str(folder))):
                     saved = cuttlefish.state_dict()
                     break
-    return result | {"switched": cuttlefish.switch_step, "plan": dict(cuttlefish.plan or {})}
+    said = cuttlefish.report.optimizer if cuttlefish.report else ""
+    return result | {"switched": cuttlefish.switch_step, "plan": dict(cuttlefish.plan or {}), "optimizer": said}
 
 
 def refusals(folder: Path) -> dict[str, str]:
@@ -261,7 +264,6 @@ def refusals(folder: Path) -> dict[str, str]:
 
     for name, settings, sharding, changes in (
         ("in_place", replace(SETTINGS, switch="in_place"), {}, {}),
-        ("learning rate", replace(SETTINGS, learning_rate_scale=2.0), {}, {}),
         ("sharded", SETTINGS, {"state_dict_type": "SHARDED_STATE_DICT"}, {}),
         ("strategy", SETTINGS, {}, {"strategy": "NO_SHARD"}),
         ("offload", SETTINGS, {"cpu_offload": True}, {}),
@@ -285,7 +287,8 @@ def refusals(folder: Path) -> dict[str, str]:
 def main() -> None:
     folder = Path(sys.argv[1])
     PartialState(cpu=True)
-    half = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    half: dict[str, Any] = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    half |= {"settings": LEFT_TO_ITSELF}
     results: dict[str, Any] = {}
     for name, changes in (("DDP", {}), ("DDP, accumulation", half)):
         _, _, results[name] = trainers.run(folder, name, **changes)

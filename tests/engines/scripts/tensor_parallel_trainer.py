@@ -39,6 +39,7 @@ SETTINGS = CuttlefishConfig(
     switch_step=trainers.SWITCH, statistics_steps=4, rank_multiple=2, target_ratio=0.5, learning_rate_scale=1.0, on_error="raise", switch="restart",
     exclude_modules=["q_proj"],
 )  # fmt: skip
+LEFT_TO_ITSELF, SCALED = (replace(SETTINGS, learning_rate_scale=scale) for scale in (None, 1.5))
 LAYER = "model.layers.1.mlp.up_proj"
 
 
@@ -241,10 +242,10 @@ def main() -> None:
     half = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     results: dict[str, Any] = {
         "plain": run(folder / "plain", base),
-        "accumulation": run(folder / "accumulation", base, **half),
+        "accumulation": run(folder / "accumulation", base, LEFT_TO_ITSELF, **half),
         "reset": run(folder / "reset", base, replace(SETTINGS, optimizer_state="reset")),
         "with q_proj": run(folder / "q_proj", base, replace(SETTINGS, exclude_modules=None)),
-        "biased": run(folder / "biased run", folder / "biased"),
+        "biased": run(folder / "biased run", folder / "biased", SCALED),
         "failing": failing(folder / "failing", base),
     }
     checkpoint = Path(results["plain"]["restart_from"])

@@ -32,6 +32,11 @@ UNTIL_KILLED = CuttlefishConfig(
 )
 
 
+def scheduled(scale: float = 1.0, ahead: int = 0) -> list[float]:
+    """The rate logged with each step of the Trainer's own schedule, scaled from the switch on. ahead: steps that the log is ahead."""
+    return [1e-2 * (1 - (i + ahead) / STEPS) * (scale if i >= SWITCH else 1) for i in range(STEPS)]
+
+
 def write_results(folder: Path, results: dict[str, Any]) -> None:
     """All processes' results, in one file that the main one writes."""
     everywhere: list[Any] = [None] * dist.get_world_size()
