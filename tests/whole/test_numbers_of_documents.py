@@ -1,7 +1,9 @@
 """The numbers that the README shows are those of the records."""
 
 import json
+import math
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,32 @@ def test_the_demo_is_the_recorded_one():
         f"{ours['switch_step']} of {ours['train_steps']}",
     ):
         assert number in README
+
+
+def lines(path: str) -> list[dict]:
+    """The records of a file that has one a line."""
+    return [json.loads(line) for line in (RESULTS / path).read_text("utf-8").splitlines()]
+
+
+def test_the_convolutional_network_is_the_recorded_one():
+    runs = [r for r in lines("convolutions_h100.jsonl") if (r["task"], r["network"]) == ("fashion", "vgg")]
+    means = []
+    for method in ("dense", "ours"):
+        found = [r for r in runs if r["method"] == method]
+        assert len(found) == 3
+        means.append(f"{statistics.mean(r['accuracy'] for r in found):.1f}%")
+    assert cells("VGG on Fashion-MNIST from random weights, 30% kept") == means
+    kept = [r["parameters"] / r["parameters_before"] for r in runs if r["method"] == "ours"]
+    assert f"{statistics.mean(kept):.0%}" == "30%"
+
+
+def test_the_language_model_is_the_recorded_one():
+    runs = [r for r in lines("accuracy/language_h100.jsonl") if "dialogs" in r["dataset"]]
+    runs = [r for r in runs if r["task"]["learning_rate"] == 5e-5]
+    dense = [r for r in runs if r["method"] == "dense"]
+    ours = [r for r in runs if r["method"] == "cuttlefish" and round(r["kept"], 1) == 0.8]
+    perplexities = [f"{math.exp(r['test_split']['loss']):.1f}" for r in (*dense, *ours)]
+    assert cells("Gemma 3 270M on film dialogs, 80% kept") == perplexities
 
 
 def test_the_steps_on_a_cpu_are_the_recorded_ones():
