@@ -12,12 +12,13 @@ from torch import nn
 from .config import CuttlefishConfig
 from .decide.aligning import aligned
 from .decide.even import note_of_even
-from .decide.left import UNBOUNDED, UNRECOVERED, left_blind, left_frozen, left_unseen, notes_of_dense
+from .decide.left import UNBOUNDED, UNRECOVERED, left_blind, left_frozen, left_unseen
 from .decide.plan import RankPlan, break_even_rank
 from .decide.ranks import BATCH_BYTES, BATCHED_ON, needs_no_weights, plan_ranks, rank_by_hand, spectra_of, spectrum_of
 from .decide.rules import LayerSpectrum
 from .decide.size import DENSE, measured_size
 from .decide.speed import keep_faster
+from .decide.targets import notes_of_dense
 from .engines.around import check_not_wrapped, compiles_blocks
 from .engines.base import Engine, Layers
 from .engines.find import check_is_free

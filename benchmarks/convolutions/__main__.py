@@ -3,6 +3,7 @@
 python -m benchmarks.convolutions --task digits --device cpu --workers 1 --out runs/convolutions
 python -m benchmarks.convolutions --task fashion --data DATASET --out runs/convolutions --speed
 python -m benchmarks.convolutions --table --out runs/convolutions
+OMP_NUM_THREADS=2 python -m benchmarks.convolutions --task fashion --data DATASET --in-turn 60 --batch 64 --out runs/convolutions
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import torch
 
 from benchmarks.files import write_json
 
+from .in_turn import in_turn, line
 from .methods import METHODS
 from .networks import NETWORKS
+from .norms import norms
 from .speed import MODES, step_times
 from .tables import table
 from .training import Job, guarded
@@ -35,6 +38,10 @@ def main() -> None:
     """Run what is asked for and is not in the folder yet, then print the table."""
     arguments = _arguments()
     out = Path(arguments.out)
+    if arguments.in_turn:
+        return _in_turn(arguments, out)
+    if arguments.norms:
+        return _norms(arguments, out)
     if not arguments.table:
         _run_all(arguments, out)
     records = [json.loads(path.read_text("utf-8")) for path in sorted(out.glob("*-*-*-*.json"))]
@@ -63,6 +70,15 @@ def _arguments() -> argparse.Namespace:
         "--speed", action="store_true", help="time training steps, dense and at the ranks found, after the runs"
     )
     parser.add_argument("--modes", nargs="+", choices=sorted(MODES), default=["eager", "graphs"])
+    parser.add_argument(
+        "--in-turn",
+        type=int,
+        metavar="STEPS",
+        help="only time a dense run and one at the budget, step by step in turn, on the CPU",
+    )
+    parser.add_argument(
+        "--norms", action="store_true", help="only look at batch norms around the switch, on the digits"
+    )
     parser.add_argument("--table", action="store_true", help="only print the table of what is in the folder")
     return parser.parse_args()
 
@@ -91,6 +107,25 @@ def _run_all(arguments: argparse.Namespace, out: Path) -> None:
                 f"{time.perf_counter() - began:5.0f} s  {job.name}: {record['accuracy']:.2f}% at {share:.0%}",
                 flush=True,
             )
+
+
+def _norms(arguments: argparse.Namespace, out: Path) -> None:
+    records = []
+    for network, seed in ((n, s) for n in arguments.networks for s in arguments.seeds):
+        records.append(norms(network, arguments.width or 16, arguments.epochs or 6, arguments.budget, seed))
+        print(records[-1], flush=True)
+        write_json(out / "norms.json", {"rows": records})
+
+
+def _in_turn(arguments: argparse.Namespace, out: Path) -> None:
+    recipe = {k: int(getattr(arguments, k) or RECIPES[arguments.task][k]) for k in ("width", "batch")}
+    records = []
+    for network in arguments.networks:
+        records.append(
+            in_turn(network, arguments.task, arguments.data, **recipe, steps=arguments.in_turn, budget=arguments.budget)
+        )
+        print(line(records[-1]), flush=True)
+        write_json(out / f"in-turn-{arguments.task}.json", {"rows": records})
 
 
 def _speed(arguments: argparse.Namespace, out: Path, records: list[dict[str, Any]]) -> None:

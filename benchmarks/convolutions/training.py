@@ -73,7 +73,7 @@ def run(job: Job, folder: Path | None, device: str) -> dict[str, Any]:
     plan = getattr(told, "plan", None)
     return {
         **asdict(job),
-        "accuracy": _accuracy(model, images),
+        "accuracy": accuracy(model, images),
         "parameters_before": before,
         "parameters": sum(p.numel() for p in model.parameters()),
         "factorized": len(low_rank_layers(model)),
@@ -133,7 +133,8 @@ def _train(
 
 
 @torch.no_grad()
-def _accuracy(model: nn.Module, images: Images) -> float:
+def accuracy(model: nn.Module, images: Images) -> float:
+    """Percent of the test images that are told right."""
     model.eval()
     kind, right = images.test.device.type, 0
     for rows in torch.arange(len(images.test), device=images.test.device).split(1000):

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from ..config import CuttlefishConfig
-from ..layers.kinds import find_layers, is_dense, kind_of
 from ..maths.factors import LayerMoments, Moments
 from .ranks import rank_by_hand
 
@@ -49,15 +48,3 @@ def left_blind(
 def left_unseen(layers: Mapping[str, nn.Module], config: CuttlefishConfig, seen: Collection[str]) -> dict[str, str]:
     """Target layers of which statistics were to be gathered and none came: name -> reason. seen: those that have some."""
     return {name: UNSEEN for name in layers if name not in seen and rank_by_hand(name, config) is None}
-
-
-def notes_of_dense(model: nn.Module) -> list[str]:
-    """A note for each reason why layers of a class that can be factorized are no targets (depthwise convolutions), of kinds that "all" takes."""
-    reasons: dict[str, list[str]] = {}
-    for name, layer in find_layers(model):
-        if is_dense(layer) and kind_of(layer).in_blocks and (why := kind_of(layer).why_dense()):
-            reasons.setdefault(why, []).append(name)
-    return [
-        f"{len(names)} layers stay dense ({names[0]}{', ...' if names[1:] else ''}): {why}"
-        for why, names in reasons.items()
-    ]

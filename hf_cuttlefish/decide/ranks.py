@@ -17,7 +17,7 @@ from .aligning import aligned, multiple_of
 from .even import even_ranks
 from .plan import RankDecision, RankPlan
 from .rules import RULES, LayerSpectrum, allowed_rank, dropped_loss
-from .targets import find_targets, matches
+from .targets import find_targets, matches, notes_of_dense
 
 BATCH_BYTES = 2**29
 """Of the work on layers of one shape that are decomposed in one batch."""
@@ -68,7 +68,9 @@ def estimate_ranks(
             )
         else:
             spectra[name] = spectrum_of(name, layer, config, moments, initial)[0]
-    return plan_ranks(spectra, config, training_loss)
+    plan = plan_ranks(spectra, config, training_loss)
+    plan.notes[:0] = notes_of_dense(model)
+    return plan
 
 
 def _measured(name: str, layer: nn.Module) -> float:

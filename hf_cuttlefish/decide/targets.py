@@ -11,6 +11,7 @@ from typing import cast
 import regex  # type: ignore[import-untyped]  # re, with a time limit; transformers brings it
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..config import CuttlefishConfig
 from ..layers.dense import check_rank, is_quantized
@@ -18,6 +19,8 @@ from ..layers.kinds import KINDS, find_layers, is_dense, kind_of, labels
 from ..layers.low_rank import LowRankLayer, low_rank_layers
 from .stored import lost_when_saved
 from .vocabulary import embeddings_of, find_vocabulary
+
+COMPUTED = "the weight is computed from other parameters"
 
 PATTERN_SECONDS = 1.0
 """A regular expression that takes longer on one name is refused."""
@@ -127,6 +130,36 @@ def skipped_parameters(model: nn.Module) -> dict[str, int]:
         for name, parameter in model.named_parameters()
         if parameter.ndim == 3 and "expert" in name.lower() and id(parameter) not in factors
     }
+
+
+def notes_of_dense(model: nn.Module) -> list[str]:
+    """A note for each reason why layers are no targets though others like them are, of kinds that "all" takes.
+
+    Depthwise convolutions anywhere; in repeated blocks other convolutions (1d, 3d, transposed), and weights that are computed.
+    """
+    reasons: dict[str, list[str]] = {}
+    inside = _block_names(model)
+    for name, layer in find_layers(model):
+        if not is_dense(layer) or not kind_of(layer).in_blocks:
+            continue
+        why = kind_of(layer).why_dense()
+        if not why and name in inside and layer._parameters.get("weight") is None:
+            why = COMPUTED
+        if why:
+            reasons.setdefault(why, []).append(name)
+    for name, module in model.named_modules():
+        if isinstance(module, _ConvNd) and name in inside and not is_dense(module):
+            kind = type(module).__name__
+            why = (
+                COMPUTED
+                if hasattr(module, "parametrizations")
+                else f"{kind} is no kind of layer that can be factorized"
+            )
+            reasons.setdefault(why, []).append(name)
+    return [
+        f"{len(names)} layers stay dense ({names[0]}{', ...' if names[1:] else ''}): {why}"
+        for why, names in reasons.items()
+    ]
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -290,6 +323,8 @@ def _why_none(model: nn.Module) -> str:
     done = len(low_rank_layers(model))
     if done:
         return f"{done} layers are already factorized"
+    if notes := notes_of_dense(model):
+        return "; ".join(notes)
     dense = tuple(kind.dense for kind in KINDS.values() if not kind.is_vocabulary)
     kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, dense) and type(m) not in dense})
     if kinds:

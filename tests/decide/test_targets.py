@@ -8,7 +8,7 @@ import transformers as hf
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from hf_cuttlefish import CuttlefishConfig, LowRankLinear, factorize
+from hf_cuttlefish import CuttlefishConfig, LowRankLinear, estimate_ranks, factorize
 from hf_cuttlefish.decide.targets import find_targets, matches, skipped_parameters
 from tiny_models import BY_NAME, LLAMA, LM
 
@@ -293,3 +293,28 @@ class Numbered(nn.Module):
 
 def test_blocks_that_are_numbered_by_hand_are_blocks():
     assert list(find_targets(Numbered())) == ["b1.0", "b1.2", "b2.0", "b2.2"]
+
+
+class Others(nn.Module):
+    """Blocks with convolutions that are no kind of ours, and one whose weight is computed."""
+
+    def __init__(self):
+        super().__init__()
+        normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.ConvTranspose2d(4, 4, 3), layer, nn.Conv2d(4, 4, 3))
+            for layer in (nn.Conv1d(4, 4, 3), normed)
+        )
+
+
+def test_other_convolutions_stay_dense_and_the_plan_says_why():
+    plan = estimate_ranks(Others(), CuttlefishConfig(rank_rule="ratio", rank_multiple=1))
+    assert list(plan.decisions) == ["blocks.1.2"]  # the other one is the first layer that could be cut
+    said = {note.partition(": ")[2]: note.partition(": ")[0] for note in plan.notes}
+    assert said["the weight is computed from other parameters"] == "1 layers stay dense (blocks.1.1)"
+    assert said["ConvTranspose2d is no kind of layer that can be factorized"] == "2 layers stay dense (blocks.0.0, ...)"
+    assert said["Conv1d is no kind of layer that can be factorized"] == "1 layers stay dense (blocks.0.1)"
+    with pytest.raises(
+        ValueError, match=r"inside a repeated block of Sequential: 2 layers stay dense .* Conv1d is no kind"
+    ):
+        find_targets(nn.Sequential(*(nn.Sequential(nn.Conv1d(4, 4, 3), nn.ReLU()) for _ in range(2))))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, RankPlan, estimate_ranks, factorize, follow_checkpoints
 from hf_cuttlefish.saving.checkpoints import STATISTICS_FILE
 
-from .good_files import IDS, RUN, WrongLoadError, check_structure, new_trainer, tiny
+from .good_files import IDS, OTHERS, RUN, WrongLoadError, check_structure, new_trainer, other, tiny
 from .mutations import Gentle, dump, mutate_bytes, mutate_header, mutate_json
 
 
@@ -73,6 +73,29 @@ def door_plan(folder: Path, rng: random.Random) -> None:
     model = tiny()
     factorize(model, plan)
     check_structure(model)
+
+
+def door_kinds(folder: Path, rng: random.Random) -> None:
+    """Folders and plans of models with convolutions, experts and a low-rank vocabulary."""
+    name, what = rng.choice(list(OTHERS)), rng.random()
+    if what < 0.3:
+        path = folder / f"{name}.json"
+        path.write_bytes(dump(mutate_json(json.loads(path.read_bytes()), rng)))
+        model = other(name)
+        factorize(model, RankPlan.from_json(path))
+        return check_structure(model)
+    if what < 0.65:
+        path = folder / name / "config.json"
+        data = json.loads(path.read_bytes())
+        data["quantization_config"] = mutate_json(data["quantization_config"], rng)
+        path.write_bytes(dump(data))
+        note = data["quantization_config"]
+        if not isinstance(note, dict) or note.get("quant_method") != "cuttlefish":
+            raise NotAskedError(f"{note!r:.60}")
+    else:
+        path = folder / name / "model.safetensors"
+        path.write_bytes(mutate_header(path.read_bytes(), rng))
+    return check_structure(getattr(hf, OTHERS[name][0]).from_pretrained(folder / name))
 
 
 def door_config(folder: Path, rng: random.Random) -> None:
@@ -154,9 +177,10 @@ def door_resume(folder: Path, rng: random.Random) -> None:
 
 
 DOORS: dict[str, tuple[int, Callable[[Path, random.Random], None]]] = {
-    "structure": (25, door_structure),
-    "header": (25, door_header),
-    "plan": (20, door_plan),
+    "structure": (22, door_structure),
+    "header": (22, door_header),
+    "plan": (16, door_plan),
+    "kinds": (10, door_kinds),
     "config": (15, door_config),
     "state": (12, door_state),
     "resume": (3, door_resume),

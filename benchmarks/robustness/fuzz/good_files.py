@@ -10,8 +10,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig, LowRankLinear, estimate_ranks, factorize
+from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig, estimate_ranks, factorize
 from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.layers.low_rank import low_rank_layers
 
 TINY: dict[str, Any] = {
     "vocab_size": 50,
@@ -33,6 +34,32 @@ def tiny() -> hf.PreTrainedModel:
     return hf.BertForSequenceClassification(hf.BertConfig(**TINY)).eval()
 
 
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "convolutions": (
+        "ResNetForImageClassification",
+        {"embedding_size": 8, "hidden_sizes": [16, 16], "depths": [1, 1], "layer_type": "basic", "num_channels": 1},
+    ),
+    "experts": (
+        "MixtralForCausalLM",
+        {**TINY, "num_local_experts": 3, "num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2},
+    ),
+    "embeddings": ("BertForMaskedLM", TINY),
+}
+"""Kind of layer -> class and config of a model that has it."""
+
+
+def other(name: str) -> hf.PreTrainedModel:
+    """A dense model with layers of that kind, always the same."""
+    cls, config = getattr(hf, OTHERS[name][0]), OTHERS[name][1]
+    torch.manual_seed(0)
+    return cls(cls.config_class(**config)).eval()
+
+
+def targets_of(name: str, model: nn.Module) -> dict[str, nn.Module]:
+    """What `factorize` takes of it."""
+    return find_targets(model, CuttlefishConfig(embeddings=name == "embeddings"))
+
+
 def prepare(folder: Path) -> None:
     """The good files, as the package and the Trainer write them."""
     model = tiny()
@@ -44,6 +71,14 @@ def prepare(folder: Path) -> None:
         target_modules=["query", "value", "dense"], exclude_modules=["key"], rank_pattern={".*query": 4}
     )
     (folder / "config.json").write_text(config.to_json())
+    for name in OTHERS:
+        model = other(name)
+        plan = estimate_ranks(
+            model, CuttlefishConfig(rank_rule="ratio", rank_multiple=2, embeddings=name == "embeddings")
+        )
+        (folder / f"{name}.json").write_text(plan.to_json())
+        factorize(model, dict.fromkeys(targets_of(name, model), 4))
+        model.save_pretrained(folder / name)
     trainer = new_trainer(folder / "run")
     trainer.train()
     for name, step in (("before", 3), ("after", 6)):
@@ -74,7 +109,7 @@ def new_trainer(folder: Path, restore: bool = False, model: Any = None) -> hf.Tr
 
 def check_structure(model: nn.Module) -> None:
     """What has loaded must be whole: no value forgotten, ranks within the layers, the note in the config true."""
-    pairs = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    pairs = low_rank_layers(model)
     for name, layer in pairs.items():
         if not 1 <= layer.rank <= min(layer.in_features, layer.out_features):
             raise WrongLoadError(f"{name} has rank {layer.rank}")
