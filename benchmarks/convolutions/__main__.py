@@ -3,7 +3,7 @@
 python -m benchmarks.convolutions --task digits --device cpu --workers 1 --out runs/convolutions
 python -m benchmarks.convolutions --task fashion --data DATASET --out runs/convolutions --speed
 python -m benchmarks.convolutions --table --out runs/convolutions
-OMP_NUM_THREADS=2 python -m benchmarks.convolutions --task fashion --data DATASET --in-turn 60 --batch 64 --out runs/convolutions
+OMP_NUM_THREADS=1 python -m benchmarks.convolutions --task fashion --data DATASET --in-turn 60 --batch 32 --out runs/convolutions
 """
 
 from __future__ import annotations
