@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import optimizer_rates
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "optimizers.md"
 
@@ -301,7 +303,7 @@ def page() -> str:
         if cases is TRAINER:
             parts.append("Not tested, because they cannot be had on a CPU:\n\n| optimizer | why |\n|---|---|")
             parts[-1] += "".join(f"\n| `{name}` | {why} |" for name, why in NOT_ON_A_CPU.items()) + "\n"
-    return "\n".join(parts)
+    return "\n".join([*parts, optimizer_rates.section()])
 
 
 if __name__ == "__main__":
