@@ -96,6 +96,11 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             state.stateful_callbacks.setdefault(name, self.state())
         self._trainer = args, state
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The batches are there: the loader's time is not the step's."""
+        if self.cuttlefish is not None:
+            self.cuttlefish.watch.pace.begin()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         args, _ = trainer.trained(args, kwargs.get("model"), kwargs)
         if self.cuttlefish is not None and self.cuttlefish.step():
@@ -134,6 +139,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         trainer.write_card(folder, model, state, self.report)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if self.cuttlefish is not None:
+            self.cuttlefish.watch.pace.pause()
         if kwargs.get("model") is not None:
             remember(kwargs["model"], metrics=metrics, report=self.report)
 

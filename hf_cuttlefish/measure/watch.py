@@ -16,7 +16,7 @@ from .heading import Heading
 from .history import StableRankHistory
 from .kept import KeptBatches
 from .moments import MomentCollector
-from .pace import Pace
+from .pace import BEFORE, Pace
 from .shapes import FlowRecorder
 from .tracker import StableRankTracker
 
@@ -108,12 +108,19 @@ class Watch:
         """A step has ended."""
         self.pace.step(counts=not self.is_gathering and step > 2)
 
-    def slower(self) -> tuple[float, float] | None:
-        """Seconds a step before the switch and after it, once, if they have become more than 5% longer."""
+    def compared(self) -> tuple[float, float, bool] | None:
+        """Seconds a step before the switch and after it, and whether that is more than 5% longer; once, when it is known."""
         times = self.pace.compare() if self.pace.is_known else None
-        if times is not None:
-            self.pace, self.seconds = Pace(), times
-        return times if times is not None and times[1] > SLOWER * times[0] else None
+        if times is None:
+            return None
+        is_slower, self.seconds = self.pace.is_slower(SLOWER), times
+        self.pace = Pace()
+        return *times, is_slower
+
+    def seconds_before(self) -> dict[str, float]:
+        """Of a step before the switch, for the report; nothing where too few were seen."""
+        seconds = self.pace.seconds_before
+        return {} if seconds is None else {BEFORE: seconds}
 
     def width(self) -> int:
         """Rows of the widest moment: the largest min(m, n) of the layers."""

@@ -11,9 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..config import CuttlefishConfig
 from ..decide.schedule import Schedule
 from ..measure.eager import has_compiled
+from ..measure.pace import BEFORE
 from ..measure.watch import Watch
+from .report import FactorizationReport
 from .running import RunMultiplied
 
 WARM, TRIED = 3, 6
@@ -27,6 +30,8 @@ BACKLOG = 0.3
 class Run(Protocol):
     """What is asked of a run."""
 
+    config: CuttlefishConfig
+    report: FactorizationReport | None
     schedule: Schedule
     global_step: int
     switch_step: int | None
@@ -44,13 +49,18 @@ class Found:
     Attributes:
         waits_for_host: whether the host sets the pace; None where it is not known. device: "cuda", "cpu", ...
         tried: form of running -> milliseconds a step, where one was chosen.
-        slower: seconds a step before the switch and after it, where it has become slower.
+        times: seconds a step before the switch and after it. is_slower: whether that is more than 5% longer.
+        objective: of the config. is_compiled: whether anything is compiled. is_resumed: whether the time before is another run's.
     """
 
     waits_for_host: bool | None
     device: str
     tried: Mapping[str, float] | None = None
-    slower: tuple[float, float] | None = None
+    times: tuple[float, float] | None = None
+    is_slower: bool = False
+    objective: str = "size"
+    is_compiled: bool = False
+    is_resumed: bool = False
 
 
 class LowRankPhase:
@@ -72,7 +82,8 @@ class LowRankPhase:
         self.multiplied: RunMultiplied | None = None
         self.waits_for_host: bool | None = None
         self._section: _Section | None = None
-        self._has_begun = False
+        self._has_begun = self._is_resumed = False
+        self._slower: tuple[float, float] | None = None
 
     def step(self, run: Run) -> Found | None:
         """A step has ended in which no switch was to come any more; what there is to say."""
@@ -80,12 +91,35 @@ class LowRankPhase:
             return None
         if not self._has_begun:
             self._has_begun = True
-            self._begin(run.engine, run.schedule.total_steps - run.global_step)
+            self._begin(run)
         device = next(run.engine.model.parameters()).device.type
-        if self._section is not None:
+        if self._section is not None and self._slower is None:
             return Found(self.waits_for_host, device, self.tried) if self._try() else None
-        slower = self.watch.slower()
-        return None if slower is None else Found(self.waits_for_host, device, slower=slower)
+        if self._slower is not None:
+            return self._say_slower(run, device, self._slower)
+        compared = self.watch.compared()
+        if compared is None:
+            return None
+        *times, is_slower = compared
+        if is_slower:
+            return self._say_slower(run, device, (times[0], times[1]))
+        return self._found(run, device, (times[0], times[1])) if run.config.objective == "speed" else None
+
+    def _say_slower(self, run: Run, device: str, times: tuple[float, float]) -> Found | None:
+        """At once where the reason is known; on a GPU after some steps that show whether the host or the device sets the pace."""
+        if device == "cuda" and self.waits_for_host is None:
+            if self._section is None:
+                self._section, self._slower = _Section(), times
+                return None
+            if not self._section.step(self.watch.pace.latest):
+                return None
+            self.waits_for_host = self._section.waits_for_host
+        self._section = self._slower = None
+        return self._found(run, device, times, is_slower=True)
+
+    def _found(self, run: Run, device: str, times: tuple[float, float], is_slower: bool = False) -> Found:
+        how = {"objective": run.config.objective, "is_compiled": has_compiled(), "is_resumed": self._is_resumed}
+        return Found(self.waits_for_host, device, times=times, is_slower=is_slower, **how)
 
     def stop(self) -> None:
         """Pairs again: the run has ended."""
@@ -93,16 +127,19 @@ class LowRankPhase:
             self.multiplied.stop()
         self._section = None
 
-    def _begin(self, engine: Any, left: int) -> None:
-        if left >= LEAST and can_try(engine):
-            form = RunMultiplied(engine.model)
+    def _begin(self, run: Run) -> None:
+        if not self.watch.pace.is_after:  # the run goes on from a checkpoint after the switch
+            self._is_resumed = True
+            self.watch.pace.mark(None if run.report is None else run.report.seconds.get(BEFORE))
+        if run.schedule.total_steps - run.global_step >= LEAST and can_try(run.engine):
+            form = RunMultiplied(run.engine.model)
             if form.start():
                 self.multiplied, self._section = form, _Section()
 
     def _try(self) -> bool:
         """Time the form that is on; then try the next one, or choose. Whether that was done."""
         section, form = self._section, self.multiplied
-        if section is None or form is None or not section.step():
+        if section is None or form is None or not section.step(self.watch.pace.latest):
             return False
         self.tried["multiplied" if form.is_on else "pairs"] = 1000 * section.seconds
         if form.is_on:
@@ -138,13 +175,13 @@ class _Section:
         self._last = 0.0
         self._wait = 0.0
 
-    def step(self) -> bool:
-        """A step has ended; whether it was the last one."""
+    def step(self, seconds: float | None) -> bool:
+        """A step has ended; whether it was the last one. seconds: that it took, where it is known when it began."""
         self._count += 1
         if self._count == WARM:
             _synchronize()
         elif self._count > WARM:
-            self._gaps.append(time.perf_counter() - self._last)
+            self._gaps.append(time.perf_counter() - self._last if seconds is None else seconds)
         if len(self._gaps) == TRIED:
             began = time.perf_counter()
             _synchronize()

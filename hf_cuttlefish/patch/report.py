@@ -23,7 +23,7 @@ class FactorizationReport:
             the targets where there is no such container.
         bytes_before, bytes_after: of all weights, as a file holds them; 0 where an older version did not say.
         looked_up_before, looked_up_after: of the target parameters those that no token is multiplied by (tables of tokens).
-        seconds: time of each part of the switch.
+        seconds: time of each part of the switch, and of a step before it.
         optimizer: what became of the optimizer's state.
         on_maps: whether some layers work at each position of a feature map, so that FLOPs depend on the image.
         skipped: parameters that are no layers (3-D expert weights) and stayed dense.

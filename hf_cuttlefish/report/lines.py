@@ -111,23 +111,32 @@ def not_converged(config: CuttlefishConfig, step: int) -> str:
 
 
 def low_rank_phase(found: Found) -> tuple[int, str]:
-    """(level, line): the form of running that was chosen, or that steps have become slower, why, and what to do."""
+    """(level, line): the form of running that was chosen; what a step takes; that it takes longer, why, and what to do."""
     if found.tried is not None:
         return logging.INFO, _form(found.tried, bool(found.waits_for_host))
-    before, after = found.slower or (0.0, 0.0)
-    told = f"Cuttlefish: a step takes {1000 * after:.3g} ms, and took {1000 * before:.3g} ms before the switch. "
-    instead = "larger batches, or objective='speed', which keeps dense what gets slower."
+    before, after = found.times or (0.0, 0.0)
+    where = " in the run that this one goes on from" if found.is_resumed else ""
+    told = f"Cuttlefish: a step takes {1000 * after:.3g} ms, and took {1000 * before:.3g} ms before the switch{where}. "
+    if not found.is_slower:
+        return (
+            logging.INFO,
+            f"{told}objective='speed' predicts this from layers timed one by one; these are whole steps.",
+        )
+    instead = "Use larger batches, or objective='speed', which keeps dense what gets slower."
+    if found.objective == "speed":
+        instead = "Use larger batches, or a larger min_speedup: layers were timed one by one, and not in whole steps."
     if found.device != "cuda":
-        return logging.WARNING, f"{told}Use {instead}"
+        return logging.WARNING, f"{told}At these shapes pairs take longer than dense layers here. {instead}"
     if found.waits_for_host is False:
-        why = "The device sets the pace: at these shapes pairs take it longer than dense layers."
-        return logging.WARNING, f"{told}{why} Use {instead}"
+        return logging.WARNING, f"{told}The device sets the pace: at these shapes pairs take it longer. {instead}"
     why = "The host launches kernels one by one, and the device waits for it."
-    return logging.WARNING, f"{told}{why} {FASTER}; or use {instead}"
+    faster = f"If {GRAPHS} is not set, set it, and pad to fixed lengths" if found.is_compiled else FASTER
+    return logging.WARNING, f"{told}{why} {faster}. {instead}"
 
 
+GRAPHS = "torch_compile_mode='reduce-overhead'"
 FASTER = (
-    "torch_compile=True with torch_compile_mode='reduce-overhead' and fixed lengths takes the host out, for dense training as well "
+    f"torch_compile=True with {GRAPHS} and fixed lengths takes the host out, for dense training as well "
     "(docs/fast-on-a-gpu.md)"
 )
 

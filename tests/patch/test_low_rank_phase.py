@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_cuttlefish import factorize
+from hf_cuttlefish import CuttlefishConfig, factorize
 from hf_cuttlefish.decide.targets import find_targets
-from hf_cuttlefish.measure.pace import LEAST, STEPS, UNCOUNTED, Pace
+from hf_cuttlefish.measure.pace import BEFORE, LEAST, STEPS, UNCOUNTED, Pace
+from hf_cuttlefish.measure.watch import Watch
 from hf_cuttlefish.patch import low_rank_phase
 from hf_cuttlefish.patch.low_rank_phase import TRIED, WARM, Found, LowRankPhase
 from hf_cuttlefish.report import lines
@@ -43,18 +44,13 @@ class Run:
         self.engine = SimpleNamespace(model=self.model, processes=SimpleNamespace(is_main=True, size=1))
         self.schedule = SimpleNamespace(total_steps=1000)
         self.global_step, self.switch_step, self.restarts = 100, 100, False
-        self.watch = SimpleNamespace(pace=Pace(), slower=self.slower)
+        self.config, self.report = CuttlefishConfig(), None
+        self.watch = Watch(self.model, {}, self.engine, self.config)  # type: ignore[arg-type]
         for _ in range(STEPS + 1):
             clock.now += before
             self.watch.pace.step()
         self.watch.pace.mark()
-        self.phase = LowRankPhase(self.watch)  # type: ignore[arg-type]
-
-    def slower(self) -> Any:
-        times = self.watch.pace.compare() if self.watch.pace.is_known else None
-        if times is not None:
-            self.watch.pace = Pace()
-        return times if times and times[1] > 1.05 * times[0] else None
+        self.phase = LowRankPhase(self.watch)
 
     def go(self, steps: int) -> list[Found]:
         found = []
@@ -62,7 +58,7 @@ class Run:
             form = self.phase.multiplied
             self.clock.now += self.takes[form is not None and form.is_on]
             self.watch.pace.step()
-            found.append(self.phase.step(self))
+            found.append(self.phase.step(self))  # type: ignore[arg-type]
         return [f for f in found if f is not None]
 
 
@@ -108,29 +104,142 @@ def test_what_the_device_is_behind_counts(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.tried == pytest.approx({"multiplied": 40, "pairs": 50})
 
 
-@pytest.mark.parametrize(("now", "words"), [(0.0407, None), (0.0423, "42.3 ms, and took 40 ms before the switch")])
+@pytest.mark.parametrize(("now", "words"), [(0.0407, None), (0.0423, "42.3 ms, and took 40 ms before the switch.")])
 def test_slower_steps_are_said_once_with_both_times(
     monkeypatch: pytest.MonkeyPatch, now: float, words: str | None
 ) -> None:
     run = Run(Clock(monkeypatch), now, 0.06)
     run.go(ALL)
-    found = run.go(UNCOUNTED + 2 * STEPS)
+    found = run.go(UNCOUNTED + 3 * STEPS)
     assert [words in lines.low_rank_phase(f)[1] for f in found if words] == [True] * (words is not None)
     assert len(found) == (words is not None)
     assert LEAST <= STEPS
 
 
+def without_trial(monkeypatch: pytest.MonkeyPatch, pairs: float, before: float = 0.04) -> Run:
+    """A run that tries no form: on a CPU, compiled, or in several processes."""
+    run = Run(Clock(monkeypatch), pairs, pairs, before)
+    monkeypatch.setattr(low_rank_phase, "can_try", lambda engine: False)
+    return run
+
+
+def steps(run: Run, count: int, seconds: float, data: float = 0.0, between: float = 0.0) -> list[Found]:
+    """Steps that say when they begin, after their data have come; every third one after an evaluation."""
+    found = []
+    for i in range(count):
+        run.clock.now += data + (between if i % 3 == 0 else 0)
+        run.watch.pace.begin()
+        run.clock.now += seconds
+        run.watch.pace.step()
+        if run.watch.pace.is_after or run.phase._has_begun:
+            found.append(run.phase.step(run))  # type: ignore[arg-type]
+    return [f for f in found if f is not None]
+
+
+AFTER = UNCOUNTED + STEPS
+
+
 @pytest.mark.parametrize(
-    ("device", "waits", "words"),
+    ("seconds", "data", "words"),
     [
-        ("cuda", True, "The host launches kernels one by one, and the device waits for it. torch_compile=True"),
-        ("cuda", None, "The host launches kernels one by one"),
-        ("cuda", False, "The device sets the pace"),
-        ("cpu", None, "before the switch. Use larger batches"),
+        (0.06, 1.0, "60 ms, and took 40 ms"),  # 6% of what passes from step to step
+        (0.04, 2.0, None),  # the loader alone has become slower
+        (0.042, 1.0, None),
     ],
 )
-def test_the_line_says_why_and_what_to_do(device: str, waits: bool | None, words: str) -> None:
-    level, line = lines.low_rank_phase(Found(waits, device, slower=(0.04, 0.05)))
+def test_the_time_of_the_data_is_not_the_steps(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, data: float, words: str | None
+) -> None:
+    run = without_trial(monkeypatch, 0.0)
+    run.watch.pace = Pace()
+    steps(run, STEPS + 2, 0.04, data=1.0)
+    run.watch.pace.mark()
+    found = steps(run, AFTER, seconds, data)
+    assert [words in lines.low_rank_phase(f)[1] for f in found if words] == [True] * (words is not None)
+    assert len(found) == (words is not None)
+
+
+def test_a_longer_step_that_a_loader_hides_is_not_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers fetch the next batch meanwhile: 100 ms pass from step to step, before and after."""
+    run = without_trial(monkeypatch, 0.0)
+    run.watch.pace = Pace()
+    steps(run, STEPS + 2, 0.04, data=0.06)
+    run.watch.pace.mark()
+    assert steps(run, AFTER, 0.06, data=0.04) == []
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(0.04, 0), (0.05, 1)])
+def test_evaluations_in_between_are_not_the_steps(monkeypatch: pytest.MonkeyPatch, seconds: float, count: int) -> None:
+    run = without_trial(monkeypatch, 0.0)
+    run.watch.pace = Pace()
+    steps(run, STEPS + 2, 0.04)
+    run.watch.pace.mark()
+    assert len(steps(run, AFTER, seconds, between=5.0)) == count
+
+
+def test_a_trial_leaves_out_data_and_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(Clock(monkeypatch), 0.0, 0.0)
+    (found,) = steps(run, ALL, 0.04, data=1.0, between=9.0)
+    assert found.tried == pytest.approx({"multiplied": 40, "pairs": 40})
+
+
+@pytest.mark.parametrize(("backlog", "words"), [(0.0, "The host launches"), (0.2, "The device sets the pace")])
+def test_the_reason_is_looked_for_where_no_trial_has_told_it(
+    monkeypatch: pytest.MonkeyPatch, backlog: float, words: str
+) -> None:
+    """Compiled, or in several processes: some steps between two synchronizations, and only where there is something to say."""
+    run = without_trial(monkeypatch, 0.06)
+    cuda = [SimpleNamespace(device=SimpleNamespace(type="cuda"))]
+    monkeypatch.setattr(run.model, "parameters", lambda: iter(cuda))
+    assert run.go(AFTER) == []
+    run.clock.backlog = 0.0
+    assert run.go(WARM + TRIED) == []
+    run.clock.backlog = backlog
+    (found,) = run.go(1)
+    level, line = lines.low_rank_phase(found)
+    assert level == logging.WARNING and words in line and "60 ms, and took 40 ms" in line
+    assert run.go(2 * STEPS) == []
+
+
+def test_a_resumed_run_knows_the_time_before_from_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = without_trial(monkeypatch, 0.05)
+    run.watch.pace = Pace()
+    assert run.go(2 * AFTER) == []  # nothing known, nothing said
+    again = without_trial(monkeypatch, 0.05)
+    again.watch.pace = Pace()
+    again.report = SimpleNamespace(seconds={BEFORE: 0.04})  # type: ignore[assignment]
+    (found,) = again.go(2 * AFTER)
+    assert (
+        "50 ms, and took 40 ms before the switch in the run that this one goes on from"
+        in lines.low_rank_phase(found)[1]
+    )
+
+
+def test_speed_is_held_against_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = without_trial(monkeypatch, 0.03)
+    run.config = CuttlefishConfig(objective="speed")
+    (found,) = run.go(2 * AFTER)
+    level, line = lines.low_rank_phase(found)
+    assert level == logging.INFO and "30 ms, and took 40 ms" in line and "whole steps" in line
+    slow = without_trial(monkeypatch, 0.05)
+    slow.config = CuttlefishConfig(objective="speed")
+    (found,) = slow.go(2 * AFTER)
+    level, line = lines.low_rank_phase(found)
+    assert level == logging.WARNING and "min_speedup" in line and "objective='speed'" not in line
+
+
+@pytest.mark.parametrize(
+    ("device", "waits", "compiled", "words"),
+    [
+        ("cuda", True, False, "The host launches kernels one by one, and the device waits for it. torch_compile=True"),
+        ("cuda", True, True, "If torch_compile_mode='reduce-overhead' is not set, set it"),
+        ("cuda", False, False, "The device sets the pace"),
+        ("cpu", None, False, "pairs take longer than dense layers here. Use larger batches"),
+    ],
+)
+def test_the_line_says_why_and_what_to_do(device: str, waits: bool | None, compiled: bool, words: str) -> None:
+    found = Found(waits, device, times=(0.04, 0.05), is_slower=True, is_compiled=compiled)
+    level, line = lines.low_rank_phase(found)
     assert level == logging.WARNING and words in line and "objective='speed'" in line
 
 
