@@ -360,7 +360,7 @@ class Cuttlefish:
             record = _Record(self, plan)
             report = switch_in_place(self.engine, plan, factors, self.config, self.scheduler, record, alignment)
         # Say what was done.
-        report.seconds = {"statistics": gathered - started, "ranks": planned - gathered}
+        report.seconds = {"statistics": gathered - started, "ranks": planned - gathered, **self.watch.seconds_before()}
         report.seconds["total"] = time.perf_counter() - started
         self._say(logging.INFO, "%s (%s)\n%s", report.headline(), self.reason, "\n".join(str(report).splitlines()[1:]))
         if self.reason == "latest_switch":
