@@ -118,8 +118,15 @@ class LowRankPhase:
         return self._found(run, device, times, is_slower=True)
 
     def _found(self, run: Run, device: str, times: tuple[float, float], is_slower: bool = False) -> Found:
-        how = {"objective": run.config.objective, "is_compiled": has_compiled(), "is_resumed": self._is_resumed}
-        return Found(self.waits_for_host, device, times=times, is_slower=is_slower, **how)
+        return Found(
+            self.waits_for_host,
+            device,
+            times=times,
+            is_slower=is_slower,
+            objective=run.config.objective,
+            is_compiled=has_compiled(),
+            is_resumed=self._is_resumed,
+        )
 
     def stop(self) -> None:
         """Pairs again: the run has ended."""
