@@ -91,9 +91,12 @@ class CuttlefishLoader(HfQuantizer):
             if "bias" in layer.down._parameters:
                 vars(layer.down)["bias"] = torch.empty(0)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """How names and layouts change on the way in, and on the way out again: factors are left as they are."""
-        return spared(super().update_weight_conversions(weight_conversions, model))
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
+        """How names and layouts change on the way in, and on the way out again: factors are left as they are.
+
+        Older transformers (5.16) names no model here.
+        """
+        return spared(super().update_weight_conversions(weight_conversions, *model))
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
         """Before the model is made parallel: rules for the factors, as transformers asks for."""

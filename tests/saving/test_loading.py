@@ -16,6 +16,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_cuttlefish import LowRankLinear, factorize, follow_checkpoints, merge
@@ -537,3 +538,10 @@ def test_the_structure_is_json_and_holds_nothing_but_names_and_ranks(original):
     tensors = load_file(original / "model.safetensors")
     assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in make_bert().parameters())
     assert BERT["hidden_size"] == 32 and tensors[f"{QUERY}.down.weight"].shape == (4, 32)
+
+
+def test_older_transformers_name_no_model_when_they_ask_for_conversions(monkeypatch):
+    """transformers 5.16, the oldest that is declared (.ci/oldest runs on it)."""
+    monkeypatch.setattr(HfQuantizer, "update_weight_conversions", lambda self, conversions: conversions)
+    loader = CuttlefishLoader(CuttlefishStructure({QUERY: RANK}))
+    assert loader.update_weight_conversions([]) == []
