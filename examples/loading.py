@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from datasets import ClassLabel, DatasetDict, Features, load_dataset, load_from_disk
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 """The reader of `datasets` for a single file, by its ending."""
@@ -128,7 +130,11 @@ def from_gguf(name: str, file: str) -> PreTrainedModel:
 
     Args:
         name: folder or hub name. file: in it.
+
+    Raises:
+        ValueError: as `check_gguf`.
     """
+    check_gguf(name, file)
     read = AutoModelForCausalLM.from_pretrained(name, gguf_file=file, dtype=torch.float32)
     config = read.config
     if hasattr(config, "quantization_config"):
@@ -137,3 +143,30 @@ def from_gguf(name: str, file: str) -> PreTrainedModel:
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     return model
+
+
+def check_gguf(name: str, file: str) -> None:
+    """Look at a GGUF file before anything is made of it; one on the hub is not looked at.
+
+    Raises:
+        ImportError: gguf is not installed. ValueError: no such file in the folder, no GGUF file, or one of an architecture that
+            transformers cannot read.
+    """
+    path = Path(name) / file
+    if not Path(name).is_dir():
+        return
+    if not path.is_file():
+        raise ValueError(f"--gguf_file {file}: {name} holds {[f.name for f in sorted(Path(name).glob('*.gguf'))]}.")
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError("GGUF files are read with gguf: pip install gguf") from error
+    try:
+        architecture = gguf.GGUFReader(path).fields["general.architecture"].contents()
+    except (ValueError, KeyError, IndexError, struct.error) as error:
+        raise ValueError(f"{path} is no GGUF file, or was cut off: {error}.") from error
+    if architecture not in GGUF_SUPPORTED_ARCHITECTURES:
+        raise ValueError(
+            f"{path} holds a model of the architecture {architecture!r}, which transformers cannot read from GGUF; give its folder of "
+            f"safetensors, or one of {', '.join(GGUF_SUPPORTED_ARCHITECTURES)}."
+        )

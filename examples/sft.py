@@ -31,7 +31,7 @@ from trl import SFTConfig, SFTTrainer
 from bundled_data import DIALOG_DATASETS
 from comparing import CuttlefishArguments, MethodArguments, check_arguments, make_parser, run_methods, train_and_measure
 from language_modeling import make_small_llama, make_tokenizer
-from loading import from_gguf, limited, load_raw, three_splits
+from loading import check_gguf, from_gguf, limited, load_raw, three_splits
 
 DEFAULTS = {
     "output_dir": "runs/sft",
@@ -255,6 +255,8 @@ def main() -> None:
     check_arguments(parser, model_args.method, training_args)
     if model_args.gguf_file and not model_args.model_name_or_path:
         parser.error("--gguf_file lies in a folder or on the hub: give --model_name_or_path with it")
+    if model_args.gguf_file:
+        check_gguf(model_args.model_name_or_path, model_args.gguf_file)  # before the data is read
     if model_args.config_overrides and model_args.model_name_or_path:
         parser.error("--config_overrides shapes a model with random weights: leave out --model_name_or_path")
 

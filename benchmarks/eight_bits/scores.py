@@ -72,13 +72,14 @@ def load_images(name: str) -> Callable[[Path, int | None], Data]:
 
 
 def load_dialogs(folder: Path, limit: int | None) -> Data:
-    """Blocks of 256 tokens of the film dialogs' test split, 4 at once; 128 of them."""
+    """Blocks of 256 tokens of the film dialogs' test split (or as many as the model has positions for), 4 at once; 128 of them."""
     from bundled_data import movie_dialogs
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = "\n".join(movie_dialogs()["test"]["text"])
     ids = torch.tensor(tokenizer(text[:2_000_000])["input_ids"])
-    blocks = ids[: len(ids) // 256 * 256].view(-1, 256)[: limit or 128]
+    length = min(256, transformers.AutoConfig.from_pretrained(folder).max_position_embeddings)
+    blocks = ids[: len(ids) // length * length].view(-1, length)[: limit or 128]
     return [
         ({"input_ids": some, "attention_mask": torch.ones_like(some)}, some) for some in blocks.split(4) if len(some)
     ]
@@ -92,8 +93,8 @@ def load_pieces(folder: Path, limit: int | None) -> Data:
 
 
 def beginnings(data: Data, size: int) -> Batch:
-    """The first 32 tokens of texts: what is timed of a language model."""
-    return {key: value[:, :32] for key, value in padded(data, size).items()}
+    """The first 16 tokens of texts: what is timed of a language model."""
+    return {key: value[:, :16] for key, value in padded(data, size).items()}
 
 
 def padded(data: Data, size: int) -> Batch:

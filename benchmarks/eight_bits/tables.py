@@ -35,11 +35,11 @@ def eight_bits_table(record: Mapping[str, Any]) -> str:
                     *(f"{_mean(form[run]['bytes'] for run in runs) / 1e6:.1f}" for form in (dense, factors)),
                     *(_scores([form[run]["score"] for run in runs]) for form in (dense, factors)),
                     *(_ratio(dense, factors, runs, size) for size in ("1", "32")),
+                    len(runs),
                 ]
             )
-    header = ["task", "how", "MB dense", "MB factors", "score dense", "score factors", "time at 1", "at 32"]
-    alone = len({line[0] for line in lines}) == 1  # the page says which
-    return markdown_table(header[alone:], [line[alone:] for line in lines])
+    header = ["task", "how", "MB dense", "MB factors", "score dense", "score factors", "time at 1", "at 32", "runs"]
+    return markdown_table(header, lines)
 
 
 def _mean(values: Any) -> float:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from ..layers.low_rank import low_rank_layers
 from ..measure.serving import DECODED, Latency, decoding, example_inputs, time_calls, writes_text
@@ -82,13 +84,27 @@ def _rows(backend: str, models: Mapping[str, Any], device: torch.device, options
             sizes = [tuple(next(iter(given.values())).shape) for given in inputs.values()]
             if sizes[0] != sizes[1]:
                 raise ValueError(f"the two models take other shapes, {sizes[0]} and {sizes[1]}: give --length")
-            times = time_calls(calls, options.rounds, device)
+            with _compiling():
+                times = time_calls(calls, options.rounds, device)
             rows.append(_row(backend, "forward", sizes[0], batch, times))
             if backend == "torch" and all(map(writes_text, models.values())):
                 decode = {name: decoding(model, _prompt(inputs[name])) for name, model in models.items()}
                 times = time_calls(decode, options.rounds, device)
                 rows.append(_row(backend, "decode", sizes[0], batch * DECODED, times))
     return rows
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Says in a line what torch.compile lacks; a model is compiled when it is called first. Raises ValueError."""
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"torch.compile cannot compile the model here: {reason}: mend that (on a CPU it needs a C++ compiler), or leave "
+            "compile out of --backend"
+        ) from error
 
 
 def _prompt(inputs: Inputs) -> Inputs:

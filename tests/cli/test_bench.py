@@ -1,6 +1,7 @@
 """`bench`: what it times, what it prints, and what it refuses."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -145,3 +146,29 @@ def test_onnx_and_torch_side_by_side(bench, folders):
     code, out, err = bench(folders / "vit", *QUICK, "--backend", "torch,onnx", "--batch", "1", "--json")
     assert code == 0, err
     assert [row["backend"] for row in json.loads(out)["rows"]] == ["torch", "onnx"]
+
+
+@pytest.fixture
+def compiler():
+    """torch.compile as a new process has it; it compiles in this one."""
+    torch.compiler.reset()
+    with torch._inductor.config.patch(compile_threads=1):
+        yield torch._inductor.config
+    torch.compiler.reset()
+
+
+def test_a_compiled_model_is_timed(bench, folders, compiler):
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    code, out, err = bench(folders / "bert", *QUICK, "--backend", "compile", "--batch", "1")
+    assert code == 0, err
+    row = out.splitlines()[4].split()
+    assert row[:5] == ["compile", "forward", "1", "x", "7"] and all(float(cell) > 0 for cell in row[5:])
+
+
+def test_no_compiler_is_said_in_a_line(bench, folders, compiler):
+    with compiler.patch({"cpp.cxx": ("/no/such/compiler",), "force_disable_caches": True}):
+        code, _, err = bench(folders / "bert", *QUICK, "--backend", "compile", "--batch", "1")
+    line = err.strip().splitlines()[-1]
+    assert code == 1 and line.startswith("hf-cuttlefish: error: torch.compile cannot compile the model here"), err
+    assert line.endswith("or leave compile out of --backend")

@@ -118,6 +118,23 @@ def test_sft_trains_generates_and_adapts(tmp_path):
     assert "LoRA on the factors" in out
 
 
+def test_gguf_files_that_cannot_be_read(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "notamodel")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    (tmp_path / "half.gguf").write_bytes(b"GGUF and no more")
+    for file, words in (
+        ("other.gguf", "other.gguf holds a model of the architecture 'notamodel'.*safetensors, or one of .*llama"),
+        ("half.gguf", "half.gguf is no GGUF file, or was cut off"),
+        ("none.gguf", r"holds \['half.gguf', 'other.gguf'\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            loading.from_gguf(str(tmp_path), file)
+
+
 # --- what they say ---
 
 
