@@ -11,6 +11,7 @@ from pathlib import Path
 from hf_cuttlefish.decide.rules import DEFAULT_RATIO
 
 from .accuracy.embeddings_tables import vocabulary_table
+from .accuracy.even_tables import even_table
 from .accuracy.explored_tables import after_switch_table, explored_table, latest_switch
 from .accuracy.language_tables import perplexity_table, repair_table
 from .accuracy.plots import plot_calibration, plot_sizes, plot_switch
@@ -167,6 +168,7 @@ def main() -> None:
     write_gpu_page()
     vocabulary = vocabulary_table([*load("embeddings_h100"), *load("embeddings_cpu")])
     fill(ROOT / "docs" / "results.md", "vocabulary", vocabulary)
+    fill(ROOT / "docs" / "how-it-works.md", "even ranks", even_table(load("even_cpu")))
     for where in ("h100", "cpu"):
         records = (ROOT / "benchmarks" / "results" / f"convolutions_{where}.jsonl").read_text("utf-8").splitlines()
         text = convolutions_table([json.loads(line) for line in records])
