@@ -18,8 +18,10 @@ from .accuracy.plots import plot_calibration, plot_sizes, plot_switch
 from .accuracy.rates_page import rates_page
 from .accuracy.records import Record, base_of, measured, score, show
 from .accuracy.tables import ablation_table, calibration_ratios, conditions, summary_table, switch_table
+from .convolutions.tables import in_turn_table, norms_table
 from .convolutions.tables import table as convolutions_table
 from .eight_bits.tables import eight_bits_table
+from .experts.speed import table as steps_of_experts
 from .speed.tables import tables as speed_tables
 from .steps.tables import runs_table, steps_table
 
@@ -166,13 +168,18 @@ def main() -> None:
         record = json.loads((ROOT / "benchmarks" / "results" / name).read_text("utf-8"))
         fill(ROOT / "docs" / "speed-tables.md", what, "\n".join(speed_tables(record)))
     write_gpu_page()
-    vocabulary = vocabulary_table([*load("embeddings_h100"), *load("embeddings_cpu")])
+    vocabulary = vocabulary_table([*load("embeddings_h100"), *load("embeddings_cpu"), *load("embeddings_short_cpu")])
     fill(ROOT / "docs" / "results.md", "vocabulary", vocabulary)
     fill(ROOT / "docs" / "how-it-works.md", "even ranks", even_table(load("even_cpu")))
     for where in ("h100", "cpu"):
         records = (ROOT / "benchmarks" / "results" / f"convolutions_{where}.jsonl").read_text("utf-8").splitlines()
         text = convolutions_table([json.loads(line) for line in records])
         fill(ROOT / "docs" / "convolutional-networks.md", f"runs on {where}", text)
+    for what, name, make in (("in turn", "convolutions_speed_cpu", in_turn_table), ("norms", "norms_cpu", norms_table)):
+        record = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
+        fill(ROOT / "docs" / "convolutional-networks.md", what, make(record["rows"]))
+    record = json.loads((ROOT / "benchmarks" / "results" / "experts_speed_cpu.json").read_text("utf-8"))
+    fill(ROOT / "docs" / "experts.md", "steps", steps_of_experts(record))
     language = load("language_h100")
     fill(ROOT / "docs" / "language-models.md", "perplexities", perplexity_table(language))
     fill(ROOT / "docs" / "language-models.md", "repair", repair_table(language))

@@ -34,11 +34,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                    "layers_block_type": ["moe", "attention", "moe"]}),
     "llama4": ("Llama4ForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48,
                "interleave_moe_layer_step": 1}),
+    "deepseek-v2": ("DeepseekV2ForCausalLM", {**ROUTED, **LATENT, "num_key_value_heads": 4, "n_shared_experts": 1,
+                    "topk_method": "greedy", "routed_scaling_factor": 1.0}),
+    "lfm2": ("Lfm2MoeForCausalLM", {**MIDDLE, "num_dense_layers": 0, "layer_types": ["full_attention", "conv"]}),
+    "longcat": ("LongcatFlashForCausalLM", {**LATENT, "n_routed_experts": 4, "moe_topk": 2, "expert_ffn_hidden_size": 16,
+                "ffn_hidden_size": 32, "zero_expert_num": 1, "num_layers": 2, "num_key_value_heads": 4}),
     "jetmoe": ("JetMoeForCausalLM", {"num_local_experts": 4, "kv_channels": 8}),
 }  # fmt: skip
-"""Name -> class, config. Gated and not, with biases, transposed (gpt-oss, Llama 4), with shared experts, all at once (Llama 4)."""
+"""Name -> class, config. Gated and not, with biases, transposed (gpt-oss, Llama 4), with shared experts, with ones that do nothing (LongCat), all at once (Llama 4)."""
 
-IMPLEMENTED = [name for name in MODELS if name not in ("llama4", "jetmoe")]
+IMPLEMENTED = [name for name in MODELS if name not in ("llama4", "jetmoe", "longcat")]
 """Those that have batched_mm and grouped_mm besides their own loop."""
 
 

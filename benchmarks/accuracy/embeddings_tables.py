@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from ..markdown import markdown_table
 from .records import Record, grouped, mean_and_error, score, show
 
-TEXTS = {"trec_whole": "TREC", "movie_snippets_whole": "movie snippets", "reuters_r8_whole": "Reuters R8"}
+TEXTS = {
+    "trec_whole": "TREC",
+    "movie_snippets_whole": "movie snippets",
+    "reuters_r8_whole": "Reuters R8",
+    "movie_snippets_short": "movie snippets, 1,024 rows",
+    "reuters_r8_short": "Reuters R8, 640 rows of 40 tokens",
+}
 
 
 def vocabulary_table(records: Sequence[Record]) -> str:

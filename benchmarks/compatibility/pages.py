@@ -39,8 +39,8 @@ def write_docs(results: list[dict[str, Any]], versions: dict[str, str], classes:
         "",
         f"Tested: {len(results):,} classes{part} of {len({r['model_type'] for r in results})} model types, tiny, with random weights, in "
         f"fp32 on a CPU ({', '.join(f'{k} {v}' for k, v in versions.items())}). Each is factorized, run forward and backward, saved, "
-        "loaded and merged; outputs have to agree. Convolutions were factorized only in classes without linear layers in their blocks, and "
-        "experts in none. `python -m benchmarks.compatibility` writes this page, and every class into "
+        "loaded and merged; outputs have to agree. Experts were factorized in causal language models, and convolutions in image "
+        "classifiers, backbones and classes without linear layers in their blocks; the other classes were run before these kinds could be cut. `python -m benchmarks.compatibility` writes this page, and every class into "
         "`benchmarks/results/compatibility.json`.",
         "",
         markdown_table(

@@ -40,7 +40,9 @@ def norms(network: str, width: int, epochs: int, budget: float, seed: int) -> di
         scheduler.step()
         optimizer.zero_grad()
         if step == config.switch_step:
-            found |= {"dense": accuracy(model, images), **_renewed(model, images, "dense_")}
+            twin = Classifier(NETWORKS[network](1, 10, width))  # no deep copy: hooks gather statistics
+            twin.load_state_dict(model.state_dict())
+            found |= {"dense": accuracy(model, images), **_renewed(twin, images, "dense_")}
         if run.step():
             found |= {"right_after": accuracy(model, images), **_renewed(model, images, "low_rank_")}
         if run.switch_step is not None and step == run.switch_step + PASSES[-1]:

@@ -35,6 +35,37 @@ def table(records: list[dict[str, Any]]) -> str:
     return markdown_table(["", *(f"{TASKS[task]}, {NETWORKS[network]}" for task, network in columns)], rows)
 
 
+def in_turn_table(records: list[dict[str, Any]]) -> str:
+    """CPU seconds of a step and of a whole run, dense and at the budget."""
+    rows = []
+    for record in records:
+        dense, ours = record["runs"]["dense"], record["runs"]["ours_budget"]
+        steps = (dense["step"]["before"], ours["step"]["after"])
+        rows.append(
+            [
+                f"{NETWORKS[record['network']]}, width {record['width']}",
+                f"{1000 * steps[0]:.0f} ms",
+                f"{1000 * steps[1]:.0f} ms ({steps[0] / steps[1]:.2f} times as fast)",
+                f"{ours['switch_seconds']:.1f} s",
+                record["steps"],
+                f"{dense['seconds']:.1f} s",
+                f"{ours['seconds']:.1f} s ({record['times_as_fast']:.2f} times as fast)",
+            ]
+        )
+    header = ["", "a dense step", "a step after the switch", "the switch", "steps of a run", "dense", "1/5.6"]
+    return markdown_table(header, rows)
+
+
+def norms_table(records: list[dict[str, Any]]) -> str:
+    """Test accuracy at the switch, with the running statistics as they are and renewed; mean and spread over seeds."""
+    rows = []
+    for what, first, name in (("dense", "dense", "dense"), ("right after the switch", "right_after", "low_rank")):
+        keys = [first, f"{name}_after_10_passes", f"{name}_after_40_passes"]
+        rows.append([what, *(_spread([record[key] for record in records]) for key in keys)])
+    rows.append(["40 training steps later", _spread([record["after_40_steps"] for record in records]), "", ""])
+    return markdown_table(["", "as they are", "after 10 forward passes", "after 40"], rows)
+
+
 def _cell(records: list[dict[str, Any]]) -> str:
     if not records:
         return ""

@@ -18,6 +18,7 @@ from hf_cuttlefish.layers.experts import ExpertStack
 from hf_cuttlefish.layers.kinds import find_layers, kind_of
 
 from ..files import write_json
+from ..markdown import markdown_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Time all forms in turn, and write medians, minima and shares of the dense step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU",
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{platform.processor() or 'CPU'}, {torch.get_num_threads()} threads",
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -71,6 +74,17 @@ def run(arguments: argparse.Namespace) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         write_json(arguments.out, record)
+
+
+def table(record: dict[str, Any]) -> str:
+    """A step, dense and with pairs, by implementation."""
+    rows = []
+    for form in record["forms"]:
+        name = "dense" if form["share"] is None else f"experts at {form['share']:g}"
+        rows.append(
+            [form["implementation"], name, f"{1000 * form['median_seconds']:.0f} ms", f"{form['of_dense']:.2f}"]
+        )
+    return markdown_table(["experts run by", "", "a step", "of dense"], rows)
 
 
 class _Form:

@@ -163,3 +163,17 @@ def test_an_inspection_shows_every_rule():
     model = made()
     found = inspect_model(model, CuttlefishConfig(rank_multiple=1))
     assert "net.4.0.conv1" in found.table("stable_rank") and found.parameters_after("ratio") < found.parameters
+
+
+@pytest.mark.parametrize(("name", "layers"), [("resnet18", 19), ("regnetx_002", 43)])
+def test_models_of_timm(name, layers):
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    torch.manual_seed(0)
+    model, x = timm.create_model(name, num_classes=2).eval(), torch.randn(2, 3, 32, 32)
+    plan = estimate_ranks(model, CuttlefishConfig(rank_rule="ratio", rank_ratio=0.1, rank_multiple=1))
+    assert len(plan.decisions) == layers
+    factorize(model, plan)
+    logits = model(x)
+    assert len(low_rank_layers(model)) == len(plan)
+    merge(model)
+    assert torch.allclose(model(x), logits, atol=1e-5)
