@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..markdown import markdown_table
 from .records import Record, grouped, mean_and_error, measured
@@ -66,3 +67,25 @@ def column_of(record: Record) -> Column:
 
 def _perplexity(losses: Sequence[float]) -> float:
     return math.exp(mean_and_error(losses)[0])
+
+
+def chats_table(record: Mapping[str, Any]) -> str:
+    """What `examples/sft.py --method both` has measured: a column each; LoRA and an answer below."""
+    dense, ours = record["runs"]
+    lines = [
+        ["test perplexity", *(f"{run['test_perplexity']:.2f}" for run in (dense, ours))],
+        ["after LoRA on the factors", "", f"{ours['lora']['perplexity_after']:.2f}"],
+        [
+            "parameters of the blocks",
+            f"{dense['encoder_parameters']:,}",
+            f"{ours['encoder_parameters']:,} ({ours['encoder_parameters'] / dense['encoder_parameters']:.0%})",
+        ],
+        [
+            "saved folder, MB",
+            f"{dense['saved_bytes'] / 1e6:.1f}",
+            f"{ours['saved_bytes'] / 1e6:.1f} ({ours['saved_bytes'] / dense['saved_bytes']:.0%})",
+        ],
+        ["switch", "", f"step {ours['switch_step']} of {ours['train_steps']}"],
+        [f'"{dense["generated"][1]["prompt"]}"', *(f'"{run["generated"][1]["after"]}"' for run in (dense, ours))],
+    ]
+    return markdown_table(["", "dense", "Cuttlefish"], lines)

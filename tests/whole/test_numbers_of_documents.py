@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.accuracy.language_tables import chats_table
+from benchmarks.eight_bits.tables import eight_bits_table
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text("utf-8")
@@ -92,3 +95,14 @@ def test_the_steps_on_a_gpu_are_the_recorded_ones():
 def test_every_link_of_the_readme_leads_somewhere():
     links = re.findall(r"\]\((?!https?://)([^)#]+)", README)
     assert links and not [link for link in links if not (ROOT / link).exists()]
+
+
+@pytest.mark.parametrize(
+    ("page", "record", "table"),
+    [("serving", "eight_bits", eight_bits_table), ("language-models", "sft_cpu", chats_table)],
+)
+def test_tables_are_those_of_the_records(page, record, table):
+    text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
+    assert table(json.loads((RESULTS / f"{record}.json").read_text("utf-8"))) in text, (
+        "run python -m benchmarks.write_docs"
+    )
