@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import CuttlefishConfig
 from ..decide.schedule import Schedule
+from ..layers.low_rank import low_rank_layers
 from ..measure.eager import has_compiled
 from ..measure.pace import BEFORE
 from ..measure.watch import Watch
@@ -82,16 +83,20 @@ class LowRankPhase:
         self.multiplied: RunMultiplied | None = None
         self.waits_for_host: bool | None = None
         self._section: _Section | None = None
-        self._has_begun = self._is_resumed = False
+        self._has_begun = self._is_resumed = self._is_dense = False
         self._slower: tuple[float, float] | None = None
 
     def step(self, run: Run) -> Found | None:
         """A step has ended in which no switch was to come any more; what there is to say."""
-        if run.switch_step is None or run.restarts:
+        if run.switch_step is None:
             return None
         if not self._has_begun:
             self._has_begun = True
-            self._begin(run)
+            self._is_dense = run.restarts and not low_rank_layers(run.engine.model)  # switched in a checkpoint alone
+            if not self._is_dense:
+                self._begin(run)
+        if self._is_dense:
+            return None
         device = next(run.engine.model.parameters()).device.type
         if self._section is not None and self._slower is None:
             return Found(self.waits_for_host, device, self.tried) if self._try() else None

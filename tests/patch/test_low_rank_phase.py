@@ -215,6 +215,18 @@ def test_a_resumed_run_knows_the_time_before_from_the_report(monkeypatch: pytest
     )
 
 
+def test_a_run_that_switched_by_restart_is_told_once_its_model_is_low_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed and FSDP1: the run that switches stays dense in memory, the one that goes on has the pairs."""
+    run = without_trial(monkeypatch, 0.05)
+    run.restarts, run.watch.pace = True, Pace()
+    run.report = SimpleNamespace(seconds={BEFORE: 0.04})  # type: ignore[assignment]
+    assert len(run.go(2 * AFTER)) == 1
+    dense = without_trial(monkeypatch, 0.05)
+    dense.restarts = True
+    dense.engine.model = torch.nn.Linear(2, 2)
+    assert dense.go(2 * AFTER) == []
+
+
 def test_speed_is_held_against_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     run = without_trial(monkeypatch, 0.03)
     run.config = CuttlefishConfig(objective="speed")
