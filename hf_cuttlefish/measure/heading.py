@@ -32,9 +32,9 @@ class Heading:
 
     @torch.no_grad()
     def note(self, step: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Keep a sample of the weights of this step; those that nothing will be compared with any more are dropped."""
+        """Keep a sample of the weights (or of samples) of this step; those that nothing will be compared with any more are dropped."""
         self.samples = {s: v for s, v in self.samples.items() if s >= step - 5 * self.stretch}
-        self.samples[step] = {name: _sample(weight) for name, weight in weights.items()}
+        self.samples[step] = {name: sample(weight) for name, weight in weights.items()}
 
     def alignment(self, step: int) -> float | None:
         """Mean over layers of cos(W(s - 2h) - W(s - 4h), W(s) - W(s - h)), s the step and h the stretch; None if unknown."""
@@ -69,7 +69,8 @@ class Heading:
                 self.samples.setdefault(int(step), {})[name] = value
 
 
-def _sample(weight: torch.Tensor) -> torch.Tensor:
+def sample(weight: torch.Tensor) -> torch.Tensor:
+    """Some entries of a weight, flat, fp32 and on the CPU; a sample is its own."""
     flat = weight.detach().reshape(-1)
     apart = max(1, flat.numel() // ENTRIES) | 1  # odd: widths are even, and an even number would see a few columns only
     return flat[::apart].to("cpu", torch.float32, copy=True).contiguous()

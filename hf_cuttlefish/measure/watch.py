@@ -12,7 +12,7 @@ from ..config import CuttlefishConfig
 from ..layers.kinds import dense_weight, kind_of
 from ..processes import Processes
 from .batches import Batches
-from .heading import Heading
+from .heading import Heading, sample
 from .history import StableRankHistory
 from .kept import KeptBatches
 from .moments import MomentCollector
@@ -81,14 +81,21 @@ class Watch:
         """Before the first step: follow the weights' travel, in stretches of so many steps, and count the first step's terms."""
         batches = Batches()
         self._first = batches, batches.hooks(self.model, lambda module: not getattr(module, "_is_replica", False))
-        if self.engine.holds_whole_weights:
-            self.heading = Heading(stretch)
-            self.note_heading(0)
+        self.heading = Heading(stretch)
+        self.note_heading(0)
 
     def note_heading(self, step: int) -> None:
-        """Sample the weights of this step; not where they are sharded."""
-        if self.heading is not None:
-            self.heading.note(step, {name: dense_weight(layer) for name, layer in self.layers.items()})
+        """Sample the weights of this step: every process, or the main one where they are sharded, one after the other."""
+        if (heading := self.heading) is None:
+            return
+
+        def note(layers: Layers) -> None:
+            heading.note(step, {name: sample(dense_weight(layer)) for name, layer in layers.items()})
+
+        if self.engine.holds_whole_weights:
+            note(self.layers)
+        else:
+            self.engine.from_main(self.layers, note)
 
     def alignment(self, step: int) -> float | None:
         """Share of directed travel of the weights, as the main process has it; None where it is not known."""

@@ -35,7 +35,7 @@ def check_run(run, first, scale=1.0, ahead=0):
     )
     assert run["unequal"] == [] and run["losses"] == first["losses"] and run["plan"] == first["plan"]
     assert run["rates"] == pytest.approx(trainers.scheduled(scale, ahead))
-    assert (f"learning rate times {scale:g} from here on" in run["optimizer"]) is (scale != 1)
+    assert ("learning rate times" in run["optimizer"]) is (scale != 1)
     assert run["epochs"] == pytest.approx([(i + 1) / 6 for i in range(10)])  # 48 rows, 8 a step
     assert (
         run["AutoModel"]
@@ -48,7 +48,7 @@ def check_run(run, first, scale=1.0, ahead=0):
     ("name", "like", "scale"),
     [
         *((name, "DDP", 1) for name in ("ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3, divided from the start")),
-        ("accumulation", "DDP, accumulation", SCALE_UNKNOWN),
+        ("accumulation", "DDP, accumulation", None),
         ("own optimizer", "DDP, scaled", 1.5),
     ],
 )
@@ -56,9 +56,10 @@ def test_a_restart_goes_on_as_a_switch_in_place(trained, name, like, scale):
     """Losses, plan and step of DDP's switch in place on the same batches; learning rate, epoch and data unbroken."""
     for everywhere in trained:
         run, expected = everywhere[name], everywhere[like]
-        check_run(
-            run, trained[0][name], scale, ahead=int(name == "own optimizer")
-        )  # DeepSpeed steps that schedule itself
+        measured = trainers.scale_of(expected["rates"])
+        assert measured == scale or (scale is None and 1.01 < measured != SCALE_UNKNOWN)
+        ahead = int(name == "own optimizer")  # DeepSpeed steps that schedule itself
+        check_run(run, trained[0][name], measured, ahead)
         assert expected["ddp"] and run["plan"] == expected["plan"] and run["switched"] == expected["switched"]
         assert run["losses"] == pytest.approx(expected["losses"], abs=2e-6)
         assert run["increase"] == pytest.approx(expected["increase"], rel=1e-3)

@@ -23,24 +23,26 @@ def check_run(run, first, scale=1.0):
     assert run["steps"] == trainers.STEPS and run["dense"] and run["ranks"] == run["plan"] and len(run["plan"]) == 12
     assert run["losses"] == first["losses"] and run["plan"] == first["plan"]
     assert run["rates"] == pytest.approx(trainers.scheduled(scale))
-    assert (f"learning rate times {scale:g} from here on" in run["optimizer"]) is (scale != 1)
+    assert ("learning rate times" in run["optimizer"]) is (scale != 1)
     assert run["epochs"] == pytest.approx([(i + 1) / 6 for i in range(10)])  # 48 rows, 8 a step
     assert run["AutoModel"] and not any("cuttlefish" in name or "full_rank" in name for name in run["left"])
 
 
 @pytest.mark.parametrize(
-    ("name", "like", "strategy", "scale"),
+    ("name", "like", "strategy"),
     [
-        ("orig", "DDP", "FULL_SHARD", 1),
-        ("flat", "DDP", "FULL_SHARD", 1),
-        ("accumulation", "DDP, accumulation", "FULL_SHARD", SCALE_UNKNOWN),
-        ("by size, grad op", "DDP", "SHARD_GRAD_OP", 1),
+        ("orig", "DDP", "FULL_SHARD"),
+        ("flat", "DDP", "FULL_SHARD"),
+        ("accumulation", "DDP, accumulation", "FULL_SHARD"),
+        ("by size, grad op", "DDP", "SHARD_GRAD_OP"),
     ],
 )
-def test_a_restart_goes_on_as_a_switch_in_place(trained, name, like, strategy, scale):
+def test_a_restart_goes_on_as_a_switch_in_place(trained, name, like, strategy):
     """Losses, plan, step and rate of DDP's switch in place; use_orig_params on and off; units by block and by size."""
     for everywhere in trained:
         run, expected = everywhere[name], everywhere[like]
+        scale = trainers.scale_of(expected["rates"])
+        assert 1.01 < scale != SCALE_UNKNOWN if name == "accumulation" else scale == 1  # measured, or as it is set
         check_run(run, trained[0][name], scale)
         assert expected["ddp"] and run["plan"] == expected["plan"] and run["switched"] == expected["switched"]
         assert run["losses"] == pytest.approx(expected["losses"], abs=2e-6) and run["strategy"] == strategy

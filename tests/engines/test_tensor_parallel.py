@@ -9,6 +9,7 @@ import torch
 
 import tensor_parallel_trainer
 import trainers
+from hf_cuttlefish.decide import schedule
 from hf_cuttlefish.patch.learning_rate import SCALE_UNKNOWN
 from launch import launch
 
@@ -25,10 +26,12 @@ def trained(tmp_path_factory):
         "left to itself": ("base", tensor_parallel_trainer.LEFT_TO_ITSELF),
         "biased": ("biased", tensor_parallel_trainer.SCALED),
     }
-    alone = {
-        name: tensor_parallel_trainer.run(folder / f"{name} alone", folder / base, settings)
-        for name, (base, settings) in kinds.items()
-    }
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(schedule, "SHORTEST_STRETCH", 1)  # so that the weights' travel is known at the switch
+        alone = {
+            name: tensor_parallel_trainer.run(folder / f"{name} alone", folder / base, settings)
+            for name, (base, settings) in kinds.items()
+        }
     assert not any(run["divided"] or run["divided again"] for run in alone.values())
     return json.loads((folder / "results.json").read_text()), alone, folder
 
@@ -42,13 +45,13 @@ def check_run(run, scale=1.0):
     assert not any("cuttlefish" in name or "full_rank" in name or "partial" in name for name in run["left"])
     assert run["ranks"] == run["plan"] and len(run["plan"]) >= 10
     assert run["rates"] == pytest.approx(trainers.scheduled(scale))
-    assert (f"learning rate times {scale:g} from here on" in run["optimizer"]) is (scale != 1)
+    assert ("learning rate times" in run["optimizer"]) is (scale != 1)
     assert run["epochs"] == pytest.approx([(i + 1) / 6 for i in range(10)])  # 48 rows, 8 a step
 
 
 @pytest.mark.parametrize(
     ("name", "like", "scale"),
-    [("plain", "base", 1), ("accumulation", "left to itself", SCALE_UNKNOWN), ("biased", "biased", 1.5)],
+    [("plain", "base", 1), ("accumulation", "left to itself", None), ("biased", "biased", 1.5)],
 )
 def test_a_restart_goes_on_as_one_process(trained, name, like, scale):
     """Losses, plan and rate of one process, which has switched in place."""
@@ -56,8 +59,9 @@ def test_a_restart_goes_on_as_one_process(trained, name, like, scale):
     expected = alone[like]
     for results in everywhere:
         run = results[name]
-        check_run(run, scale)
-        assert run["rates"] == pytest.approx(expected["rates"])
+        measured = trainers.scale_of(expected["rates"])
+        assert measured == scale or (scale is None and 1.01 < measured != SCALE_UNKNOWN)
+        check_run(run, measured)
         assert len(run["divided"]) == (22 if name == "biased" else 16) and run["plan"] == expected["plan"]
         assert run["losses"] == pytest.approx(expected["losses"], abs=2e-6)
         assert run["increase"] == pytest.approx(expected["increase"], rel=1e-4)

@@ -26,6 +26,7 @@ import loops
 import trainers
 from ending import leave
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, last_whole_checkpoint
+from hf_cuttlefish.decide import schedule
 from hf_cuttlefish.engines import restart
 from hf_cuttlefish.engines.deepspeed_partitions import FlatPartitions, ParameterPartitions
 from loops import tiny_bert
@@ -354,6 +355,7 @@ def refusals(folder: Path) -> dict[str, str]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    schedule.SHORTEST_STRETCH = 1  # so that the weights' travel is known at the switch
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True

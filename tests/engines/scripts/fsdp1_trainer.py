@@ -27,6 +27,7 @@ import loops
 import trainers
 from ending import leave
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, last_whole_checkpoint
+from hf_cuttlefish.decide import schedule
 from hf_cuttlefish.engines import fsdp1, restart
 from hf_cuttlefish.layers.low_rank import low_rank_layers
 from loops import tiny_bert
@@ -286,6 +287,7 @@ def refusals(folder: Path) -> dict[str, str]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    schedule.SHORTEST_STRETCH = 1  # so that the weights' travel is known at the switch
     PartialState(cpu=True)
     half: dict[str, Any] = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     half |= {"settings": LEFT_TO_ITSELF}

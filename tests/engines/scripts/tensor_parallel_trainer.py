@@ -29,6 +29,7 @@ from hf_cuttlefish import (
     follow_checkpoints,
     last_whole_checkpoint,
 )
+from hf_cuttlefish.decide import schedule
 from hf_cuttlefish.engines import tensor_parallel
 from hf_cuttlefish.layers.low_rank import low_rank_layers
 from tiny_models import BY_NAME
@@ -237,6 +238,7 @@ def make_bases(folder: Path) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    schedule.SHORTEST_STRETCH = 1  # so that the weights' travel is known at the switch
     dist.init_process_group("gloo")
     base = folder / "base"  # made by the test
     half = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}

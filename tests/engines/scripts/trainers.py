@@ -37,6 +37,11 @@ def scheduled(scale: float = 1.0, ahead: int = 0) -> list[float]:
     return [1e-2 * (1 - (i + ahead) / STEPS) * (scale if i >= SWITCH else 1) for i in range(STEPS)]
 
 
+def scale_of(rates: list[float]) -> float:
+    """What the rate was multiplied by at the switch."""
+    return float(f"{rates[SWITCH] / scheduled()[SWITCH]:.7g}")
+
+
 def write_results(folder: Path, results: dict[str, Any]) -> None:
     """All processes' results, in one file that the main one writes."""
     everywhere: list[Any] = [None] * dist.get_world_size()
@@ -108,6 +113,7 @@ def run(
         "ddp": ddp_at_work(trainer),
         "size": size(),
         "losses": [r["loss"] for r in trainer.state.log_history if "loss" in r],
+        "rates": [r["learning_rate"] for r in trainer.state.log_history if "loss" in r],
         "switched": callback.switch_step,
         "plan": dict(callback.plan or {}),
         "increase": callback.plan.predicted_loss_increase if callback.plan else None,
