@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, factorize
+from hf_cuttlefish.engines.base import ShardedEngine
 from hf_cuttlefish.layers.low_rank import low_rank_layers
-from hf_cuttlefish.patch.decay import add_decay
+from hf_cuttlefish.patch.decay import add_decay, check_can_decay
 
 DECAY = 0.1
 
@@ -96,3 +97,25 @@ def test_weight_decay_of_the_same_layers_is_refused():
         run_of(network(), weight_decay=0.01, frobenius_decay=DECAY)
     with pytest.raises(ValueError, match="frobenius_decay is -1"):
         CuttlefishConfig(frobenius_decay=-1)
+
+
+def test_engines_that_divide_weights_are_refused():
+    model = network()
+    engine = ShardedEngine(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(
+        ValueError, match=r"frobenius_decay is 0.1, which needs whole weights in each process: ShardedEngine"
+    ):
+        check_can_decay(engine, [model[1][0]], DECAY)
+
+
+def test_a_run_that_is_resumed_low_rank_goes_on_with_it():
+    model = network()
+    factorize(model, {"1.0": 3})
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    run = Cuttlefish(model, optimizer, CuttlefishConfig(frobenius_decay=DECAY), total_steps=12)
+    before = model[1][0].product().square().sum()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    run.end()
+    assert model[1][0].product().square().sum() < before
