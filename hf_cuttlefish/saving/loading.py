@@ -85,6 +85,9 @@ class CuttlefishLoader(HfQuantizer):
             )
         _check_files(model, ranks, checkpoint_files or ())
         restructure(model, ranks)
+        # transformers 5.16 takes what goes by another name in the file for quantized numbers, and does not cast it.
+        if not hasattr(HfQuantizer, "get_new_dtype"):
+            self.pre_quantized = False
         for layer in low_rank_layers(model).values():
             # Until the weights are loaded: the _init_weights of xLSTM and OneFormer fill the bias of every nn.Linear of
             # theirs without asking whether it has one.
