@@ -10,7 +10,7 @@ answers every question alike (docs/language-models.md). Bring a decoder of your 
     python examples/sft.py --model_name_or_path folder --gguf_file gemma-3-270m-q4_k_m.gguf --learning_rate 5e-5
 
 All of Cuttlefish is one callback more in the list. The loss is that of the answers alone (completion_only_loss), several
-chats share a row (packing), and activations are worked out anew in backward (gradient_checkpointing); each is an argument of
+chats share a row (packing), and activations are worked out anew in backward (activation_checkpointing); each is an argument of
 SFTConfig and can be set to False. Results go to OUTPUT_DIR: a model folder for each method, results.json with perplexities and
 with what was generated before and after, and plots.
 """
@@ -44,7 +44,7 @@ DEFAULTS = {
     "max_length": 128,
     "packing": True,
     "completion_only_loss": True,
-    "gradient_checkpointing": True,
+    "activation_checkpointing": True,
     "bf16": torch.cuda.is_available(),
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,

@@ -5,7 +5,7 @@ process has all of `down`. Of a row-wise one each has some inputs: `down` is div
 a token (the weight's was over m), and every process has all of `up`. What is whole everywhere is a DTensor too, so that the
 optimizer's groups, which Trainer parts by kind, are those of the dense model.
 
-Run on transformers 5.23, whose styles these are; no other version's are touched.
+Run on transformers 5.23 and 5.24, whose styles these are; no other version's are touched.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def find_root(model: nn.Module) -> Root | None:
             if importlib.util.find_spec("transformers.distributed.parallel_utils") is None:
                 raise ValueError(
                     f"the tensor parallelism of transformers {transformers.__version__} is of another kind than is known: use "
-                    "transformers 5.23, FSDP2 (fsdp_version: 2) or DDP"
+                    "transformers 5.23 or 5.24, FSDP2 (fsdp_version: 2) or DDP"
                 )
             return Root(f"{name}." if name else "", module, module._tp_plan or {})
     return None

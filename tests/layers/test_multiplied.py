@@ -195,7 +195,7 @@ def test_it_launches_less_than_dense_layers_do() -> None:
 def test_checkpointed_blocks_run_as_pairs(model: Any, reentrant: bool) -> None:
     no_dropout(model)
     _, wanted = gradients(model)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     RunMultiplied(model).start()
     gradients(model)

@@ -30,7 +30,7 @@ def gather(together: bool, checkpointing: bool | None = None, dtype: torch.dtype
     model = make_bert().train().to(dtype)
     if checkpointing is not None:
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
     # A weight that has moved would show; a bias that has is in the outputs, and not in what is worked out from the inputs.
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.ndim > 1], lr=0.5)
     collector = MomentCollector(model, find_targets(model), max_tokens=12)

@@ -56,7 +56,7 @@ def without_dropout() -> BertForSequenceClassification:
     "more",
     [
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "bf16": True},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
     ],
     ids=["accumulation in bf16", "checkpointing"],
 )

@@ -129,7 +129,7 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path, reentrant):
     ends = []
     for on in (False, True):
         callback = CuttlefishCallback(CONFIG)
-        options = {"gradient_checkpointing": on, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        options = {"activation_checkpointing": on, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
         trainer = hf.Trainer(
             model=make(rank=None), args=arguments(tmp_path, **options), train_dataset=rows(), callbacks=[callback]
         )
@@ -267,7 +267,15 @@ def test_trls_sft_trainer_switches(tmp_path):
     callback = CuttlefishCallback(CONFIG)
     trainer = trl.SFTTrainer(
         model=model,
-        args=arguments(tmp_path, trl.SFTConfig, max_length=12, save_strategy="steps", save_steps=STEPS, bf16=False),
+        args=arguments(
+            tmp_path,
+            trl.SFTConfig,
+            max_length=12,
+            save_strategy="steps",
+            save_steps=STEPS,
+            bf16=False,
+            activation_checkpointing=True,
+        ),
         train_dataset=datasets.Dataset.from_dict({"text": ["a b c d e", "f g h", "i j k l", "m n"] * 8}),
         processing_class=tokenizer(),
         callbacks=[callback],
@@ -294,7 +302,9 @@ def test_trls_reference_model_that_follows_is_refused_at_the_start(tmp_path):
         return trl.DPOTrainer(
             model=hf.LlamaForCausalLM(config),
             ref_model=hf.LlamaForCausalLM(config),
-            args=arguments(tmp_path, trl.DPOConfig, max_length=12, bf16=False, **settings),
+            args=arguments(
+                tmp_path, trl.DPOConfig, max_length=12, bf16=False, activation_checkpointing=True, **settings
+            ),
             train_dataset=datasets.Dataset.from_dict(pairs),
             processing_class=tokenizer(),
             callbacks=[callback],
@@ -319,7 +329,7 @@ def test_trls_completions_give_statistics_and_a_size(tmp_path, packed):
     )
     callback = CuttlefishCallback(CuttlefishConfig(switch_step=SWITCH, rank_multiple=4, on_error="raise"))
     rows = {"prompt": ["a b", "f g h", "i", "m n"] * 8, "completion": [" c d e", " d", " j k l", " b a"] * 8}
-    options = {"completion_only_loss": True, "packing": packed, "gradient_checkpointing": True}
+    options = {"completion_only_loss": True, "packing": packed, "activation_checkpointing": True}
     trainer = trl.SFTTrainer(
         model=model,
         args=arguments(tmp_path, trl.SFTConfig, max_length=12, save_strategy="no", bf16=False, **options),

@@ -34,7 +34,7 @@ def trainer(
     options: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "adam_epsilon": 1e-3,
         "logging_steps": 1, "save_strategy": "steps", "save_steps": 2, "seed": 3, "use_cpu": True, "report_to": [], "disable_tqdm": True,
-        "average_tokens_across_devices": False, "fsdp": "full_shard auto_wrap", "fsdp_config": sharding,
+        "average_tokens_across_devices": False, "fsdp": True, "fsdp_config": sharding,
         "resume_from_checkpoint": resume, **changes,
     }  # fmt: skip
     args = TrainingArguments(**options)

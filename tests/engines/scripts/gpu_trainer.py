@@ -25,7 +25,7 @@ from loops import tiny_bert
 from trainers import SWITCH, Rows, ddp_at_work, write_results
 
 FSDP2: dict[str, Any] = {
-    "fsdp": "full_shard auto_wrap",
+    "fsdp": True,
     "fsdp_config": {
         "version": 2,
         "transformer_layer_cls_to_wrap": ["BertLayer"],
@@ -35,7 +35,7 @@ FSDP2: dict[str, Any] = {
     },
 }
 FSDP1: dict[str, Any] = {
-    "fsdp": "full_shard auto_wrap",
+    "fsdp": True,
     "fsdp_config": {
         "version": 1,
         "transformer_layer_cls_to_wrap": ["BertLayer"],

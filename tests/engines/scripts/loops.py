@@ -127,7 +127,7 @@ def train(
     if prepare is not None:
         prepare(model)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = optimizer_class(model.parameters(), lr=1e-2, eps=1e-3)
     runner: nn.Module = model
     if size() > 1:

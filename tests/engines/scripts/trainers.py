@@ -184,7 +184,11 @@ def main() -> None:
     result["stopped_at"], result["differences"] = stopped.state.global_step, same_bits(whole, again)
     results["restart"] = result
     results["uneven, checkpointing"] = run(
-        folder, "uneven", rows=45, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
+        folder,
+        "uneven",
+        rows=45,
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": False},
     )[2]
     results["bf16, accumulation"] = run(
         folder, "bf16", bf16=True, gradient_accumulation_steps=2, per_device_train_batch_size=2
