@@ -100,6 +100,8 @@ def train(
         shard(model, **(options or {}))
     runner = torch.compile(model, backend="eager") if graphs is not None and compiled == "whole" else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) if sgd else optimizer_of(model)
+    if compiled == "blocks" and graphs is None:
+        settings = config(even_ranks=True)  # what "auto" does where blocks are compiled
     cuttlefish = Cuttlefish(runner, optimizer, settings or config(), total_steps=STEPS)
     losses = steps(model, optimizer, cuttlefish, 0, SWITCH + 2, parts, runner, graphs)
     if keep is not None and size() > 1:

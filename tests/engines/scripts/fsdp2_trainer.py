@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def trainer(
     }  # fmt: skip
     args = TrainingArguments(**options)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    callback = CuttlefishCallback(UNTIL_KILLED)
+    callback = CuttlefishCallback(replace(UNTIL_KILLED, even_ranks=False))  # one plan, compiled or not
     return Trainer(
         model=tiny_bert(seed), args=args, train_dataset=Rows(), eval_dataset=Rows(8), callbacks=[callback]
     ), callback
