@@ -38,12 +38,12 @@ PACES = {
     "Muon, as AdamW": [(0.91, 1.00), (0.89, 1.01), (0.88, 0.98), (0.87, 0.93)],
 }
 """Relative change of a product per step after the switch / of the weight before, over two layers, at SIZES kept: held by
-tests/patch/test_pace.py."""
+tests/patch/test_pace_of_products.py."""
 
 SECTION = """## The learning rate after the switch
 
 How much the product changes in a step, relative to itself, as a multiple of what the dense step does: same batches, rate and state, a small net of
-two layers (`tests/patch/test_pace.py`).
+two layers (`tests/patch/test_pace_of_products.py`).
 
 {paces}
 
