@@ -34,6 +34,13 @@ from comparing import CuttlefishArguments, MethodArguments, check_arguments, mak
 from language_modeling import make_small_llama, make_tokenizer
 from loading import check_gguf, from_gguf, limited, load_raw, three_splits
 
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in SFTConfig.__dataclass_fields__
+    else "gradient_checkpointing"
+)
+"""Its name in newer transformers, or in older ones."""
+
 DEFAULTS = {
     "output_dir": "runs/sft",
     "do_train": True,
@@ -44,7 +51,7 @@ DEFAULTS = {
     "max_length": 128,
     "packing": True,
     "completion_only_loss": True,
-    "activation_checkpointing": True,
+    CHECKPOINTING: True,
     "bf16": torch.cuda.is_available(),
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,

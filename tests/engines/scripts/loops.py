@@ -277,8 +277,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "builtin comm hook": {"hook": lambda ddp: ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.ALLREDUCE)},
     "PowerSGD": {"hook": power_sgd},
     "compiled": {"compiled": {"blocks": False}},
-    "compiled by blocks": {"compiled": {"blocks": True}},
-    "compiled by blocks, bare model given": {"compiled": {"blocks": True}, "wrapped": False},
+    # What is compared has no blocks that are compiled, where "auto" would leave each layer its own rank.
+    "compiled by blocks": {"compiled": {"blocks": True}, "settings_of_run": config(even_ranks=False)},
+    "compiled by blocks, bare model given": {
+        "compiled": {"blocks": True},
+        "wrapped": False,
+        "settings_of_run": config(even_ranks=False),
+    },
 }
 
 
