@@ -114,7 +114,8 @@ class LowRankCheckpoint(ABC):
         try:
             with self.processes.together():
                 model, report, state = self._write_parts(folder, staging)
-            report.optimizer = self.processes.from_main(lambda: self._finish(folder, staging, model, report, state))
+            report.optimizer = self.processes.from_main(lambda: self._save(folder, staging, model, report, state))
+            self.processes.from_main(lambda: self.rate.write(folder, staging))
         except BaseException:
             if self.processes.is_main:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -132,19 +133,6 @@ class LowRankCheckpoint(ABC):
         if staging.exists():
             shutil.rmtree(staging)
         return rate
-
-    def _finish(
-        self,
-        folder: Path,
-        staging: Path,
-        model: nn.Module,
-        report: FactorizationReport,
-        state: Mapping[str, torch.Tensor],
-    ) -> str:
-        """What the main process adds at last."""
-        said = self._save(folder, staging, model, report, state)
-        self.rate.write(folder, staging)
-        return said
 
     @abstractmethod
     def _check(self, folder: Path) -> None:
