@@ -146,7 +146,7 @@ def train_and_measure(
         measured["train_seconds"] = time.perf_counter() - start
         measured["train_steps"] = trainer.state.global_step
         measured["step_seconds"] = timer.seconds
-        trainer.save_model(str(folder))
+        save_whole(trainer, folder)
         measured["model_folder"] = str(folder)
         if trainer.is_world_process_zero():  # the one process that saves
             if cuttlefish is not None and cuttlefish.plan is not None:
@@ -164,6 +164,19 @@ def train_and_measure(
             plot_stable_ranks(cuttlefish.history, cuttlefish.switch_step, folder.parents[1] / "stable_ranks.png", title)
             plot_ranks(cuttlefish.plan, folder.parents[1] / "ranks.png")
     return measured
+
+
+def save_whole(trainer: Trainer, folder: Path) -> None:
+    """Save the model, also where FSDP writes sharded checkpoints (SHARDED_STATE_DICT): Trainer itself saves no model there."""
+    trainer.save_model(str(folder))
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is None or "FULL" in str(plugin.state_dict_type):
+        return
+    state = trainer.accelerator.get_state_dict(trainer.model)  # every process takes part
+    if trainer.is_world_process_zero():
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, state_dict=state)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(folder)
 
 
 def whole_model(trainer: Trainer, folder: Path) -> torch.nn.Module:

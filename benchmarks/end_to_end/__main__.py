@@ -171,6 +171,9 @@ def run(case: str, mode: str, method: str, steps: int, ratio: float) -> dict[str
         "ms_gathering": _middle(during[1:]),
         "gathering_steps": len(during),
         "ms_after": _middle(gaps[-len(gaps) // 4 :]) if ours.switch_step else None,
+        "seconds_to_first_step": ends[0] - began,
+        "seconds_after_last_step": began + seconds - ends[-1],
+        "slow_steps": _slow(gaps),
         "switch_step": ours.switch_step,
         "switch_seconds": report.seconds if report is not None else None,
         "tried": None if ours.cuttlefish is None else ours.cuttlefish.phase.tried,
@@ -179,6 +182,12 @@ def run(case: str, mode: str, method: str, steps: int, ratio: float) -> dict[str
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _slow(gaps: list[float]) -> list[tuple[int, float]]:
+    """Steps that took three times as long as the middle one, and more than 0.1 s: which, and milliseconds."""
+    middle = _middle(gaps) or 0.0
+    return [(step, round(gap, 1)) for step, gap in enumerate(gaps, start=2) if gap > max(3 * middle, 100.0)]
 
 
 def _middle(values: list[float]) -> float | None:

@@ -156,7 +156,7 @@ def timed(out: Path, quick: bool, cpu: bool) -> list[Launch]:
         name = f"scaling, {processes} processes"
         launches.append(
             Launch(
-                name, HERE / "scaling.py", "torchrun", processes, {}, {"folder": f"{{out}}/{name}", **small}, limit=100
+                name, HERE / "scaling.py", "torchrun", processes, {}, {"folder": f"{{out}}/{name}", **small}, limit=150
             )
         )
     name = "llama fsdp2"

@@ -67,6 +67,7 @@ def checkpoints(folder: Path, processes: int) -> list[str]:
 
 
 DDP, FSDP, ONE = "multi_gpu_ddp_fp16.yaml", "fsdp2.yaml", "one_gpu_bf16.yaml"
+ZERO = "deepspeed_zero{}.yaml"
 
 
 def all_launches(data: Path, quick: bool, cpu: bool) -> list[Launch]:
@@ -108,15 +109,35 @@ def all_launches(data: Path, quick: bool, cpu: bool) -> list[Launch]:
         processes, after, fails = more.pop("processes", 2), more.pop("after", None), more.pop("fails", False)
         script = more.pop("script", classify)
         arguments = {**text, "output_dir": f"{{out}}/{name}", **more}
-        return Launch(name, script, config, processes, options or {}, arguments, after, fails)
+        return Launch(name, script, config, processes, options or {}, arguments, after, fails, limit=240)
 
     def modelled(name: str, config: str, options: dict[str, Any] | None = None, **more: Any) -> Launch:
         processes = more.pop("processes", 2)
         arguments = {**dialogs, "output_dir": f"{{out}}/{name}", **more}
         return Launch(name, model, config, processes, options or {}, arguments, limit=200)
 
+    chats: dict[str, Any] = {
+        "dataset_name": data / "chats",
+        "max_train_samples": 300 if quick else 6_000,
+        "max_eval_samples": 50 if quick else 400,
+        "per_device_train_batch_size": 4 if quick else 8,
+        "average_tokens_across_devices": False,
+        "logging_steps": 5,
+        "target_ratio": 0.4,
+        "disable_tqdm": True,
+    }
+    images: dict[str, Any] = {"num_train_epochs": 4, "per_device_train_batch_size": 32, "logging_steps": 5}
+    images |= {"save_strategy": "no", "target_ratio": 0.4, "disable_tqdm": True}
     steps = -(-rows // 32)
     llama = {"fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
+    loop = {key: text[key] for key in ("model_name_or_path", "dataset_name", "max_train_samples", "max_eval_samples")}
+    loop |= {"num_train_epochs": 2, "per_device_train_batch_size": 16}
+
+    def example(name: str, script: str, options: dict[str, Any], arguments: dict[str, Any]) -> Launch:
+        return Launch(
+            name, EXAMPLES / script, DDP, 2, options, {**arguments, "output_dir": f"{{out}}/{name}"}, limit=200
+        )
+
     found = [
         classified("ddp bf16", ddp, own),
         classified("ddp accumulation", ddp, own, per_device_train_batch_size=8, gradient_accumulation_steps=2),
@@ -142,6 +163,10 @@ def all_launches(data: Path, quick: bool, cpu: bool) -> list[Launch]:
             resume_from_checkpoint="{first}",
         ),
         classified("fsdp1 bf16", FSDP, {"fsdp_version": 1}),
+        *(classified(f"ZeRO-{stage} bf16", ZERO.format(stage), bf16=True) for stage in (2, 3)),
+        example("sft ddp bf16", "sft.py", own, chats),
+        example("images ddp bf16", "image_classification.py", own, images),
+        example("loop ddp bf16", "text_classification_no_trainer.py", own, loop),
         modelled("language model ddp bf16", DDP, own),
         modelled("language model ddp bf16 compiled", DDP, own, torch_compile=True),
         modelled("language model ddp bf16 reduce-overhead", DDP, own, torch_compile=True, torch_compile_mode="reduce-overhead"),

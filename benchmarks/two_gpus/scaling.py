@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_cuttlefish import CuttlefishConfig, estimate_ranks, factorize
+from hf_cuttlefish import factorize
 
 SHAPES = {
     "BERT-base 32 x 128": ((768, 12, 12), 32, 128),
@@ -50,22 +50,12 @@ class Timed:
         )
         model = BertForSequenceClassification(config).to(device)
         if kept is not None:
-            settings = CuttlefishConfig(rank_rule="ratio", rank_ratio=self._ratio(model, kept))
-            factorize_cheaply(model, settings)
+            factorize_cheaply(model, kept)
         self.device, self.model = device, model
         self.ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
         ids = torch.randint(5, 8000, (rows, length), generator=torch.Generator().manual_seed(dist.get_rank()))
         self.batch = {"input_ids": ids.to(device), "labels": torch.zeros(rows, dtype=torch.long, device=device)}
-
-    @staticmethod
-    def _ratio(model: nn.Module, kept: float) -> float:
-        low, high = 1e-3, 1.0
-        for _ in range(14):
-            middle = (low + high) / 2
-            before, after = estimate_ranks(model, CuttlefishConfig(rank_rule="ratio", rank_ratio=middle)).parameters()
-            low, high = (middle, high) if after <= kept * before else (low, middle)
-        return low
 
     def step(self, sync: bool = True) -> None:
         """One step; without `sync` gradients stay here."""
@@ -175,15 +165,22 @@ def cycles_a_second() -> float:
     return 50_000_000 / (time.perf_counter() - started)
 
 
-def factorize_cheaply(model: nn.Module, settings: CuttlefishConfig) -> None:
-    """At the ranks of the settings, with factors of random numbers: only times are of interest."""
+def factorize_cheaply(model: nn.Module, kept: float) -> None:
+    """At one share of each rank, with factors of random numbers: only times are of interest."""
     from hf_cuttlefish.maths.factors import Factors
 
-    plan = estimate_ranks(model, settings)
-    factors = {}
-    for name, rank in plan.items():
-        m, n = model.get_submodule(name).weight.shape
-        factors[name] = Factors(torch.randn(rank, n) / n**0.5, torch.randn(m, rank) * 0.02)
+    shapes = {
+        name: layer.weight.shape
+        for name, layer in model.named_modules()
+        if ".layer." in name and isinstance(layer, nn.Linear)
+    }
+    plan = {name: max(8, round(kept * m * n / (m + n) / 8) * 8) for name, (m, n) in shapes.items()}
+    factors = {
+        name: Factors(
+            torch.randn(rank, shapes[name][1]) / shapes[name][1] ** 0.5, torch.randn(shapes[name][0], rank) * 0.02
+        )
+        for name, rank in plan.items()
+    }
     factorize(model, plan, factors=factors)
 
 
@@ -200,7 +197,7 @@ def measure(name: str, shape: Any, kept: float | None, device: torch.device, tim
         found["step without all-reduce"] = run.seconds(lambda: run.step(sync=False), times)
         found["all-reduce alone"] = run.all_reduce(times)
         run = Timed(*shape, kept, device)  # replicas that went ways of their own are of no use
-        found["step over a simulated link, by Gbit/s"] = {str(g): run.slower(g, max(4, times // 3)) for g in LINKS}
+        found["step over a simulated link, by Gbit/s"] = {str(g): run.slower(g, max(3, times // 5)) for g in LINKS}
     return found
 
 
@@ -209,13 +206,12 @@ def main() -> None:
     arguments, device = begin(__doc__)
     found: dict[str, Any] = {}
     for name, shape in (QUICK if arguments.quick else SHAPES).items():
-        found[name] = {
-            "dense" if k is None else f"{k} kept": measure(name, shape, k, device, 3 if arguments.quick else 20)
-            for k in KEPT
-        }
-    if dist.get_rank() == 0:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-        (arguments.folder / "said.json").write_text(json.dumps({"scaling": found}), "utf-8")
+        for k in KEPT:
+            measured = measure(name, shape, k, device, 3 if arguments.quick else 20)
+            found.setdefault(name, {})["dense" if k is None else f"{k} kept"] = measured
+            if dist.get_rank() == 0:  # what there is so far, should the time be over
+                arguments.folder.mkdir(parents=True, exist_ok=True)
+                (arguments.folder / "said.json").write_text(json.dumps({"scaling": found}), "utf-8")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -25,6 +25,7 @@ from torch import nn
 from ..config import CuttlefishConfig
 from ..layers.kinds import is_dense, kind_of
 from ..layers.low_rank import LowRankLayer
+from ..layers.sizes import WRAPPERS, plain_name
 from ..maths.factors import Factors
 from ..maths.projection import project, unknown_state
 from ..patch.modules import carry_out, make_change
@@ -36,10 +37,6 @@ from .base import Engine, Layers, check_same_shapes, refuse
 from .restart import KeptFactors, LowRankCheckpoint, RestartEngine, save_model
 
 WEIGHTS_FILE, OPTIMIZER_FILE = f"{FSDP_MODEL_NAME}.bin", f"{OPTIMIZER_NAME}.bin"
-
-
-INSIDE = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Under which name FSDP1 and its activation checkpointing hold the module that they are around."""
 
 
 _FLAT = "_flat_param"
@@ -125,7 +122,7 @@ class FSDP1(RestartEngine):
     @classmethod
     def before_loading(cls, model: nn.Module, state: dict[str, torch.Tensor], prefix: str) -> bool:
         """Weights are loaded into the wrappers, whose structure is fixed."""
-        if not prefix.endswith(f"{INSIDE[0]}."):
+        if not prefix.endswith(f"{WRAPPERS[0]}."):
             return False
         check_structure(model, [key.removeprefix(prefix) for key in state if key.startswith(prefix)])
         return True
@@ -210,14 +207,14 @@ def describe(model: nn.Module, units: list[nn.Module]) -> Description:
 
 def _inside(module: nn.Module) -> nn.Module:
     """What FSDP1's wrappers, if any, are around."""
-    while inner := next((module._modules[name] for name in INSIDE if name in module._modules), None):
+    while inner := next((module._modules[name] for name in WRAPPERS if name in module._modules), None):
         module = inner
     return module
 
 
 def check_structure(model: nn.Module, names: Iterable[str]) -> None:
     """Raises ValueError unless weights of these names, about to be loaded, have the factorized layers that the model has."""
-    here = {".".join(part for part in n.split(".") if part not in INSIDE): m for n, m in model.named_modules()}
+    here = {plain_name(n): m for n, m in model.named_modules()}
     own = {name for name, module in here.items() if isinstance(module, LowRankLayer)}
     could = {name for name, module in here.items() if name in own or is_dense(module)}
     given = set(names)

@@ -31,6 +31,19 @@ def block_containers(model: nn.Module, layers: Mapping[str, Any]) -> set[str]:
     return containers
 
 
+WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Under which name FSDP1 and torch's activation checkpointing hold the module that they are around."""
+
+
+def plain_name(name: str) -> str:
+    """The name that a module has where nothing is wrapped: that of a saved file.
+
+    >>> plain_name("layer.0._fsdp_wrapped_module.output")
+    'layer.0.output'
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def group_name(name: str) -> str:
     """The name without its block numbers, such as "encoder.layer.*.attention.self.query"."""
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)

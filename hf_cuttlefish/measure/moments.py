@@ -50,6 +50,7 @@ class MomentCollector:
         frozen: names of layers that are not trained and are to be gathered all the same.
         whole_flow: gives all features of a layer's "input" or "output" (or its gradient) where a process sees some alone
             (tensor parallelism); all processes call it for the same tensors in the same order.
+        in_parts: whether weights are gone when backward has ended (sharded engines), so that each sample is added at once.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class MomentCollector:
         running: Mapping[str, nn.Module] | None = None,
         whole_flow: Callable[[str, torch.Tensor, str], torch.Tensor] | None = None,
         frozen: Collection[str] = (),
+        in_parts: bool = False,
     ) -> None:
         self.model, self.layers, self.max_tokens = model, dict(layers), max_tokens
         self._running = dict(layers if running is None else running)
@@ -83,7 +85,7 @@ class MomentCollector:
         self._kinds: dict[str, Kind] = {}
         self._last: tuple[torch.Tensor, tuple[Any, ...], torch.Tensor] | None = None
         self._on_gpu = any(layer.weight.device.type == "cuda" for layer in self._running.values())
-        self._held_in_parts = any(is_sharded(layer.weight) for layer in self._running.values())
+        self._held_in_parts = in_parts or any(is_sharded(layer.weight) for layer in self._running.values())
 
     @property
     def running(self) -> bool:

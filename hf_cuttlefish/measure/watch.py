@@ -168,7 +168,11 @@ class Watch:
             # Layers that are not trained have been named by hand, else they would be left as they are.
             frozen = [n for n, la in self.layers.items() if not la.weight.requires_grad]
             frozen = frozen if self.config.names_targets else []
-            self.moments = MomentCollector(self.model, self.layers, self.config.statistics_tokens, taps, flow, frozen)
+            # The weights that FSDP1 runs with are plain tensors, whose storage it frees in backward.
+            in_parts = not self.engine.holds_whole_weights
+            self.moments = MomentCollector(
+                self.model, self.layers, self.config.statistics_tokens, taps, flow, frozen, in_parts
+            )
             self.moments.batches.replicas = self.engine.replicas
             self.moments.start()
             if self.engine.holds_whole_weights:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..layers.dense import check_rank, is_quantized
 from ..layers.kinds import find_layers, is_dense, kind_of
 from ..layers.low_rank import LowRankLayer, low_rank_layers
+from ..layers.sizes import plain_name
 from ..layers.vocabulary import with_tied
 from .edits import Edit
 from .surgery import Ties, keep_hooks, retie, swap
@@ -102,7 +103,7 @@ def write_structure(model: nn.Module) -> None:
     for prefix, config in configs_of(model):
         layers = low_rank_layers(model.get_submodule(prefix))
         if layers:
-            ranks = {name: layer.rank for name, layer in layers.items()}
+            ranks = {plain_name(name): layer.rank for name, layer in layers.items()}
             version = max(kind_of(layer).note_version for layer in layers.values())
             config.quantization_config = {"quant_method": QUANT_METHOD, "version": version, "ranks": ranks}
         elif _method_of(getattr(config, "quantization_config", None)) == QUANT_METHOD:

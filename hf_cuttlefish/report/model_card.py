@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modelcard import TASK_MAPPING
 
 from ..decide.plan import RankDecision, RankPlan
 from ..layers.kinds import kind_of
 from ..layers.low_rank import low_rank_layers
-from ..layers.sizes import count_parameters, group_name
+from ..layers.sizes import count_parameters, group_name, plain_name
 from ..patch.report import FactorizationReport
+from ..patch.structure import restructure
 from ..saving.companions import card_of, remembered, source_of
 from .card_source import source_facts
 from .flops import FLOPS_PER_PARAMETER
@@ -117,9 +121,23 @@ def write_companion_card(folder: str | Path, model: nn.Module, dense: bool = Fal
         if dense:
             write_dense_card(folder, model)
         else:
-            write_model_card(folder, model)
+            facts = {"report": remembered(model, "report"), "metrics": remembered(model, "metrics")}
+            write_model_card(folder, _shape_of(model), **facts)
     except Exception as error:  # the weights are whole
         logger.warning("Cuttlefish: %s got no model card: %s", folder, error)
+
+
+def _shape_of(model: nn.Module) -> nn.Module:
+    """The model; or, where an engine holds its factors in pieces (FSDP1, ZeRO-3), one of its structure without values."""
+    pairs = low_rank_layers(model)
+    if not isinstance(model, PreTrainedModel) or all(w.ndim > 1 for pair in pairs.values() for w in pair.factors):
+        return model
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        shape = type(model)(config)
+    restructure(shape, {plain_name(name): pair.rank for name, pair in pairs.items()})
+    return shape
 
 
 def write_dense_card(folder: str | Path, model: nn.Module) -> None:

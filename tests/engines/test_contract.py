@@ -84,6 +84,21 @@ def test_plan_and_losses_are_those_of_one_process(kept, alone, engine):
         assert len(run["losses"]) == contract.STEPS and run["losses"] == pytest.approx(expected["losses"], abs=2e-6)
 
 
+@pytest.mark.parametrize("engine", [e for e in ENGINES if e != "ZeroRedundancyOptimizer"])
+def test_samples_wait_for_the_end_of_backward_only_where_weights_do(kept, engine):
+    """FSDP1 frees a weight's storage in backward, and what read it later found other memory, on a GPU."""
+    for results in kept(engine):
+        assert results["whole"]["together"] is (engine not in ("FSDP1", "FSDP2", "tensor parallel", "DeepSpeed"))
+
+
+@pytest.mark.parametrize("engine", [e for e in ENGINES if e not in ("ZeroRedundancyOptimizer", "tensor parallel")])
+def test_what_trainer_saves_at_the_end_loads(kept, engine):
+    """Under its own names: FSDP1's wrappers stood in config.json's. The card is beside it."""
+    for results in kept(engine):
+        saved = results["whole"]["saved"]
+        assert saved["ranks"] == results["whole"]["plan"] and saved["card"]
+
+
 @pytest.mark.parametrize(
     ("engine", "step"), [(engine, step) for engine in ENGINES for step in contract.saved_at(engine)]
 )

@@ -20,17 +20,20 @@ from torch import distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
 import trainers
 from ending import leave
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, LowRankLinear, follow_checkpoints
+from hf_cuttlefish.layers.low_rank import low_rank_layers
 from loops import batches, mine, rank, size
 
 STEPS, SWITCH, BEFORE, AFTER = 10, 6, 5, 8
@@ -180,11 +183,13 @@ def run(engine: str, folder: Path, config: Any = None, resume: str | None = None
     config = config or settings(engine)
     if engine == "ZeroRedundancyOptimizer":
         return loop(folder, config, resume, seed, **changes)
-    wrapped = []
+    wrapped, together = [], False
     while True:
         callback = CuttlefishCallback(config)
         made = MAKERS[engine](folder, callback, resume, seed, **changes)
+        made.add_callback(gatherer := Gatherer(callback))
         made.train(resume_from_checkpoint=resume)
+        together = together or gatherer.together
         barrier()
         wrapped.append(type(made.model_wrapped).__name__)
         if callback.restart_from is None:
@@ -192,9 +197,34 @@ def run(engine: str, folder: Path, config: Any = None, resume: str | None = None
         resume, seed = callback.restart_from, 9
     return {
         "losses": [r["loss"] for r in made.state.log_history if "loss" in r], "plan": dict(callback.plan or {}),
-        "switched": callback.switch_step, "reason": callback.reason, "wrapped": wrapped,
+        "switched": callback.switch_step, "reason": callback.reason, "wrapped": wrapped, "together": together,
         "low rank": any(isinstance(m, LowRankLinear) for m in made.model.modules()),
+        "saved": saved(made, folder / "model") if engine != "tensor parallel" else None,
     }  # fmt: skip
+
+
+class Gatherer(TrainerCallback):
+    """Notes whether samples of several layers would wait on a GPU for backward's end, when sharded weights are gone."""
+
+    def __init__(self, ours: CuttlefishCallback) -> None:
+        self.ours, self.together = ours, False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        run = self.ours.cuttlefish
+        moments = None if run is None else run.watch.moments
+        if moments is not None:
+            was, moments._on_gpu = moments._on_gpu, True
+            self.together = self.together or moments.spares_launches
+            moments._on_gpu = was
+
+
+def saved(made: Trainer, folder: Path) -> dict[str, Any]:
+    """What Trainer's own folder of the trained model loads as."""
+    made.save_model(str(folder))
+    barrier()
+    low_rank = low_rank_layers(AutoModelForSequenceClassification.from_pretrained(folder))
+    card = (folder / "README.md").read_text("utf-8") if low_rank else ""
+    return {"ranks": {name: layer.rank for name, layer in low_rank.items()}, "card": "low-rank" in card}
 
 
 # --- a loop of one's own, for what Trainer cannot save ---
