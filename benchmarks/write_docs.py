@@ -24,6 +24,7 @@ from .eight_bits.tables import eight_bits_table
 from .experts.speed import table as steps_of_experts
 from .speed.tables import tables as speed_tables
 from .steps.tables import runs_table, steps_table
+from .two_gpus.tables import launches_table, llama_table, scaling_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
@@ -113,7 +114,7 @@ def write_gpu_page() -> None:
     """The tables of docs/fast-on-a-gpu.md."""
     page, results = ROOT / "docs" / "fast-on-a-gpu.md", ROOT / "benchmarks" / "results"
     steps = json.loads((results / "steps_h100.json").read_text("utf-8"))["records"]
-    for what, modes in (("graphs", ["graphs"]), ("eager", ["eager"]), ("inference", ["infer"])):
+    for what, modes in (("graphs", ["graphs"]), ("eager", ["eager"]), ("inference", ["infer", "infer-graphs"])):
         fill(page, what, steps_table(steps, modes))
     fill(page, "runs", runs_table(json.loads((results / "end_to_end_h100.json").read_text("utf-8"))))
 
@@ -168,6 +169,10 @@ def main() -> None:
         record = json.loads((ROOT / "benchmarks" / "results" / name).read_text("utf-8"))
         fill(ROOT / "docs" / "speed-tables.md", what, "\n".join(speed_tables(record)))
     write_gpu_page()
+    record = json.loads((ROOT / "benchmarks" / "results" / "two_gpus_examples.json").read_text("utf-8"))
+    page = ROOT / "docs" / "engines" / "measured.md"
+    for what, make in (("examples", launches_table), ("scaling", scaling_table), ("llama", llama_table)):
+        fill(page, what, make(record))
     vocabulary = vocabulary_table([*load("embeddings_h100"), *load("embeddings_cpu"), *load("embeddings_short_cpu")])
     fill(ROOT / "docs" / "results.md", "vocabulary", vocabulary)
     fill(ROOT / "docs" / "how-it-works.md", "even ranks", even_table(load("even_cpu")))

@@ -1,7 +1,7 @@
 """Fine-tune a decoder on chats with TRL's SFTTrainer: dense, with Cuttlefish, or both compared; then LoRA on top.
 
 With no arguments this trains a small Llama from random weights on dialogs from films, asked and answered, so that no hub is
-needed: 640 core-seconds for both, 6 to 10 minutes on 2 cores. So few tokens teach it which words are frequent, no more: it
+needed: 5.5 minutes for both on 2 cores. So few tokens teach it which words are frequent, no more: it
 answers every question alike (docs/language-models.md). Bring a decoder of your own for the real thing:
 
     python examples/sft.py --method both

@@ -39,7 +39,9 @@ def steps_table(records: Iterable[Record], modes: Sequence[str]) -> str:
         ):
             continue
         batch = f", batch {r['rows']}" if r["mode"].startswith("infer") else ""
-        spread = f"{r['ms']:.1f} ({r['quartiles'][0]:.1f}-{r['quartiles'][1]:.1f})"
+        batch += ", CUDA graph" if r["mode"] == "infer-graphs" else ""
+        digits = 2 if r["ms"] < 5 else 1
+        spread = f"{r['ms']:.{digits}f} ({r['quartiles'][0]:.{digits}f}-{r['quartiles'][1]:.{digits}f})"
         name = NAMES[r["case"]].rpartition(",")[0] if batch else NAMES[r["case"]]
         cells = [f"{name}{batch}", form, spread, f"{r['of_dense']:.2f}", f"{r['gpu_ms']:.1f}", f"{r['kernels']:.0f}"]
         rows.append([*cells, f"{r['peak_mib']:.0f}", *([f"{r['first_seconds']:.0f}"] if compiled else [])])
