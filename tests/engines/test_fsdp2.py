@@ -121,6 +121,12 @@ def test_an_fsdp2_checkpoint_loads_with_automodel(trained_sharded):
     assert trained_sharded[0]["loaded"] == pytest.approx([sum(parts) for parts in zip(*shards, strict=True)], abs=1e-6)
 
 
+def test_examples_save_the_model_where_checkpoints_are_sharded(trained_sharded):
+    """Trainer saves none there, without a word."""
+    for everywhere in trained_sharded:
+        assert everywhere["saved by the examples"] == pytest.approx(everywhere["loaded"], abs=1e-4)
+
+
 def test_fsdp2_refuses_to_go_back_to_a_best_model(trained_sharded):
     for everywhere in trained_sharded:
         assert "load_best_model_at_end" in everywhere["best"] and "from_pretrained" in everywhere["best"]

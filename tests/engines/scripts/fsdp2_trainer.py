@@ -16,6 +16,7 @@ import torch
 import torch._dynamo.utils
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
@@ -23,6 +24,10 @@ from ending import leave
 from hf_cuttlefish import CuttlefishCallback, last_whole_checkpoint
 from loops import tiny_bert
 from trainers import UNTIL_KILLED, Rows, write_results
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "examples"))
+
+from comparing import save_whole
 
 STEPS = 10
 
@@ -51,6 +56,9 @@ def run(folder: Path, kind: str, resume: str | None = None, seed: int = 0, **cha
     torch._dynamo.utils.counters.clear()
     made, callback = trainer(folder, kind, resume, seed, **changes)
     made.train(resume_from_checkpoint=resume)
+    if kind == "SHARDED_STATE_DICT" and resume is None:
+        save_whole(made, folder / "whole")
+        dist.barrier()
     return {
         "compiled": torch._dynamo.utils.counters["stats"].get("unique_graphs", 0),
         "on": made.accelerator.distributed_type == "FSDP"
@@ -94,6 +102,8 @@ def main() -> None:
     results["compiled by blocks"] = run(folder / "again", kind, save_strategy="no", **compiled)
     whole = AutoModelForSequenceClassification.from_pretrained(folder / "FULL_STATE_DICT" / f"checkpoint-{STEPS}")
     results["loaded"] = [p.double().sum().item() for p in whole.parameters()]
+    whole = AutoModelForSequenceClassification.from_pretrained(folder / "SHARDED_STATE_DICT" / "whole")
+    results["saved by the examples"] = [p.double().sum().item() for p in whole.parameters()]
     write_results(folder, results)
 
 
