@@ -21,16 +21,21 @@ def eight_bits_table(record: Mapping[str, Any]) -> str:
     """One row for each task and scheme: dense, and factors beside it. Means over runs; times as factors over dense."""
     rows = record["rows"]
     lines = []
-    for task, device in dict.fromkeys((row["task"], row["device"]) for row in rows):
+    for task, device, threads in dict.fromkeys((row["task"], row["device"], row["threads"]) for row in rows):
         for scheme, name in NAMES.items():
-            some = [r for r in rows if (r["task"], r["device"], r["scheme"]) == (task, device, scheme)]
+            some = [
+                r
+                for r in rows
+                if (r["task"], r["device"], r["threads"], r["scheme"]) == (task, device, threads, scheme)
+            ]
             if not some:
                 continue
             dense, factors = ({r["run"]: r for r in some if r["form"] == form} for form in ("dense", "factors"))
             runs = sorted(dense.keys() & factors.keys())
             lines.append(
                 [
-                    f"{task}, {device}",
+                    task,
+                    threads if device == "cpu" else device,
                     name,
                     *(f"{_mean(form[run]['bytes'] for run in runs) / 1e6:.1f}" for form in (dense, factors)),
                     *(_scores([form[run]["score"] for run in runs]) for form in (dense, factors)),
@@ -38,7 +43,18 @@ def eight_bits_table(record: Mapping[str, Any]) -> str:
                     len(runs),
                 ]
             )
-    header = ["task", "how", "MB dense", "MB factors", "score dense", "score factors", "time at 1", "at 32", "runs"]
+    header = [
+        "task",
+        "threads",
+        "how",
+        "MB dense",
+        "MB factors",
+        "score dense",
+        "score factors",
+        "time at 1",
+        "at 32",
+        "runs",
+    ]
     # Task and runs are columns where they differ; where not, the page says them.
     said = [i for i in (0, len(header) - 1) if len({line[i] for line in lines}) == 1]
     shown = [i for i in range(len(header)) if i not in said]

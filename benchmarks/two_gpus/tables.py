@@ -26,7 +26,9 @@ def launches_table(record: Record) -> str:
         whole = WHOLE.get(name)
         apart = "" if whole is None else f"{_apart(run['losses'], record['runs'][whole]['losses']):.1g} from {whole}"
         rows.append([name, _number(run.get("switch_step")), _size(run), _score(run), apart or run.get("note", "")])
-    return markdown_table(["launch", "switch after step", "parameters", "test", "largest difference of a loss, or what happened"], rows)
+    return markdown_table(
+        ["launch", "switch after step", "parameters", "test", "largest difference of a loss, or what happened"], rows
+    )
 
 
 def scaling_table(record: Record) -> str:

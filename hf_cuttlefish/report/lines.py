@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..config import CuttlefishConfig
 from ..decide.aligning import is_decoder
@@ -82,10 +83,16 @@ def end(run: Run) -> tuple[int, str]:
             for p in pairs.values()
         )
         now = count_parameters(run.model)
+        loads = (
+            "Its folder loads with from_pretrained after `import hf_cuttlefish`; hf_cuttlefish.save_merged(model, folder) writes a "
+            "dense one."
+            if isinstance(run.model, PreTrainedModel)
+            else "Its state_dict loads into the same class after hf_cuttlefish.follow_checkpoints(model); hf_cuttlefish.merge(model) "
+            "makes it dense."
+        )
         return logging.INFO, (
             f"Cuttlefish: the model is factorized, {short_count(now)} of {short_count(now + saved)} parameters "
-            f"({now / (now + saved):.0%}). Its folder loads with from_pretrained after `import hf_cuttlefish`; "
-            "hf_cuttlefish.save_merged(model, folder) writes a dense one. If it is accurate enough, try a smaller target_ratio."
+            f"({now / (now + saved):.0%}). {loads} If it is accurate enough, try a smaller target_ratio."
         )
     if run.switch_step is not None:
         return logging.WARNING, (

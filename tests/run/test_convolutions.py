@@ -165,6 +165,22 @@ def test_an_inspection_shows_every_rule():
     assert "net.4.0.conv1" in found.table("stable_rank") and found.parameters_after("ratio") < found.parameters
 
 
+def test_the_last_line_of_a_plain_module_says_how_that_loads(caplog):
+    """from_pretrained is for transformers' models."""
+    model = made(width=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    run = Cuttlefish(model, optimizer, CuttlefishConfig(target_ratio=0.5, switch_step=4), total_steps=6)
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(**batch())["loss"].backward()
+        optimizer.step()
+        run.step()
+    with caplog.at_level("INFO", logger="hf_cuttlefish"):
+        run.end()
+    last = caplog.records[-1].message
+    assert "follow_checkpoints(model)" in last and "from_pretrained" not in last
+
+
 @pytest.mark.parametrize(("name", "layers"), [("resnet18", 19), ("regnetx_002", 43)])
 def test_models_of_timm(name, layers):
     timm = pytest.importorskip("timm", exc_type=ImportError)

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.accuracy.language_tables import chats_table
 from benchmarks.eight_bits.tables import eight_bits_table
+from benchmarks.two_gpus.tables import launches_table, scaling_table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -99,7 +100,12 @@ def test_every_link_of_the_readme_leads_somewhere():
 
 @pytest.mark.parametrize(
     ("page", "record", "table"),
-    [("serving", "eight_bits", eight_bits_table), ("language-models", "sft_cpu", chats_table)],
+    [
+        ("serving", "eight_bits", eight_bits_table),
+        ("language-models", "sft_cpu", chats_table),
+        ("engines/measured", "two_gpus_examples", launches_table),
+        ("engines/measured", "two_gpus_examples", scaling_table),
+    ],
 )
 def test_tables_are_those_of_the_records(page, record, table):
     text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
