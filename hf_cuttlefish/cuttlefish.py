@@ -247,7 +247,7 @@ class Cuttlefish:
         """
         saved = RunState.from_dict(state, self.model).under(self.config, self.watch.layers)
         self.watch.drop_moments()
-        self.watch.terms_of_first_step()
+        self.watch.forget_first_step()
         self.schedule.statistics_needed = saved.statistics_needed
         if statistics is not None:
             self.watch.load_state_dict(statistics)

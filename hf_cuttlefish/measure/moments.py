@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.kind import Kind
 from ..layers.kinds import dense_weight, kind_of, layer_at
-from ..layers.parts import is_empty_between_uses, is_sharded, whole
+from ..layers.parts import is_empty_between_uses, is_sharded, shape_of, whole
 from ..maths.factors import LayerMoments, Moments
 from ..maths.tied import joined
 from ..processes import Processes
@@ -97,6 +97,7 @@ class MomentCollector:
             return
         run_eagerly(True)
         self._handles += self.batches.hooks(self.model, self._is_here)
+        self._handles.append(self.model.register_forward_pre_hook(self._drop_waiting))
         for module in self.model.modules():
             if isinstance(module, _BatchNorm):
                 self._handles.append(module.register_forward_pre_hook(NormTap(self, module)))
@@ -123,10 +124,12 @@ class MomentCollector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._waiting.clear()
 
     def step(self) -> None:
         """Note that an optimizer step has ended."""
         self.steps += 1
+        self._waiting.clear()
         self._last = None
         self.batches.step()
 
@@ -257,10 +260,12 @@ class MomentCollector:
 
     def weight_of(self, name: str) -> torch.Tensor:
         """The weight that a layer computes with now, (m, n)."""
-        weight = whole(cast(torch.Tensor, self._running[name].weight))
+        held = cast(torch.Tensor, self._running[name].weight)
+        if held.shape != shape_of(held):  # ZeRO-3 has it away; where its values count the tap has kept it
+            return dense_weight(self._running[name])
         if name not in self._kinds:
             self._kinds[name] = kind_of(self.layers[name])
-        return self._kinds[name].matrix(weight)
+        return self._kinds[name].matrix(whole(held))
 
     def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         kind = kind_of(self.layers[name])
@@ -330,6 +335,11 @@ class MomentCollector:
         self._waiting.append((sums, sample))
         if sum(waiting.nbytes for _, waiting in self._waiting) > MOST_BYTES:
             self.flush()
+
+    def _drop_waiting(self, *_: Any) -> None:
+        """A forward begins: what still waits is of a backward that an exception has ended."""
+        if not in_backward():
+            self._waiting.clear()
 
     def flush(self) -> None:
         """Add all samples that wait."""

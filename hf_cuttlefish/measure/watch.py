@@ -103,13 +103,18 @@ class Watch:
 
     def terms_of_first_step(self) -> float | None:
         """Loss terms that all processes together saw in the step that has just ended; None unless it is the first."""
+        batches = self.forget_first_step()
+        # Summed: labels differ from process to process, and the window that follows from this must not.
+        return None if batches is None else sum(self.engine.peers.gather(float(batches.pending)))
+
+    def forget_first_step(self) -> Batches | None:
+        """Stop counting the terms of the first step, and ask no other process. Returns what has been counted."""
         if self._first is None:
             return None
-        batches, handles = self._first
-        self._first = None
+        (batches, handles), self._first = self._first, None
         for handle in handles:
             handle.remove()
-        return float(batches.pending) * self.engine.peers.size
+        return batches
 
     def keep_pace(self, step: int) -> None:
         """A step has ended."""
@@ -233,4 +238,4 @@ class Watch:
         for part in (self.moments, self.flow, self.kept):
             if part is not None:
                 part.stop()
-        self.terms_of_first_step()
+        self.forget_first_step()

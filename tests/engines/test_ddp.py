@@ -216,3 +216,8 @@ def test_a_table_of_tokens_is_cut_alike_on_two_processes_and_on_one(tmp_path):
     assert found[2]["plan"] == found[1]["plan"] and "bert.embeddings.word_embeddings" in found[2]["plan"]
     assert found[2]["differing"] == [] and found[2]["shape"] == [80, found[2]["rank"]]
     assert found[2]["losses"] == pytest.approx(found[1]["losses"], abs=1e-5)
+
+
+def test_processes_with_more_labels_than_others_settle_on_one_window():
+    """Each counted its own, and the one that was due first waited for the others for ever."""
+    assert "window and switch on all processes" in launch(2, "window_loop.py")

@@ -260,3 +260,44 @@ def test_language_model_terms():
     model(torch.randn(2, 3, 4), labels=labels, num_items_in_batch=torch.tensor(10))["loss"].backward()
     assert float(collector.batches.total) == 6 and float(collector.batches.terms) == 10
     collector.stop()
+
+
+class _Gather(torch.autograd.Function):
+    """As ZeRO-3 does it: before a layer's backward its weight is gathered again, after the taps have run."""
+
+    @staticmethod
+    def forward(ctx, y, layer):
+        ctx.layer = layer
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.layer.weight.data = ctx.layer.held
+        return gradient, None
+
+
+@pytest.mark.parametrize(("m", "n"), [(4, 8), (8, 4), (4, 4)])
+def test_weights_may_be_gone_between_forward_and_backward(m, n):
+    """A tap looked at the shape of an empty weight."""
+
+    def take_away(module, args, y):
+        module.weight.data = torch.empty(0)
+        return _Gather.apply(y, module)
+
+    sums = []
+    for is_divided in (False, True):
+        torch.manual_seed(0)
+        layer, x = nn.Linear(n, m), torch.randn(5, n, requires_grad=True)
+        net = nn.Sequential(layer)
+        if is_divided:
+            layer.weight.ds_shape, layer.held = layer.weight.shape, layer.weight.data
+            layer.weight.data = torch.empty(0)
+            layer.register_forward_pre_hook(lambda module, args: setattr(module.weight, "data", module.held))
+            layer.register_forward_hook(take_away)
+        collector = MomentCollector(net, {"0": layer}, in_parts=is_divided)
+        collector.start()
+        net(x).square().sum().backward()
+        collector.stop()
+        sums.append(collector.sums["0"])
+    for name, value in sums[0].items():
+        torch.testing.assert_close(sums[1][name], value)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_cuttlefish.decide.targets import find_targets
@@ -69,3 +70,29 @@ def test_an_overflow_in_one_layer_leaves_out_that_layer_alone() -> None:
     add_samples(sums, [sample(1.0), sample(torch.inf)], 0.5)
     assert float(sums[0]["count"]) == 6 and float(sums[0]["signal"][0, 0]) == 2 * 3 * 2.5**2
     assert all(float(value.abs().sum()) == 0 for value in sums[1].values())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_backward_that_raises_leaves_no_samples(whole: bool) -> None:
+    """They would wait across optimizer steps, and no later backward would ask for its own to be added."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), torch.randn(5, 6)
+    collector = MomentCollector(net, {"0": net[0], "1": net[1]})
+    collector.together = True
+    collector.start()
+
+    def out_of_memory(gradient: torch.Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    between = net[0](x)
+    between.register_hook(out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        net[1](between).square().sum().backward()
+    assert collector._waiting
+    if whole:  # caught, and the next batch tried
+        net(x).square().sum().backward()
+    collector.step()
+    assert not collector._waiting
+    if whole:
+        assert {float(collector.sums[name]["count"]) for name in ("0", "1")} == {5.0}
+    collector.stop()
