@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.kind import Kind
 from ..layers.kinds import dense_weight, kind_of, layer_at
-from ..layers.parts import is_empty_between_uses, is_sharded, shape_of, whole
+from ..layers.parts import is_empty_between_uses, is_sharded, whole
 from ..maths.factors import LayerMoments, Moments
 from ..maths.tied import joined
 from ..processes import Processes
@@ -83,6 +83,8 @@ class MomentCollector:
         self.together: bool | None = None
         """Whether samples of several layers are added together; None: on a GPU."""
         self._kinds: dict[str, Kind] = {}
+        self._away: dict[str, torch.Tensor] = {}
+        """NaN in the shapes of weights that ZeRO-3 has away; where their values count the tap has kept them."""
         self._last: tuple[torch.Tensor, tuple[Any, ...], torch.Tensor] | None = None
         self._on_gpu = any(layer.weight.device.type == "cuda" for layer in self._running.values())
         self._held_in_parts = in_parts or any(is_sharded(layer.weight) for layer in self._running.values())
@@ -116,6 +118,9 @@ class MomentCollector:
             self._handles.append(layer.register_forward_hook(tap, with_kwargs=True))
             if is_empty_between_uses(layer.weight):
                 self._handles.append(layer.register_forward_pre_hook(tap.keep_weight))
+                # Looked up here: in forward and backward ZeRO-3 gathers a weight that is only asked for, out of turn.
+                self._away[name] = dense_weight(layer)
+                self.sums_of(name)
 
     def stop(self) -> None:
         """Remove the hooks; the sums stay."""
@@ -260,12 +265,11 @@ class MomentCollector:
 
     def weight_of(self, name: str) -> torch.Tensor:
         """The weight that a layer computes with now, (m, n)."""
-        held = cast(torch.Tensor, self._running[name].weight)
-        if held.shape != shape_of(held):  # ZeRO-3 has it away; where its values count the tap has kept it
-            return dense_weight(self._running[name])
+        if (away := self._away.get(name)) is not None:
+            return away
         if name not in self._kinds:
             self._kinds[name] = kind_of(self.layers[name])
-        return self._kinds[name].matrix(whole(held))
+        return self._kinds[name].matrix(whole(cast(torch.Tensor, self._running[name].weight)))
 
     def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         kind = kind_of(self.layers[name])

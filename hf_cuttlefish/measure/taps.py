@@ -25,11 +25,12 @@ class Tap:
     def __init__(self, collector: MomentCollector, name: str) -> None:
         self.collector, self.name = collector, name
         self._weight: torch.Tensor | None = None
-        self._known: tuple[Kind, int, int] | None = None  # looked up once: the host has to be spared
+        kind = kind_of(collector.layers[name])
+        self._known: tuple[Kind, int, int] = (kind, *kind.size)  # looked up once: the host has to be spared
 
     def keep_weight(self, module: nn.Module, args: tuple) -> None:
         """Before the forward, under ZeRO-3: it is whole only now, and the gradient comes before it is gathered again."""
-        m, n = kind_of(module).size
+        _, m, n = self._known
         if torch.is_grad_enabled() and m > n:
             self._weight = dense_weight(module)
 
@@ -49,9 +50,6 @@ class Tap:
             output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         seen = collector.batches
         seen.called(len(given))
-        if self._known is None:
-            known = kind_of(collector.layers[name])
-            self._known = known, *known.size
         kind, m, n = self._known
         tokens = kind.features_last(output).shape[:-1].numel()
         stride = -(-tokens // collector.max_tokens) if tokens else 1

@@ -63,8 +63,8 @@ def arguments(
 ) -> TrainingArguments:
     """own: DeepSpeed's optimizer or scheduler in its config, in the place of the Trainer's."""
     # No parameter is so small that ZeRO-3 would leave it whole.
-    # Nothing stays whole between forward and backward, as in a model that is larger than the distance of reuse.
-    all_divided = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0} if stage == 3 else {}
+    # And none stays whole for its next use, as in a model that is larger than what may stay.
+    all_divided = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0} if stage == 3 else {}
     deepspeed = {
         "zero_optimization": {"stage": stage, **all_divided, **(zero or {})},
         "gradient_clipping": "auto",
