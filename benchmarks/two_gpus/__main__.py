@@ -53,7 +53,7 @@ class Runner:
                 return
             self._port += 1
             command = launch.command(self.out, self._port)
-            record["command"] = " ".join(command[1:]).replace(f"{ROOT}/", "").replace(str(self.out), "OUT")
+            record["command"] = self._plain(" ".join(command[1:]))
             self._start(launch, command, min(launch.limit, left), record)
             record |= outcome(self.out / launch.name)
         except Exception as error:
@@ -62,6 +62,13 @@ class Runner:
             self.records[launch.name] = record
             self.done[launch.name].set()
             print(f"{launch.name}: {'good' if is_good(record) else 'NOT GOOD'} {record.get('seconds', '')}", flush=True)
+
+    def _plain(self, text: str) -> str:
+        """Without the paths of this machine."""
+        from accelerate.commands import accelerate_cli
+
+        text = text.replace(accelerate_cli.__file__, "accelerate")
+        return text.replace(f"{ROOT}/", "").replace(str(self.out), "OUT")
 
     def _start(self, launch: Launch, command: list[str], limit: float, record: dict[str, Any]) -> None:
         started = time.time()
@@ -83,7 +90,9 @@ class Runner:
         if launch.fails and "SIGKILL" not in text and "exitcode: -9" not in text and "Signal 9" not in text:
             record["error"] = "it ended, but not by the signal"
         record["said"] = [
-            li for li in text.splitlines() if li.startswith(("Cuttlefish", "hf_cuttlefish")) or "fresh process" in li
+            self._plain(li)
+            for li in text.splitlines()
+            if li.startswith(("Cuttlefish", "hf_cuttlefish")) or "fresh process" in li
         ][-8:]
         if (record["exit"] != 0) is not launch.fails:
             record["log"] = text[-3000:]
