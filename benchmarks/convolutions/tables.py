@@ -42,7 +42,7 @@ def in_turn_table(records: list[dict[str, Any]]) -> str:
         dense, ours = record["runs"]["dense"], record["runs"]["ours_budget"]
         threads = int(record["device"].split(", ")[1].split()[0])
         seconds = [run["seconds" if threads == 1 else "clock_seconds"] for run in (dense, ours)]
-        # Steps are recorded in CPU seconds; on two threads they are two seconds of the clock's each.
+        # Steps are recorded in CPU seconds alone: as many of the clock's as in the run that they belong to.
         step = [
             s / run["seconds"] * t
             for s, run, t in zip((dense["step"]["before"], ours["step"]["after"]), (dense, ours), seconds, strict=True)

@@ -70,9 +70,8 @@ DDP, FSDP, ONE = "multi_gpu_ddp_fp16.yaml", "fsdp2.yaml", "one_gpu_bf16.yaml"
 ZERO = "deepspeed_zero{}.yaml"
 
 
-def all_launches(data: Path, quick: bool, cpu: bool) -> list[Launch]:
-    """Every launch, those that read another's folder after it. quick: few steps. cpu: for a trial without GPUs."""
-    rows, ddp = (96 if quick else 1600), ("cpu_2_processes.yaml" if cpu else DDP)
+def arguments(data: Path, rows: int, quick: bool, cpu: bool) -> tuple[dict[str, Any], ...]:
+    """What a user would add, by script: a text classifier, a language model, chats, images, the loop without a Trainer."""
     text: dict[str, Any] = {
         "model_name_or_path": data / "minilm",
         "dataset_name": data / "trec",
@@ -100,22 +99,6 @@ def all_launches(data: Path, quick: bool, cpu: bool) -> list[Launch]:
         "target_ratio": 0.4,
         "disable_tqdm": True,
     }
-    classify, model = EXAMPLES / "text_classification.py", EXAMPLES / "language_modeling.py"
-    own: dict[str, Any] = {} if cpu else {"mixed_precision": "bf16"}
-    if cpu:
-        text["use_cpu"] = dialogs["use_cpu"] = True
-
-    def classified(name: str, config: str, options: dict[str, Any] | None = None, **more: Any) -> Launch:
-        processes, after, fails = more.pop("processes", 2), more.pop("after", None), more.pop("fails", False)
-        script = more.pop("script", classify)
-        arguments = {**text, "output_dir": f"{{out}}/{name}", **more}
-        return Launch(name, script, config, processes, options or {}, arguments, after, fails, limit=240)
-
-    def modelled(name: str, config: str, options: dict[str, Any] | None = None, **more: Any) -> Launch:
-        processes = more.pop("processes", 2)
-        arguments = {**dialogs, "output_dir": f"{{out}}/{name}", **more}
-        return Launch(name, model, config, processes, options or {}, arguments, limit=200)
-
     chats: dict[str, Any] = {
         "dataset_name": data / "chats",
         "max_train_samples": 300 if quick else 6_000,
@@ -128,10 +111,33 @@ def all_launches(data: Path, quick: bool, cpu: bool) -> list[Launch]:
     }
     images: dict[str, Any] = {"num_train_epochs": 4, "per_device_train_batch_size": 32, "logging_steps": 5}
     images |= {"save_strategy": "no", "target_ratio": 0.4, "disable_tqdm": True}
-    steps = -(-rows // 32)
-    llama = {"fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
     loop = {key: text[key] for key in ("model_name_or_path", "dataset_name", "max_train_samples", "max_eval_samples")}
     loop |= {"num_train_epochs": 2, "per_device_train_batch_size": 16}
+    if cpu:
+        text["use_cpu"] = dialogs["use_cpu"] = True
+    return text, dialogs, chats, images, loop
+
+
+def all_launches(data: Path, quick: bool, cpu: bool) -> list[Launch]:
+    """Every launch, those that read another's folder after it. quick: few steps. cpu: for a trial without GPUs."""
+    rows, ddp = (96 if quick else 1600), ("cpu_2_processes.yaml" if cpu else DDP)
+    text, dialogs, chats, images, loop = arguments(data, rows, quick, cpu)
+    classify, model = EXAMPLES / "text_classification.py", EXAMPLES / "language_modeling.py"
+    own: dict[str, Any] = {} if cpu else {"mixed_precision": "bf16"}
+
+    def classified(name: str, config: str, options: dict[str, Any] | None = None, **more: Any) -> Launch:
+        processes, after, fails = more.pop("processes", 2), more.pop("after", None), more.pop("fails", False)
+        script = more.pop("script", classify)
+        arguments = {**text, "output_dir": f"{{out}}/{name}", **more}
+        return Launch(name, script, config, processes, options or {}, arguments, after, fails, limit=240)
+
+    def modelled(name: str, config: str, options: dict[str, Any] | None = None, **more: Any) -> Launch:
+        processes = more.pop("processes", 2)
+        arguments = {**dialogs, "output_dir": f"{{out}}/{name}", **more}
+        return Launch(name, model, config, processes, options or {}, arguments, limit=200)
+
+    steps = -(-rows // 32)
+    llama = {"fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
 
     def example(name: str, script: str, options: dict[str, Any], arguments: dict[str, Any]) -> Launch:
         return Launch(

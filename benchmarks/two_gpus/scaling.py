@@ -167,13 +167,10 @@ def cycles_a_second() -> float:
 
 def factorize_cheaply(model: nn.Module, kept: float) -> None:
     """At one share of each rank, with factors of random numbers: only times are of interest."""
+    from hf_cuttlefish.decide.targets import find_targets
     from hf_cuttlefish.maths.factors import Factors
 
-    shapes = {
-        name: layer.weight.shape
-        for name, layer in model.named_modules()
-        if ".layer." in name and isinstance(layer, nn.Linear)
-    }
+    shapes = {name: layer.weight.shape for name, layer in find_targets(model).items()}
     plan = {name: max(8, round(kept * m * n / (m + n) / 8) * 8) for name, (m, n) in shapes.items()}
     factors = {
         name: Factors(
