@@ -13,7 +13,7 @@ from torch import nn
 from ..config import CuttlefishConfig
 from ..patch.optimizer import follow_modules
 from ..patch.structure import Exchanges, exchange, plan_structure
-from ..processes import Processes
+from ..processes import Processes, is_distributed
 from .around import Around, check_not_wrapped, unwrap
 from .base import Engine, Layers
 from .ddp import DDP, DataParallel, check_no_ddp
@@ -59,6 +59,8 @@ def find_again(engine: Engine, layers: Layers, config: CuttlefishConfig, can_res
     """
     if engine.processes.size != Processes().size:
         raise RuntimeError("torch.distributed was set up after Cuttlefish was made: make it afterwards")
+    if not is_distributed() and _devices() < 2:
+        return engine  # nobody can have come, and to look at all live objects takes a tenth of a second
     found = find_engine(engine.model, engine.optimizer, can_restart)
     if not found.is_alone:
         found.check(layers, config, can_restart)
@@ -72,6 +74,12 @@ def find_again(engine: Engine, layers: Layers, config: CuttlefishConfig, can_res
             "Accelerate does so only with Accelerator(cpu=True) or ACCELERATE_USE_CPU=true)"
         )
     return found
+
+
+def _devices() -> int:
+    """Accelerators in the hands of this process: with one alone nn.DataParallel does no more than call the model."""
+    accelerator: Any = getattr(torch, "accelerator", torch.cuda)
+    return int(accelerator.device_count())
 
 
 def check_is_free(model: nn.Module, optimizer: Any = None) -> None:

@@ -3,9 +3,12 @@
 import pytest
 from torch import nn
 
+from hf_cuttlefish import CuttlefishConfig
+from hf_cuttlefish.engines import around, find
 from hf_cuttlefish.engines.around import Around, check_not_wrapped
+from hf_cuttlefish.engines.base import Engine
 from hf_cuttlefish.engines.ddp import DataParallel
-from hf_cuttlefish.engines.find import find_engine
+from hf_cuttlefish.engines.find import find_again, find_engine
 
 
 class OurParallel(nn.DataParallel):
@@ -45,3 +48,19 @@ def test_a_wrapper_that_cannot_be_edited_is_refused_whatever_its_class_is_called
     assert Around(model).wrappers == [wrapper]
     with pytest.raises(ValueError, match="FSDP1"):
         check_not_wrapped(wrapper)
+
+
+def test_who_came_since_the_start_is_looked_for_where_somebody_can_have_come(model, monkeypatch):
+    """One process with one device has nobody to wait for; nn.DataParallel comes with the second."""
+    first = find_engine(model, None)
+    assert type(first) is Engine
+    wrapper = nn.DataParallel(model)
+    wrapper.device_ids = [0, 1]
+    looks, look = [], around.live_modules
+    monkeypatch.setattr(around, "live_modules", lambda: looks.append(None) or look())
+    monkeypatch.setattr(find, "_devices", lambda: 1)
+    assert find_again(first, {}, CuttlefishConfig(), False) is first and not looks
+    monkeypatch.setattr(find, "_devices", lambda: 2)
+    monkeypatch.setattr(Engine, "check", lambda *args: None)
+    found = find_again(first, {}, CuttlefishConfig(), False)
+    assert type(found) is DataParallel and found.replicas == 2 and len(looks) == 1
