@@ -27,6 +27,9 @@ LEAST = 4 * 2 * (WARM + TRIED)
 BACKLOG = 0.3
 """Where the device is behind by more than this share of a step when the host has launched all, it sets the pace."""
 
+CLEARLY = 0.9
+"""Where the host sets the pace its times scatter by a third: what launches less runs, unless pairs take less than this share."""
+
 
 class Run(Protocol):
     """What is asked of a run."""
@@ -49,7 +52,7 @@ class Found:
 
     Attributes:
         waits_for_host: whether the host sets the pace; None where it is not known. device: "cuda", "cpu", ...
-        tried: form of running -> milliseconds a step, where one was chosen.
+        tried: form of running -> milliseconds a step, where one was chosen: `form`.
         times: seconds a step before the switch and after it. is_slower: whether that is more than 5% longer.
         objective: of the config. is_compiled: whether anything is compiled. is_resumed: whether the time before is another run's.
     """
@@ -62,6 +65,7 @@ class Found:
     objective: str = "size"
     is_compiled: bool = False
     is_resumed: bool = False
+    form: str | None = None
 
 
 class LowRankPhase:
@@ -99,7 +103,10 @@ class LowRankPhase:
             return None
         device = next(run.engine.model.parameters()).device.type
         if self._section is not None and self._slower is None:
-            return Found(self.waits_for_host, device, self.tried) if self._try() else None
+            if not self._try():
+                return None
+            form = "pairs" if self.multiplied is None else "multiplied"
+            return Found(self.waits_for_host, device, self.tried, form=form)
         if self._slower is not None:
             return self._say_slower(run, device, self._slower)
         compared = self.watch.compared()
@@ -158,13 +165,20 @@ class LowRankPhase:
             form.stop()
             self._section, self.waits_for_host = _Section(), section.waits_for_host
             return False
-        if self.tried["multiplied"] < self.tried["pairs"]:
+        both_wait = bool(self.waits_for_host) and section.waits_for_host
+        if quicker_form(self.tried, both_wait) == "multiplied":
             form.start()
         else:
             self.multiplied, self.waits_for_host = None, section.waits_for_host
         self._section = None
         self.watch.pace.mark()
         return True
+
+
+def quicker_form(tried: Mapping[str, float], waits_for_host: bool) -> str:
+    """The form to run in. tried: form -> milliseconds a step. waits_for_host: whether the host sets the pace in both."""
+    least = CLEARLY if waits_for_host else 1.0
+    return "pairs" if tried["pairs"] <= least * tried["multiplied"] else "multiplied"
 
 
 def can_try(engine: Any) -> bool:

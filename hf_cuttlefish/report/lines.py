@@ -120,7 +120,7 @@ def not_converged(config: CuttlefishConfig, step: int) -> str:
 def low_rank_phase(found: Found) -> tuple[int, str]:
     """(level, line): the form of running that was chosen; what a step takes; that it takes longer, why, and what to do."""
     if found.tried is not None:
-        return logging.INFO, _form(found.tried, bool(found.waits_for_host))
+        return logging.INFO, _form(found.tried, found.form or "pairs", bool(found.waits_for_host))
     before, after = found.times or (0.0, 0.0)
     where = " in the run that this one goes on from" if found.is_resumed else ""
     told = f"Cuttlefish: a step takes {1000 * after:.3g} ms, and took {1000 * before:.3g} ms before the switch{where}. "
@@ -148,11 +148,10 @@ FASTER = (
 )
 
 
-def _form(tried: Mapping[str, float], waits_for_host: bool) -> str:
+def _form(tried: Mapping[str, float], form: str, waits_for_host: bool) -> str:
     words = {"multiplied": "multiplied out", "pairs": "as pairs"}
-    best = min(tried, key=lambda name: tried[name])
     times = " and ".join(f"{ms:.3g} ms {words[name]}" for name, ms in tried.items())
-    told = f"Cuttlefish: a step takes {times}, so the low-rank layers run {words[best]} from here on"
+    told = f"Cuttlefish: a step takes {times}, so the low-rank layers run {words[form]} from here on"
     return f"{told}: the host, not the device, sets the pace. {FASTER}." if waits_for_host else f"{told}."
 
 

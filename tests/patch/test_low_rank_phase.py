@@ -15,7 +15,7 @@ from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.measure.pace import BEFORE, LEAST, STEPS, UNCOUNTED, Pace
 from hf_cuttlefish.measure.watch import Watch
 from hf_cuttlefish.patch import low_rank_phase
-from hf_cuttlefish.patch.low_rank_phase import TRIED, WARM, Found, LowRankPhase
+from hf_cuttlefish.patch.low_rank_phase import TRIED, WARM, Found, LowRankPhase, quicker_form
 from hf_cuttlefish.report import lines
 
 
@@ -63,6 +63,20 @@ class Run:
 
 
 ALL = 2 * (WARM + TRIED) + 1
+
+
+@pytest.mark.parametrize(
+    ("waits", "share", "form"), [(True, 0.95, "multiplied"), (True, 0.85, "pairs"), (False, 0.95, "pairs")]
+)
+def test_what_launches_less_runs_where_the_host_scatters(waits: bool, share: float, form: str) -> None:
+    assert quicker_form({"multiplied": 50.0, "pairs": 50.0 * share}, waits) == form
+
+
+def test_the_line_names_the_form_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(Clock(monkeypatch), 0.05, 0.0475)
+    (found,) = run.go(ALL)
+    assert found.form == "multiplied" and run.phase.multiplied is not None and run.phase.multiplied.is_on
+    assert "run multiplied out from here on" in lines.low_rank_phase(found)[1]
 
 
 @pytest.mark.parametrize(("multiplied", "pairs"), [(0.035, 0.05), (0.05, 0.035)])
