@@ -18,7 +18,7 @@ from .accuracy.plots import plot_calibration, plot_sizes, plot_switch
 from .accuracy.rates_page import rates_page
 from .accuracy.records import Record, base_of, measured, score, show
 from .accuracy.tables import ablation_table, calibration_ratios, conditions, summary_table, switch_table
-from .convolutions.tables import in_turn_table, norms_table
+from .convolutions.tables import gpu_table, in_turn_table, norms_table
 from .convolutions.tables import table as convolutions_table
 from .eight_bits.tables import eight_bits_table
 from .experts.speed import table as steps_of_experts
@@ -180,11 +180,16 @@ def main() -> None:
         records = (ROOT / "benchmarks" / "results" / f"convolutions_{where}.jsonl").read_text("utf-8").splitlines()
         text = convolutions_table([json.loads(line) for line in records])
         fill(ROOT / "docs" / "convolutional-networks.md", f"runs on {where}", text)
-    for what, name, make in (("in turn", "convolutions_speed_cpu", in_turn_table), ("norms", "norms_cpu", norms_table)):
+    for what, name, make in (
+        ("in turn", "convolutions_speed_cpu", in_turn_table),
+        ("on a GPU", "convolutions_speed_h100", gpu_table),
+        ("norms", "norms_cpu", norms_table),
+    ):
         record = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
         fill(ROOT / "docs" / "convolutional-networks.md", what, make(record["rows"]))
-    record = json.loads((ROOT / "benchmarks" / "results" / "experts_speed_cpu.json").read_text("utf-8"))
-    fill(ROOT / "docs" / "experts.md", "steps", steps_of_experts(record))
+    for what, where in (("steps", "cpu"), ("steps on a GPU", "h100")):
+        record = json.loads((ROOT / "benchmarks" / "results" / f"experts_speed_{where}.json").read_text("utf-8"))
+        fill(ROOT / "docs" / "experts.md", what, steps_of_experts(record))
     language = load("language_h100")
     fill(ROOT / "docs" / "language-models.md", "perplexities", perplexity_table(language))
     fill(ROOT / "docs" / "language-models.md", "repair", repair_table(language))

@@ -62,6 +62,19 @@ def in_turn_table(records: list[dict[str, Any]]) -> str:
     return markdown_table(header, rows)
 
 
+def gpu_table(records: list[dict[str, Any]]) -> str:
+    """Milliseconds of a training step on a GPU, dense and at the ranks that runs have found, by network and mode."""
+    steps = {(row["network"], row["mode"], row["plan"]): row["ms"] for row in records}
+    rows = []
+    for network, mode in dict.fromkeys((network, mode) for network, mode, _ in steps):
+        dense = steps[network, mode, "dense"]
+        times = [steps[network, mode, plan] for plan in ("ours", "ours_budget")]
+        rows.append(
+            [f"{NETWORKS[network]}, {mode}", f"{dense:.2f} ms", *(f"{t:.2f} ms ({t / dense:.2f})" for t in times)]
+        )
+    return markdown_table(["", "dense", "default (of dense)", "1/5.6 (of dense)"], rows)
+
+
 def norms_table(records: list[dict[str, Any]]) -> str:
     """Test accuracy at the switch, with the running statistics as they are and renewed; mean and spread over seeds."""
     rows = []
