@@ -13,7 +13,7 @@ from hf_cuttlefish.decide.rules import DEFAULT_RATIO
 from .accuracy.embeddings_tables import vocabulary_table
 from .accuracy.even_tables import even_table
 from .accuracy.explored_tables import after_switch_table, explored_table, latest_switch
-from .accuracy.language_tables import chats_table, perplexity_table, repair_table
+from .accuracy.language_tables import chats_table, default_table, perplexity_table, repair_table
 from .accuracy.plots import plot_calibration, plot_sizes, plot_switch
 from .accuracy.rates_page import rates_page
 from .accuracy.records import Record, base_of, measured, score, show
@@ -191,6 +191,7 @@ def main() -> None:
         record = json.loads((ROOT / "benchmarks" / "results" / f"experts_speed_{where}.json").read_text("utf-8"))
         fill(ROOT / "docs" / "experts.md", what, steps_of_experts(record))
     language = load("language_h100")
+    fill(ROOT / "docs" / "language-models.md", "default", default_table(load("language_default_h100"), language))
     fill(ROOT / "docs" / "language-models.md", "perplexities", perplexity_table(language))
     fill(ROOT / "docs" / "language-models.md", "repair", repair_table(language))
     record = json.loads((ROOT / "benchmarks" / "results" / "sft_cpu.json").read_text("utf-8"))

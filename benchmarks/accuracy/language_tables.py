@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..markdown import markdown_table
-from .records import Record, grouped, mean_and_error, measured
+from .records import Record, grouped, mean_and_error, measured, show
 
 TEXTS = {"dialogs": "film dialogs", "snippets": "reviews and editorials"}
 CONTROL = "whitened SVD after 2/3"
@@ -57,6 +57,17 @@ def cell_of(record: Record) -> tuple[str, str]:
     """Text and learning rate."""
     text = next(label for name, label in TEXTS.items() if name in record["dataset"])
     return text, f"{record['task']['learning_rate']:.0e}".replace("e-0", "e-")
+
+
+def default_table(runs: Sequence[Record], records: Sequence[Record]) -> str:
+    """What the default kept and came to, by text and learning rate; against the dense run of `records`, which is of one seed."""
+    dense = {cell_of(r): r["test_split"]["loss"] for r in records if r["method"] == "dense"}
+    rows = []
+    for cell, found in grouped(runs, cell_of).items():
+        kept = ", ".join("dense" if r["kept"] == 1 else f"{r['kept']:.2g}" for r in found)
+        more = [100 * (math.exp(r["test_split"]["loss"] - dense[cell]) - 1) for r in found]
+        rows.append([*cell, kept, f"{math.exp(dense[cell]):.1f}", show(more, 1, sign=True) + "%"])
+    return markdown_table(["text", "learning rate", "kept", "dense", "above dense"], rows)
 
 
 def column_of(record: Record) -> Column:
