@@ -46,7 +46,7 @@ class Results:
 
     def add(self, result: dict[str, Any]) -> None:
         """Tell of a result, and write all of them now and then."""
-        self.known[result["class"]] = result
+        self.known[result["class"]] = result | {"transformers": hf.__version__}
         print(f"{len(self.known)} {result['class']}: {result['status']} {result['reason'][:150]}", flush=True)
         if time.monotonic() - self._saved > 20:
             self.save()

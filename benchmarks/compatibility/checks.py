@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,8 @@ from torch import nn
 
 from hf_cuttlefish import CuttlefishConfig, estimate_ranks, factorize, merge
 from hf_cuttlefish.decide.targets import find_targets
-from hf_cuttlefish.layers.kinds import kind_of
+from hf_cuttlefish.decide.vocabulary import find_vocabulary
+from hf_cuttlefish.layers.kinds import KINDS, kind_of
 from hf_cuttlefish.layers.low_rank import LowRankLayer
 
 from .classes import find_class
@@ -56,10 +58,11 @@ def select(trial: Trial) -> None:
     """Find the layers; an error of ours, before anything is changed, is an answer too."""
     try:
         layers = find_targets(trial.model)
-        trial.shapes = {n: (*kind_of(layer).size, kind_of(layer).count) for n, layer in layers.items()}
+        trial.shapes = shapes_of(layers)
     except (ValueError, TypeError) as error:
         raise NothingToFactorize(shorten(error)) from error
     trial.result["layers"] = len(trial.shapes)
+    trial.result["kinds"] = dict(Counter(map(kind_name, layers.values())))
 
 
 def plan(trial: Trial) -> None:
@@ -122,6 +125,25 @@ def merge_back(trial: Trial) -> None:
         compare(run(loaded, trial.batch), trial.expected, 2e-3, "after merging")
 
 
+def vocabulary(trial: Trial) -> None:
+    """What `embeddings=True` adds, alone and from a new model: the tables of tokens and their output layers, through the same steps."""
+    model = build(trial.model_class, copy.deepcopy(trial.config))
+    try:
+        layers = find_vocabulary(model)
+    except (ValueError, TypeError) as error:
+        trial.result["vocabulary"] = shorten(error)
+        return
+    trial.result["vocabulary"] = {
+        "tables": sum(kind_of(layer).is_vocabulary for layer in layers.values()),
+        "tied": sum(len(kind_of(layer).tied(model)) for layer in layers.values()),
+        "untied": sum(not kind_of(layer).is_vocabulary for layer in layers.values()),
+    }
+    alone = Trial(trial.model_class, trial.auto_name, model, trial.batch, trial.config, {}, shapes_of(layers))
+    for action in (full_rank, factorize_low, go_backward, save_and_load, merge_back):
+        action(alone)
+    trial.result["vocabulary"]["trained"] = alone.result.get("trained", 0)
+
+
 STEPS: tuple[tuple[str, Callable[[Trial], None]], ...] = (
     ("select", select),
     ("plan", plan),
@@ -130,8 +152,20 @@ STEPS: tuple[tuple[str, Callable[[Trial], None]], ...] = (
     ("backward", go_backward),
     ("save and load", save_and_load),
     ("merge", merge_back),
+    ("vocabulary", vocabulary),
 )
 """What is done to a model of each class, under the names that the records have."""
+
+
+def shapes_of(layers: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """(out, in, number of matrices) of each."""
+    return {name: (*kind_of(layer).size, kind_of(layer).count) for name, layer in layers.items()}
+
+
+def kind_name(layer: nn.Module) -> str:
+    """The word of the layer's kind; convolutions in groups apart."""
+    word = next(word for word, kind in KINDS.items() if type(kind_of(layer)) is kind)
+    return f"{word}, grouped" if getattr(layer, "groups", 1) != 1 else word
 
 
 def check(name: str, model_type: str, auto_name: str) -> dict[str, Any]:
@@ -171,15 +205,15 @@ def control(model_class: type, config: Any, batch: dict[str, torch.Tensor] | Non
         if batch is not None:
             dense = run(model, batch)
             compare(run(model, batch), dense, 1e-4, "in a second forward")
-            if step in ("full rank", "merge"):  # how much rounding is multiplied by this model
+            if step in ("full rank", "merge", "vocabulary"):  # how much rounding is multiplied by this model
                 moved = copy.deepcopy(model)
                 with torch.no_grad():
                     for parameter in moved.parameters():
                         parameter.mul_(1 + 1e-6)
                 compare(run(moved, batch), dense, 2e-3, "after a change of 1e-6")
-            if step == "backward":
+            if step in ("backward", "vocabulary"):
                 mean_square(model, batch)
-        if step in ("save and load", "merge"):
+        if step in ("save and load", "merge", "vocabulary"):
             with tempfile.TemporaryDirectory() as folder:
                 model.save_pretrained(folder)
                 loaded, _ = load(model_class, auto_name, folder)

@@ -35,6 +35,7 @@ SMALL: list[Rule] = [
     (r"(q|kv)_lora_rank|.*_lora_dim|qk_(nope|rope)_head_dim", lambda v: min(v, 8)),
     (r"max_position_embeddings|n_positions|max_(source|target)_positions", lambda v: max(min(v, 512), 64)),
     (r"num_queries|num_query_tokens", lambda v: min(v, 12)),
+    (r"groups_width", lambda v: min(v, HIDDEN // 4)),
     (r"conv_dim|conv_dims", lambda v: min(v, 16)),
 ]
 

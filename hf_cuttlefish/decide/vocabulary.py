@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +18,7 @@ from ..layers.vocabulary import EmbeddingKind, users, why_not_tied
 def find_vocabulary(model: nn.Module) -> dict[str, nn.Module]:
     """The tables of tokens, each weight once, and the output layers that have a weight of their own: module name -> layer.
 
-    What is tied to a table follows it, and is not named.
+    What is tied to a table follows it, and is not named. An output layer of its own whose bias another module has too stays dense.
 
     Raises:
         ValueError: there is no table, or one of a form that a low-rank table cannot have; the text says which.
@@ -35,14 +40,44 @@ def find_vocabulary(model: nn.Module) -> dict[str, nn.Module]:
         if id(table) in followers:
             continue
         others = users(model, table)
-        for why in (kind_of(table).why_dense(), *(why_not_tied(table, other) for other in others)):
+        read = (_who_reads(model, names[id(module)]) for module in (table, *others))
+        for why in (kind_of(table).why_dense(), *(why_not_tied(table, other) for other in others), *read):
             if why:
                 raise ValueError(f"embeddings=True cannot factorize {names[id(table)]}: {why}. Leave embeddings out")
         chosen.append(table)
         followers |= {id(other) for other in others}
     sizes = {kind_of(table).size for table in chosen}
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     outputs = [m for m in given if type(m) is nn.Linear and id(m) not in followers and kind_of(m).size[::-1] in sizes]
+    outputs = [m for m in outputs if m.bias is None or owners[id(m.bias)] == 1]
     return {names[id(module)]: module for module in (*chosen, *outputs)}
+
+
+def _who_reads(model: nn.Module, name: str) -> str:
+    """Which forward of the model reads the weight of this table, or of what is tied to it, by itself; "" if none does.
+
+    Gemma 4 takes the row of its padding, heads of DeBERTa and MobileBERT multiply by the whole table, and the low-rank one's rows
+    are narrower. Known from the text of `forward` alone.
+    """
+    last = re.escape(name.rpartition(".")[2])
+    reads = re.compile(
+        rf"\b({last}|get_input_embeddings\(\))\.weight\b(?!\s*=[^=]|\.(device|dtype|shape|is_meta|requires_grad)\b)"
+    )
+    for kind in dict.fromkeys(type(module) for module in model.modules()):
+        if reads.search(_text_of(kind.forward)):
+            return f"{kind.__name__}.forward reads {name}.weight, and a low-rank table has no rows of that width"
+    return ""
+
+
+@functools.cache
+def _text_of(forward: Callable[..., Any]) -> str:
+    """The text of a forward; "" where there is none to be read, and for torch's own."""
+    if forward.__module__.startswith("torch."):
+        return ""
+    try:
+        return inspect.getsource(forward)
+    except (OSError, TypeError):
+        return ""
 
 
 def embeddings_of(model: nn.Module) -> Iterator[nn.Module]:

@@ -63,8 +63,12 @@ class Pairs:
         """The tokens times `down`, and that times `up`."""
         up, down = self.up, self.down
         short = -up.shape[2] % (16 // up.element_size())
-        if part.offsets is not None and short:  # grouped products need rows of whole 16 bytes
-            up, down = functional.pad(up, (0, short)), functional.pad(down, (0, 0, 0, short))
+        if (
+            part.offsets is not None
+        ):  # grouped products need rows of whole 16 bytes, also where factors are parts of larger ones
+            if short:
+                up, down = functional.pad(up, (0, short)), functional.pad(down, (0, 0, 0, short))
+            up, down = up.contiguous(), down.contiguous()
         return multiply(multiply(x, down), up)
 
 

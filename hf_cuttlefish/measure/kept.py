@@ -70,7 +70,7 @@ class KeptBatches:
         named = _by_name(module, args)
         if torch.is_grad_enabled() and named is not None and not getattr(module, "_is_replica", False):
             kind = next(module.parameters()).device.type
-            given = {name: value for name, value in {**named, **kwargs}.items() if name not in _NOT_KEPT}
+            given = {name: _own(value) for name, value in {**named, **kwargs}.items() if name not in _NOT_KEPT}
             self._kept.append((given, (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))))
 
     def effect(self, layers: Mapping[str, nn.Module], factors: Mapping[str, Factors]) -> Effect:
@@ -130,6 +130,11 @@ class KeptBatches:
         for _, batch in sorted(batches.items()):
             mark = batch.pop("")
             self._kept.append(({k: v.to(device) for k, v in batch.items()}, (bool(len(mark)), mark.dtype)))
+
+
+def _own(value: Any) -> Any:
+    """A copy of a tensor: loops fill one buffer again and again, or give one tensor twice, which safetensors does not store."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _by_name(module: nn.Module, args: tuple) -> dict[str, Any] | None:

@@ -13,10 +13,19 @@ from ..layers.embedding import LowRankEmbedding, LowRankOutput
 NOTES = ("_tied_weights_keys", "all_tied_weights_keys")
 """Where a model notes what it ties: {name of a parameter: name of the one that it is}."""
 
+REGISTERED = ("_modules", "_parameters", "_buffers")
+"""A module's own tables, in which `swap` exchanges by name."""
+
 
 def swap(model: nn.Module, new: Mapping[int, nn.Module | nn.Parameter]) -> None:
-    """Replace child modules, and parameters, by id, in every place where one is registered; either can take the other's place."""
+    """Replace child modules, and parameters, by id, in every place where one is registered; either can take the other's place.
+
+    Modules also where their parent keeps them in a plain list or the like, from which MaskFormer runs them.
+    """
     for parent in list(model.modules()):
+        for name, value in list(vars(parent).items()):
+            if name not in REGISTERED and (kept := _exchanged(value, new)) is not value:
+                vars(parent)[name] = kept
         for table in (parent._modules, parent._parameters):
             for name, child in list(table.items()):
                 if child is None or id(child) not in new:
@@ -29,6 +38,18 @@ def swap(model: nn.Module, new: Mapping[int, nn.Module | nn.Parameter]) -> None:
                 del table[name]
                 setattr(parent, name, replacement)
                 _sort(parent._parameters, order)
+
+
+def _exchanged(value: Any, new: Mapping[int, nn.Module | nn.Parameter]) -> Any:
+    """A plain list, tuple or dictionary with its modules replaced by id; the same object where it has none of them."""
+    if type(value) not in (list, tuple, dict):
+        return value
+    items = value if type(value) is dict else dict(enumerate(value))
+    found = {key: new[id(child)] for key, child in items.items() if isinstance(child, nn.Module) and id(child) in new}
+    found = {key: child for key, child in found.items() if isinstance(child, nn.Module)}
+    if not found:
+        return value
+    return {**items, **found} if type(value) is dict else type(value)(found.get(i, v) for i, v in items.items())
 
 
 def _sort(table: dict[str, nn.Parameter | None], order: list[str]) -> None:

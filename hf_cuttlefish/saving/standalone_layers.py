@@ -195,6 +195,10 @@ def exchange(model, ranks):
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             parent._modules[name] = new.get(id(child), child)
+        for name, value in list(vars(parent).items()):
+            # MaskFormer runs its layers from a plain list.
+            if type(value) in (list, tuple) and any(id(child) in new for child in value):
+                vars(parent)[name] = type(value)([new.get(id(child), child) for child in value])
     for part in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
         for note in ("_tied_weights_keys", "all_tied_weights_keys"):
             keys = getattr(part, note, None)

@@ -121,6 +121,40 @@ def test_a_module_that_says_it_is_an_embedding_is_never_taken(getter):
         names(model, target_modules=["head"])
 
 
+class ReadsTable(nn.Module):
+    """As Gemma 4 takes the row of its padding: the weight itself, not what the table gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.tokens_of_types = nn.Embedding(50, 8), nn.Embedding(50, 8)
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.tokens
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.tokens(ids) - self.tokens.weight[0]
+
+
+class ReadsNothing(ReadsTable):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        ids = ids.to(self.tokens.weight.device)
+        return (self.tokens(ids) - self.tokens_of_types.weight[0]).to(self.tokens.weight.dtype)
+
+
+def test_a_table_whose_weight_a_forward_reads_is_refused_by_name():
+    """Its rows would be narrower, or, at full rank, other numbers without an error."""
+    config = CuttlefishConfig(embeddings=True)
+    with pytest.raises(ValueError, match=r"cannot factorize tokens: ReadsTable.forward reads tokens.weight"):
+        find_targets(ReadsTable(), config)
+    assert "tokens" in find_targets(ReadsNothing(), config)
+    head = hf.MobileBertForMaskedLM(
+        hf.MobileBertConfig(**LLAMA, embedding_size=16)
+    )  # multiplies by the output tied to it
+    with pytest.raises(ValueError, match=r"MobileBertLMPredictionHead.forward reads cls.predictions.decoder.weight"):
+        find_targets(head, config)
+
+
 def test_weights_that_are_declared_tied_are_never_taken_even_while_they_are_apart(bert):
     """As after loading to several devices, before tie_weights."""
     model = copy.deepcopy(bert)

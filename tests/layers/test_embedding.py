@@ -246,3 +246,31 @@ def test_a_model_without_a_table_is_refused_by_name():
         find_targets(model, CuttlefishConfig(embeddings=True))
     with pytest.raises(TypeError, match="embeddings must be True or False, got 'yes'"):
         CuttlefishConfig(embeddings="yes")
+
+
+class WithRow(nn.Embedding):
+    """As T5Gemma 2's: a row apart, of its own parameter, for a token far down the table."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.embed_scale, self.row = 2.0, nn.Parameter(torch.ones(sizes[1]))
+
+    def forward(self, ids):
+        return torch.where((ids == 40)[..., None], self.row, 2.0 * super().forward(ids))
+
+
+def test_a_table_with_a_parameter_besides_its_rows_cannot_be_cut():
+    with torch.device("meta"):
+        empty = WithRow(TOKENS, WIDTH)
+    for table in (WithRow(TOKENS, WIDTH), empty):
+        assert kind_of(table).why_dense() == "WithRow gives more than its rows times a scale"
+
+
+def test_an_output_layer_whose_bias_another_module_has_stays_dense():
+    """Untied BERT registers the bias of its output twice; the table is cut all the same."""
+    model = hf.BertForMaskedLM(hf.BertConfig(**SHAPE, tie_word_embeddings=False))
+    model.cls.predictions.decoder.bias = model.cls.predictions.bias
+    targets = find_targets(model, CuttlefishConfig(embeddings=True))
+    assert "bert.embeddings.word_embeddings" in targets and "cls.predictions.decoder" not in targets
+    factorize(model, dict.fromkeys(targets, RANK))
+    assert type(model.cls.predictions.decoder) is nn.Linear

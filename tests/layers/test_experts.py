@@ -160,6 +160,10 @@ def test_a_grouped_product_takes_any_rank(rank):
     x, ends = torch.randn(9, IN), torch.tensor([4, 4, 9], dtype=torch.int32)
     found = functional.grouped_mm(x, StackView(Pairs(up, down)).mT, offs=ends)
     torch.testing.assert_close(found, functional.grouped_mm(x, (up @ down).mT, offs=ends), rtol=1e-4, atol=1e-4)
+    # Sizes are tried with the first ranks of larger factors, whose rows are of any length.
+    part = Pairs(functional.pad(up, (0, 3))[..., : up.shape[2]], functional.pad(down, (0, 0, 0, 3))[:, : down.shape[1]])
+    again = functional.grouped_mm(x, StackView(part).mT, offs=ends)
+    torch.testing.assert_close(again, found, rtol=1e-4, atol=1e-4)
 
 
 def test_a_compiled_model_runs_pairs_without_a_break():

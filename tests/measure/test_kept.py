@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_cuttlefish import factorize
@@ -101,6 +102,19 @@ def test_the_state_goes_round(model):
     again.load_state_dict(kept.state_dict())
     assert len(again) == len(kept)
     assert again.effect(layers, {}) == kept.effect(layers, {})
+
+
+def test_batches_are_kept_as_they_were_and_can_be_stored(tmp_path):
+    """A loop that fills one buffer in place, and gives it as inputs and as labels."""
+    model, ids = BY_NAME["gpt2"].build().train(), torch.zeros(2, 5, dtype=torch.long)
+    kept = KeptBatches(model)
+    kept.start()
+    for step in range(2):
+        model(input_ids=ids.fill_(step + 3), labels=ids).loss.backward()
+    kept.stop()
+    save_file(kept.state_dict(), tmp_path / "kept.safetensors")
+    stored = load_file(tmp_path / "kept.safetensors")
+    assert [int(stored[f"kept/{i}/{name}"][0, 0]) for i in range(2) for name in ("input_ids", "labels")] == [3, 3, 4, 4]
 
 
 def test_a_model_without_scores_has_no_divergence():

@@ -24,6 +24,7 @@ from hf_cuttlefish.patch.edits import Edit
 from hf_cuttlefish.patch.modules import carry_out, make_change
 from hf_cuttlefish.patch.optimizer import CheckParameters, SwapParameters
 from hf_cuttlefish.processes import Processes
+from hf_cuttlefish.saving import standalone_layers
 from tiny_models import BY_NAME, assert_same, outputs, text
 from untouched import assert_untouched, snapshot
 
@@ -197,6 +198,48 @@ def test_the_optimizer_comes_along(name, family):
     for n, p in model.named_parameters():
         assert p.isfinite().all() and (n not in factors or not torch.equal(p, before[n])), n
     assert [group["lr"] for group in groups] == [group["initial_lr"] / 4 for group in groups]
+
+
+class Listed(nn.Module):
+    """As MaskFormer's pyramid: layers run from plain containers, and are registered under their numbers besides."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(8, 8), nn.ReLU()]
+        self.last = {"map": nn.Linear(8, 8)}
+        self.pair = (nn.Linear(8, 8), "linear")
+        for i, layer in enumerate([*self.layers, *self.last.values(), self.pair[0]]):
+            self.add_module(str(i), layer)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.pair[0](self.last["map"](x))
+
+
+def test_layers_that_run_from_plain_containers_are_replaced_there_too():
+    """Else the dense layer would run on unseen, and a loaded model would run one that was never filled."""
+    torch.manual_seed(0)
+    model, x = nn.ModuleList([Listed()]), torch.randn(3, 8)
+    kept = list(model[0].layers), dict(model[0].last), model[0].pair
+    change = make_change(model, dict.fromkeys(("0.0", "0.2", "0.3"), 2))
+    edit = modules_file.SwapModules(change)
+    edit.apply()
+    block = model[0]
+    assert [block.layers[0], block.last["map"], block.pair[0]] == [block.get_submodule(n) for n in "023"]
+    block(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())  # those of the factors, and no others
+    edit.undo()
+    assert (block.layers, block.last, block.pair) == kept
+    dense = copy.deepcopy(model)
+    factorize(model, dict.fromkeys(("0.0", "0.2", "0.3"), 8))
+    assert isinstance(model[0].layers[0], LowRankLinear)
+    torch.testing.assert_close(model[0](x), dense[0](x), rtol=1e-4, atol=1e-5)
+    merge(model)
+    assert model[0].layers[0] is model[0].get_submodule("0") and type(model[0].layers[0]) is nn.Linear
+    standalone_layers.exchange(dense, {"0.0": 2, "0.3": 2})
+    assert dense[0].layers[0] is dense[0].get_submodule("0") and dense[0].pair[0] is dense[0].get_submodule("3")
+    assert isinstance(dense[0].layers[0], standalone_layers.LowRankLinear)
 
 
 def test_pending_gradients_go_with_the_old_weights(bert):

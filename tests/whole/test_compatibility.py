@@ -12,6 +12,7 @@ import transformers as hf
 from benchmarks.compatibility import checks, outcomes, pages, tiny
 from benchmarks.compatibility.classes import model_classes
 from hf_cuttlefish import factorize
+from hf_cuttlefish.decide import vocabulary as vocabulary_file
 from hf_cuttlefish.decide.stored import lost_when_saved
 from hf_cuttlefish.decide.targets import find_targets
 
@@ -30,8 +31,19 @@ PASSING = [
     "YolosForObjectDetection",
     "SamModel",
     "LlavaForConditionalGeneration",
+    "MaskFormerForInstanceSegmentation",
 ]
-"""Encoders, decoders, both, state spaces, experts, audio, vision and images with text; not those of tiny_models."""
+"""Encoders, decoders, both, state spaces, experts, audio, vision, images with text, layers in plain lists; not those of tiny_models."""
+
+KINDS = {
+    "GPT2LMHeadModel": ({"Conv1D"}, {"tables": 1, "tied": 1, "untied": 0, "trained": 1}),
+    "LlamaForCausalLM": ({"Linear"}, {"tables": 1, "tied": 0, "untied": 1, "trained": 2}),
+    "GptOssForCausalLM": ({"Linear", "Experts"}, {"tables": 1, "tied": 0, "untied": 1, "trained": 2}),
+    "RegNetForImageClassification": ({"Conv2d", "Conv2d, grouped"}, "finds no table of tokens"),
+    "MobileNetV2Model": ({"Conv2d"}, "finds no table of tokens"),
+    "Gemma4Model": ({"Linear"}, "Gemma4Model.forward reads language_model.embed_tokens.weight"),
+}
+"""Class -> words of its layers' kinds, and what embeddings=True takes, or why it takes nothing."""
 
 
 def test_the_classes_come_from_the_auto_mappings():
@@ -46,6 +58,24 @@ def test_a_class_passes_every_step(name):
     result = checks.check(name, *CLASSES[name])
     assert result["status"] == outcomes.PASSES, result["reason"]
     assert result["layers"] > 0 and result["trained"] > 0 and result["parameters"] < tiny.MOST_PARAMETERS
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_kind_of_layer_and_the_vocabulary_pass_and_are_told_apart(name):
+    kinds, vocabulary = KINDS[name]
+    result = checks.check(name, *CLASSES[name])
+    assert result["status"] == outcomes.PASSES, result["reason"]
+    assert set(result["kinds"]) == kinds and sum(result["kinds"].values()) == result["layers"]
+    if isinstance(vocabulary, dict):
+        assert result["vocabulary"] == vocabulary
+    else:
+        assert vocabulary in result["vocabulary"]
+
+
+def test_the_check_finds_what_is_wrong_with_a_vocabulary(monkeypatch):
+    monkeypatch.setattr(vocabulary_file, "_who_reads", lambda model, name: "")
+    result = checks.check("Gemma4Model", *CLASSES["Gemma4Model"])
+    assert result["status"] == outcomes.FAILS and result["reason"].startswith("vocabulary: RuntimeError")
 
 
 def test_a_model_whose_init_weights_fills_every_bias_is_loaded():

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as hf
@@ -14,7 +15,18 @@ from safetensors.torch import load_file, save_file
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, RankPlan, estimate_ranks, factorize, follow_checkpoints
 from hf_cuttlefish.saving.checkpoints import STATISTICS_FILE
 
-from .good_files import IDS, OTHERS, RUN, WrongLoadError, check_structure, new_trainer, other, tiny
+from .good_files import (
+    OTHERS,
+    RUN,
+    STATE,
+    WrongLoadError,
+    check_structure,
+    new_trainer,
+    other,
+    settings_of,
+    tiny,
+    train,
+)
 from .mutations import Gentle, dump, mutate_bytes, mutate_header, mutate_json
 
 
@@ -76,26 +88,69 @@ def door_plan(folder: Path, rng: random.Random) -> None:
 
 
 def door_kinds(folder: Path, rng: random.Random) -> None:
-    """Folders and plans of models with convolutions, experts and a low-rank vocabulary."""
-    name, what = rng.choice(list(OTHERS)), rng.random()
-    if what < 0.3:
-        path = folder / f"{name}.json"
-        path.write_bytes(dump(mutate_json(json.loads(path.read_bytes()), rng)))
-        model = other(name)
-        factorize(model, RankPlan.from_json(path))
-        return check_structure(model)
-    if what < 0.65:
-        path = folder / name / "config.json"
-        data = json.loads(path.read_bytes())
-        data["quantization_config"] = mutate_json(data["quantization_config"], rng)
-        path.write_bytes(dump(data))
-        note = data["quantization_config"]
-        if not isinstance(note, dict) or note.get("quant_method") != "cuttlefish":
-            raise NotAskedError(f"{note!r:.60}")
-    else:
-        path = folder / name / "model.safetensors"
-        path.write_bytes(mutate_header(path.read_bytes(), rng))
-    return check_structure(getattr(hf, OTHERS[name][0]).from_pretrained(folder / name))
+    """What there is of models with other kinds of layers, or a low-rank vocabulary: plan, config, folder, run."""
+    name = rng.choice(list(OTHERS))
+    return rng.choice((plan_of_kind, config_of_kind, structure_of_kind, header_of_kind, run_of_kind))(folder, name, rng)
+
+
+def plan_of_kind(folder: Path, name: str, rng: random.Random) -> None:
+    """A plan, carried out."""
+    path = folder / f"{name}.json"
+    path.write_bytes(dump(mutate_json(json.loads(path.read_bytes()), rng)))
+    model = other(name)
+    factorize(model, RankPlan.from_json(path))
+    check_structure(model)
+
+
+def config_of_kind(folder: Path, name: str, rng: random.Random) -> None:
+    """A config: its rank_pattern, exclude_modules and embeddings."""
+    path = folder / f"{name}, config.json"
+    path.write_bytes(dump(mutate_json(json.loads(path.read_bytes()), rng, patterns=True)))
+    estimate_ranks(other(name), CuttlefishConfig.from_json(path.read_text("utf-8")))
+
+
+def structure_of_kind(folder: Path, name: str, rng: random.Random) -> None:
+    """config.json of a factorized folder."""
+    path = folder / name / "config.json"
+    data = json.loads(path.read_bytes())
+    note = data["quantization_config"] = mutate_json(data["quantization_config"], rng)
+    path.write_bytes(dump(data))
+    if not isinstance(note, dict) or note.get("quant_method") != "cuttlefish":
+        raise NotAskedError(f"{note!r:.60}")
+    check_structure(getattr(hf, OTHERS[name][0]).from_pretrained(folder / name))
+
+
+def header_of_kind(folder: Path, name: str, rng: random.Random) -> None:
+    """model.safetensors of a factorized folder."""
+    path = folder / name / "model.safetensors"
+    path.write_bytes(mutate_header(path.read_bytes(), rng))
+    check_structure(getattr(hf, OTHERS[name][0]).from_pretrained(folder / name))
+
+
+def run_of_kind(folder: Path, name: str, rng: random.Random) -> None:
+    """State and statistics of a run, which goes on to its end: before the switch through it, with the optimizer's state."""
+    run = folder / f"{name}, {rng.choice(('before', 'after'))}"
+    state, statistics = mutate_json(json.loads((run / STATE).read_bytes()), rng), run / STATISTICS_FILE
+    if statistics.exists() and rng.random() < 0.5:
+        state = json.loads((run / STATE).read_bytes())
+        statistics.write_bytes(mutate_header(statistics.read_bytes(), rng))
+    model = getattr(hf, OTHERS[name][0]).from_pretrained(run)
+    go_on(model, state, load_file(statistics) if statistics.exists() else None, settings_of(name, **RUN))
+
+
+def go_on(model: Any, state: Any, statistics: dict[str, torch.Tensor] | None, config: CuttlefishConfig) -> None:
+    """Load the state of a run of eight steps, and go on to its end."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    cuttlefish = Cuttlefish(model, optimizer, config, total_steps=8)
+    try:
+        cuttlefish.load_state_dict(state, statistics)
+        train(model, optimizer, cuttlefish, 8 - min(cuttlefish.global_step, 8))
+        cuttlefish.end()
+        json.dumps(cuttlefish.state_dict())
+        str(cuttlefish.report)
+    finally:
+        cuttlefish.close()
+    check_structure(model)
 
 
 def door_config(folder: Path, rng: random.Random) -> None:
@@ -126,7 +181,6 @@ def door_state(folder: Path, rng: random.Random) -> None:
     model = tiny()
     follow_checkpoints(model)
     model.load_state_dict(load_file(folder / name / "model.safetensors"))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     statistics = None
     if (folder / name / STATISTICS_FILE).exists():
         statistics = load_file(folder / name / STATISTICS_FILE)
@@ -135,20 +189,7 @@ def door_state(folder: Path, rng: random.Random) -> None:
             save_file(statistics, spoiled)
             spoiled.write_bytes(mutate_header(spoiled.read_bytes(), rng))
             statistics = load_file(spoiled)
-    cuttlefish = Cuttlefish(model, optimizer, RUN, total_steps=8)
-    try:
-        cuttlefish.load_state_dict(state, statistics)
-        for _ in range(8 - min(cuttlefish.global_step, 8)):
-            model(IDS, labels=torch.tensor([0, 1])).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            cuttlefish.step()
-        cuttlefish.end()
-        json.dumps(cuttlefish.state_dict())
-        str(cuttlefish.report)
-    finally:
-        cuttlefish.close()
-    check_structure(model)
+    go_on(model, state, statistics, CuttlefishConfig(**RUN))
 
 
 def door_resume(folder: Path, rng: random.Random) -> None:

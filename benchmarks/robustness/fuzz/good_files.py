@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
+from safetensors.torch import save_file
 from torch import nn
 
-from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig, estimate_ranks, factorize
+from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, estimate_ranks, factorize
 from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.layers.low_rank import low_rank_layers
+from hf_cuttlefish.saving.checkpoints import STATISTICS_FILE
 
 TINY: dict[str, Any] = {
     "vocab_size": 50,
@@ -25,7 +28,8 @@ TINY |= {"max_position_embeddings": 16, "num_labels": 3}
 
 IDS = torch.arange(12).reshape(2, 6) + 3
 PLAN = CuttlefishConfig(rank_rule="ratio", rank_multiple=4)
-RUN = CuttlefishConfig(switch_step=5, statistics_steps=4, check_steps=1, on_error="raise")
+RUN: dict[str, Any] = {"switch_step": 5, "statistics_steps": 4, "check_steps": 1, "on_error": "raise"}
+STATE = "state.json"
 
 
 def tiny() -> hf.PreTrainedModel:
@@ -39,11 +43,24 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         "ResNetForImageClassification",
         {"embedding_size": 8, "hidden_sizes": [16, 16], "depths": [1, 1], "layer_type": "basic", "num_channels": 1},
     ),
+    "convolutions in groups": (
+        "RegNetForImageClassification",
+        {"embedding_size": 8, "hidden_sizes": [16, 16], "depths": [1, 1], "groups_width": 4, "num_channels": 1},
+    ),
+    "Conv1D": (
+        "GPT2ForSequenceClassification",
+        {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "pad_token_id": 0},
+    ),
     "experts": (
         "MixtralForCausalLM",
         {**TINY, "num_local_experts": 3, "num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2},
     ),
+    "experts, transposed with biases": (
+        "GptOssForCausalLM",
+        {**TINY, "num_local_experts": 3, "num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2},
+    ),
     "embeddings": ("BertForMaskedLM", TINY),
+    "embeddings, not tied": ("LlamaForCausalLM", {**TINY, "num_key_value_heads": 2}),
 }
 """Kind of layer -> class and config of a model that has it."""
 
@@ -55,9 +72,42 @@ def other(name: str) -> hf.PreTrainedModel:
     return cls(cls.config_class(**config)).eval()
 
 
-def targets_of(name: str, model: nn.Module) -> dict[str, nn.Module]:
-    """What `factorize` takes of it."""
-    return find_targets(model, CuttlefishConfig(embeddings=name == "embeddings"))
+def settings_of(name: str, **others: Any) -> CuttlefishConfig:
+    """A config for a model with layers of that kind."""
+    return CuttlefishConfig(embeddings=name.startswith("embeddings"), **others)
+
+
+def inputs_of(model: hf.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A batch with labels."""
+    if model.main_input_name == "pixel_values":
+        pixels = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+        return {"pixel_values": pixels, "labels": torch.tensor([0, 1])}
+    classes = type(model).__name__.endswith("SequenceClassification")
+    return {"input_ids": IDS, "labels": torch.tensor([0, 1]) if classes else IDS}
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer, cuttlefish: Cuttlefish, steps: int) -> None:
+    """Some steps of a run on that batch."""
+    batch = inputs_of(model)
+    for _ in range(steps):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cuttlefish.step()
+
+
+def save_runs(folder: Path, name: str) -> None:
+    """Two moments of a run of eight steps, before and after the switch: the state, the statistics and the model."""
+    model = other(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    cuttlefish = Cuttlefish(model, optimizer, settings_of(name, **RUN), total_steps=8)
+    for moment in ("before", "after"):
+        train(model, optimizer, cuttlefish, 3)
+        model.save_pretrained(folder / f"{name}, {moment}")
+        (folder / f"{name}, {moment}" / STATE).write_text(json.dumps(cuttlefish.state_dict()))
+        if statistics := cuttlefish.statistics_state():
+            save_file(statistics, folder / f"{name}, {moment}" / STATISTICS_FILE)
+    cuttlefish.close()
 
 
 def prepare(folder: Path) -> None:
@@ -73,12 +123,14 @@ def prepare(folder: Path) -> None:
     (folder / "config.json").write_text(config.to_json())
     for name in OTHERS:
         model = other(name)
-        plan = estimate_ranks(
-            model, CuttlefishConfig(rank_rule="ratio", rank_multiple=2, embeddings=name == "embeddings")
-        )
+        targets = list(find_targets(model, settings_of(name)))
+        plan = estimate_ranks(model, settings_of(name, rank_rule="ratio", rank_multiple=2))
         (folder / f"{name}.json").write_text(plan.to_json())
-        factorize(model, dict.fromkeys(targets_of(name, model), 4))
+        config = settings_of(name, rank_pattern={targets[0]: 2}, exclude_modules=[targets[-1]])
+        (folder / f"{name}, config.json").write_text(config.to_json())
+        factorize(model, dict.fromkeys(targets, 2))
         model.save_pretrained(folder / name)
+        save_runs(folder, name)
     trainer = new_trainer(folder / "run")
     trainer.train()
     for name, step in (("before", 3), ("after", 6)):
@@ -102,7 +154,9 @@ def new_trainer(folder: Path, restore: bool = False, model: Any = None) -> hf.Tr
         str(folder), max_steps=8, save_steps=3, per_device_train_batch_size=2, use_cpu=True, report_to=[], disable_tqdm=True,
         logging_steps=100, restore_callback_states_from_checkpoint=restore, dataloader_num_workers=0,
     )  # fmt: skip
-    trainer = hf.Trainer(model or tiny(), args, train_dataset=Rows(), callbacks=[CuttlefishCallback(RUN)])
+    trainer = hf.Trainer(
+        model or tiny(), args, train_dataset=Rows(), callbacks=[CuttlefishCallback(CuttlefishConfig(**RUN))]
+    )
     trainer.remove_callback(hf.PrinterCallback)
     return trainer
 
