@@ -198,7 +198,7 @@ def main() -> None:
     fill(ROOT / "docs" / "language-models.md", "chats", chats_table(record))
     record = json.loads((ROOT / "benchmarks" / "results" / "eight_bits.json").read_text("utf-8"))
     fill(ROOT / "docs" / "serving.md", "eight bits", eight_bits_table(record))
-    (ROOT / "docs" / "results-rates.md").write_text(rates_page(load("rates_h100")), encoding="utf-8")
+    (ROOT / "docs" / "results-rates.md").write_text(rates_page(load("rates_h100"), load("rates_cpu")), encoding="utf-8")
     (ROOT / "docs" / "results-records.md").write_text(
         "\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8"
     )

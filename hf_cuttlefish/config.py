@@ -92,7 +92,7 @@ class CuttlefishConfig:
     target_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the target layers' parameters to keep, for rule 'loss'. None: measured, 0.3 to 0.5 (pretrained "
+            "help": "Share of the target layers' parameters to keep, for rule 'loss'. None: measured, 0.3 to 0.8 (pretrained "
             "language models: 0.3 to 0.9, or all)."
         },
     )

@@ -18,6 +18,7 @@ DATA = {
 }
 DEFAULT, FORMER = ("cuttlefish", None), ("former", None)
 SIXTH, FORMER_SIXTH, THIRD = ("cuttlefish", 0.18), ("former", 0.18), ("cuttlefish", 0.33)
+SIX_TENTHS, EIGHT_TENTHS, TENTH = ("cuttlefish", 0.6), ("cuttlefish", 0.8), ("tenth", None)
 WHITENED, UNIFORM = ("whitened_after", 0.4), ("ablation", 0.4)
 NAMES = {
     DEFAULT: "default",
@@ -25,6 +26,9 @@ NAMES = {
     SIXTH: "1/5.6",
     FORMER_SIXTH: "former, 1/5.6",
     THIRD: "1/3",
+    SIX_TENTHS: "0.60",
+    EIGHT_TENTHS: "0.80",
+    TENTH: "bound of a tenth",
     WHITENED: "whitened SVD after 2/3 (0.40)",
     UNIFORM: "even ranks (0.40)",
 }
@@ -90,18 +94,26 @@ def cells_table(records: Sequence[Record], split: str, ways: Sequence[Way]) -> s
         row = [*_named(cell), show((found.accuracy(r) for r in dense), 1)]
         for way in ways:
             points = found.of(cell, way)
-            row.append(show(points, 2, sign=True) + (f" (n {len(points)})" if len(points) in (1, 2) else ""))
-        if DEFAULT in ways:
-            members = found.cells.get((cell, DEFAULT), [])
-            notes = [r["method_notes"] for r in members]
-            row += [
-                _mean([r["kept"] for r in members]),
-                _mean([n.get("learning_rate_scale") for n in notes]),
-            ]
-        rows.append(row)
-    measured = ["kept", "rate times"] if DEFAULT in ways else []
-    header = ("model", "data", "rate", "dense", *(NAMES[w] for w in ways), *measured)
+            text = show(points, 2, sign=True) + (f" (n {len(points)})" if len(points) in (1, 2) else "")
+            kept = _mean([r["kept"] for r in found.cells.get((cell, way), [])])
+            row.append(f"{text} at {kept}" if text and way in (DEFAULT, TENTH) else text)
+        own = [r for way in (DEFAULT, TENTH) for r in found.cells.get((cell, way), [])]
+        rows.append([*row, _mean([r["method_notes"].get("learning_rate_scale") for r in own])])
+    header = ("model", "data", "rate", "dense", *(NAMES[w] for w in ways), "rate times")
     return markdown_table(header, rows)
+
+
+def small_table(on_cpu: Sequence[Record], records: Sequence[Record]) -> str:
+    """Runs on a CPU, against the mean of the dense runs of `records`."""
+    rows = []
+    dense = grouped([r for r in records if r["method"] == "dense"], cell_of)
+    for cell, runs in sorted(grouped(on_cpu, cell_of).items(), key=lambda item: _order(item[0])):
+        accuracies = [100 * r["test_split"]["accuracy"] for r in runs if r["method"] != "dense"]
+        own = [100 * r["test_split"]["accuracy"] for r in runs if r["method"] == "dense"]
+        known = [100 * r["test_split"]["accuracy"] for r in dense.get(cell, [])]
+        kept = ", ".join(f"{r['kept']:.2f}" for r in runs if r["method"] != "dense")
+        rows.append([*_named(cell), show(known, 1), show(own, 1), show(accuracies, 1), kept])
+    return markdown_table(("model", "data", "rate", "dense, H100", "dense, CPU", "default", "kept"), rows)
 
 
 def groups_of(records: Sequence[Record]) -> dict[str, list[Cell]]:
@@ -117,23 +129,23 @@ def groups_of(records: Sequence[Record]) -> dict[str, list[Cell]]:
     }
 
 
-def default_size(records: Sequence[Record], cells: Sequence[Cell]) -> str:
-    """Mean share that the default keeps, each cell counting the same."""
+def own_size(records: Sequence[Record], cells: Sequence[Cell], way: Way) -> str:
+    """Mean share that a way without a size keeps, each cell counting the same."""
     found = Differences(records, "test_split")
-    sizes = [[r["kept"] for r in found.cells.get((c, DEFAULT), [])] for c in cells]
+    sizes = [[r["kept"] for r in found.cells.get((c, way), [])] for c in cells]
     return _mean([sum(s) / len(s) for s in sizes if s])
 
 
 def groups_table(records: Sequence[Record]) -> str:
-    """Means over data sets and rates: on the test split, and of the two defaults on the validation split."""
+    """Means over data sets and rates: on the test split, and of two defaults on the validation split."""
     test, validation = Differences(records, "test_split"), Differences(records, "validation")
-    columns = [(test, DEFAULT), (test, FORMER), (test, SIXTH), (validation, DEFAULT), (validation, FORMER)]
+    columns = [(test, TENTH), (test, FORMER), (test, SIXTH), (validation, TENTH), (validation, FORMER)]
     rows = [
-        [name, *(found.mean_over(m, way) for found, way in columns), default_size(records, m), str(len(m))]
+        [name, *(found.mean_over(m, way) for found, way in columns), own_size(records, m, TENTH), str(len(m))]
         for name, m in groups_of(records).items()
     ]
     names = [NAMES[way] + (", validation" if found is validation else "") for found, way in columns]
-    return markdown_table(("", *names, "kept by default", "data sets x rates"), rows)
+    return markdown_table(("", *names, "kept by the bound", "data sets x rates"), rows)
 
 
 def aims_table(records: Sequence[Record]) -> str:
@@ -142,17 +154,17 @@ def aims_table(records: Sequence[Record]) -> str:
     ordinary, anew, small = (
         groups[n] for n in ("MPNet-base, ordinary", "MPNet-base, much to relearn", "MiniLM and ViT-S")
     )
-    name, least = worst(records, DEFAULT, "MPNet")
+    name, least = worst(records, TENTH, "MPNet")
     rows = [
-        ["MPNet-base, ordinary: default", "-0.3", found.mean_over(ordinary, DEFAULT)],
+        ["MPNet-base, ordinary: default", "-0.3", found.mean_over(ordinary, TENTH)],
         ["no data set and rate worse than", "-1.0", f"{least:+.2f} ({name})"],
         ["1/3", "-0.5", found.mean_over(ordinary, THIRD)],
         ["1/5.6", "-1.2", found.mean_over(ordinary, SIXTH)],
-        ["MPNet-base, much to relearn: default", "-0.5", found.mean_over(anew, DEFAULT)],
+        ["MPNet-base, much to relearn: default", "-0.5", found.mean_over(anew, TENTH)],
         ["1/5.6", "-1.5", found.mean_over(anew, SIXTH)],
-        ["MiniLM and ViT-S: default", "-0.14", found.mean_over(small, DEFAULT)],
+        ["MiniLM and ViT-S: default", "-0.14", found.mean_over(small, TENTH)],
         ["1/5.6", "-0.7", found.mean_over(small, SIXTH)],
-        ["mean default size", "0.36", default_size(records, groups["all"])],
+        ["mean default size", "0.36", own_size(records, groups["all"], TENTH)],
     ]
     return markdown_table(("", "aim", "measured"), rows)
 
@@ -161,7 +173,7 @@ def best_rates_table(records: Sequence[Record]) -> str:
     """Each way at the rate at which its mean accuracy on the validation split is highest; test accuracy."""
     validation, test = Differences(records, "validation"), Differences(records, "test_split")
     cells = {cell_of(r) for r in records}
-    ways: list[Way] = [("dense", None), DEFAULT, FORMER, SIXTH]
+    ways: list[Way] = [("dense", None), DEFAULT, TENTH, FORMER, SIXTH, WHITENED]
     rows = []
     for model, data, anew in sorted({c[:3] for c in cells}, key=lambda c: _order((*c, 0.0))):
         rates = sorted(c[3] for c in cells if c[:3] == (model, data, anew))
@@ -173,10 +185,11 @@ def best_rates_table(records: Sequence[Record]) -> str:
                 if members:
                     scores[rate] = sum(validation.accuracy(r) for r in members) / len(members), members
             if len(scores) < 2:
-                break
+                row.append("")
+                continue
             best = max(scores, key=lambda rate: scores[rate][0])
             row.append(f"{show((test.accuracy(r) for r in scores[best][1]), 1)} ({_rate(best)})")
-        if len(row) == len(ways):
+        if all(row[:2]):
             rows.append([*_named((model, data, anew, 0.0))[:2], *row])
     return markdown_table(("model", "data", "dense", *(NAMES[w] for w in ways[1:])), rows)
 

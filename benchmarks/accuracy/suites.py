@@ -26,7 +26,7 @@ RATES = (
 BLOCKS_OF_72_PERCENT = 0.4
 """Of MiniLM's blocks: the file of the whole model is then 72% of the dense one."""
 DEFAULT_BUDGET = 0.4
-"""Size of the controls beside the default, which chooses its own between 0.3 and 0.5."""
+"""Size of the controls beside the default, which chooses its own between 0.3 and 0.8."""
 SUITES: dict[str, dict[str, Any]] = {
     "choose": {
         "datasets": TEXT,

@@ -160,7 +160,7 @@ class SizeCurve:
             found.append(f"Knee: {knee.kept:.0%}. Below it each further cut costs more for what it saves.")
         if (near := self.within_bound()) is not None:
             found.append(
-                f"Smallest size whose outputs stay close to the dense model's (divergence at most a tenth of the loss): {near.kept:.0%}."
+                f"Smallest size whose outputs stay close to the dense model's (within the bound of a run's default size): {near.kept:.0%}."
             )
         return found
 

@@ -13,6 +13,7 @@ from hf_cuttlefish.decide.size import (
     BOUNDED_SIZES,
     DENSE,
     DIVERGENCE,
+    LEARNING_SIZES,
     SIZES,
     TOKEN_DIVERGENCE,
     TOKEN_SIZES,
@@ -69,7 +70,7 @@ def choose(parts_of_model, kept, alignment=None, **config):
     return measured_size(layers, spectra, parts, config, kept, alignment, None, {})
 
 
-@pytest.mark.parametrize("least", [0.0, 0.29, 0.34, 0.39, 0.44, 0.49, 0.9])
+@pytest.mark.parametrize("least", [0.0, 0.29, 0.34, 0.39, 0.44, 0.49, 0.59, 0.69, 0.79, 0.9])
 def test_the_smallest_size_within_bounds(parts_of_model, least):
     kept = Told(lambda share: 0.0 if share >= least - 0.02 else 1.0)
     size, note = choose(parts_of_model, kept)
@@ -102,10 +103,12 @@ def test_what_will_be_relearnt_is_left_to_the_usual_sizes(parts_of_model):
     """Runs from random weights, and those whose weights still travel straight: their loss falls further than a cut lifts it."""
     layers, spectra, parts, model = parts_of_model
     rise = Told(lambda share: 0.2, 3.0, True)
+    assert choose(parts_of_model, Told(lambda share: 0.2, 3.0))[0] == SIZES[-1]
+    assert choose(parts_of_model, Told(lambda share: 0.2, 3.0), UNSETTLED + 0.01)[0] == DEFAULT_RATIO
     assert choose(parts_of_model, rise)[0] == DENSE
     assert choose(parts_of_model, rise, UNSETTLED + 0.01)[0] == DEFAULT_RATIO
     random = {n: replace(s, initial_stable_rank=s.full_rank / 4) for n, s in spectra.items()}
-    assert choose((layers, random, parts, model), rise)[0] == SIZES[0]
+    assert choose((layers, random, parts, model), rise)[0] == LEARNING_SIZES[0]
     pretrained = {n: replace(s, initial_stable_rank=3.0) for n, s in spectra.items()}
     assert choose((layers, pretrained, parts, model), rise)[0] == DENSE
 

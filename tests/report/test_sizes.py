@@ -60,8 +60,8 @@ def test_the_knee_is_where_the_loss_begins_to_rise():
 
 
 def test_the_bound_is_that_of_the_default_size():
-    assert curve_of([1.0] * 5, [0, 0.01, 0.09, 0.11, 0.5]).within_bound().kept == 0.4
-    assert curve_of([1.0] * 5, [0, 0.2, 0.3, 0.4, 0.5]).within_bound() is None
+    assert curve_of([1.0] * 5, [0, 0.001, 0.009, 0.011, 0.05]).within_bound().kept == 0.4
+    assert curve_of([1.0] * 5, [0, 0.02, 0.03, 0.04, 0.05]).within_bound() is None
 
 
 def test_table_picture_and_page_say_the_same(measured, tmp_path):
