@@ -129,7 +129,7 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
         "--target-modules",
         nargs="+",
         metavar="NAME",
-        help="endings of module names (default: all linear layers of the blocks)",
+        help="endings of module names (default: all layers of the blocks that can be factorized)",
     )
     layers.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="endings of module names that stay dense")
     _add_embeddings(layers)
