@@ -41,7 +41,7 @@ def form_of(record: Record) -> str:
     """What was cut, and the size asked for."""
     if record["method"] == "dense":
         return "dense"
-    size = "default" if record["budget"] is None else f"{record['budget']:.2g} of the targets"
+    size = "at a bound of a tenth" if record["budget"] is None else f"{record['budget']:.2g} of the targets"
     return f"{'blocks and vocabulary' if record['options'].get('embeddings') else 'blocks'}, {size}"
 
 

@@ -15,7 +15,7 @@ def even_table(records: Sequence[Record]) -> str:
     paired = [r for r in records if (r["dataset"], r["budget"], r["seed"], not r["even_ranks"]) in forms]
     by_form = grouped(paired, lambda r: (r["dataset"], r["budget"], r["even_ranks"]))
     for (dataset, budget, even), runs in by_form.items():
-        size = "default" if budget is None else f"{budget:.2g}"
+        size = "0.30" if budget is None else f"{budget:.2g}"
         rows.append(
             [
                 f"{dataset}, {size}",
