@@ -19,15 +19,14 @@ from ..layers.kinds import check_layer, dense_weight, find_layers, kind_of, laye
 from ..layers.low_rank import LowRankLayer, low_rank_layers
 from ..layers.parts import numel, part_like, shape_of, whole
 from ..layers.sizes import block_containers, count_parameters
-from ..layers.vocabulary import with_tied
 from ..maths.factors import Factors, Moments, cut, decompose
 from ..processes import Processes
 from .edits import Edit, commit
+from .exchange import Exchange
 from .factor_state import FactorParameters
 from .optimizer import CheckParameters, SwapParameters, check_holds
 from .report import FactorizationReport
 from .structure import NoteStructure, check_free
-from .surgery import keep_hooks, places, swap
 from .weight_hooks import say_lost
 
 
@@ -163,19 +162,13 @@ class SwapModules(Edit):
             if bias_of(layer) is None and (mean := _running_mean(layer)) is not None
         ]
         self._grads = [(layer, layer.weight.grad) for layer in change.layers.values()]
-        self._tied: list[tuple[nn.Module, str, nn.Module]] = []
+        self._exchange = Exchange(change.model, change.layers, change.pairs)
 
     @torch.no_grad()
     def apply(self) -> None:
         change = self.change
-        seats = {id(kind_of(layer).seat): (layer, change.pairs[name]) for name, layer in change.layers.items()}
-        new = with_tied(change.model, seats)
-        self._tied = [place for place in places(change.model, new) if id(place[2]) not in seats]
-        swap(change.model, new)
-        for _, _, tied in self._tied:
-            keep_hooks(tied, new[id(tied)])
+        self._exchange.put()
         for name, layer in change.layers.items():
-            keep_hooks(layer, change.pairs[name])
             shift = change.shifts[name]
             bias = bias_of(layer)
             mean = _running_mean(layer)
@@ -188,9 +181,7 @@ class SwapModules(Edit):
     @torch.no_grad()
     def undo(self) -> None:
         change = self.change
-        swap(change.model, {id(change.pairs[name]): kind_of(layer).seat for name, layer in change.layers.items()})
-        for parent, name, tied in self._tied:
-            parent._modules[name] = tied
+        self._exchange.take_back()
         for name, bias in self._biases.items():
             cast(nn.Parameter, bias_of(change.layers[name])).copy_(bias)
         for mean, value in self._means:

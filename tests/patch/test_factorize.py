@@ -18,6 +18,7 @@ from hf_cuttlefish import LowRankLinear, RankPlan, factorize, merge
 from hf_cuttlefish.decide.plan import RankDecision
 from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.maths.factors import Factors, LayerMoments
+from hf_cuttlefish.patch import exchange as exchange_file
 from hf_cuttlefish.patch import modules as modules_file
 from hf_cuttlefish.patch import structure as structure_file
 from hf_cuttlefish.patch.edits import Edit
@@ -463,9 +464,9 @@ FAILURES: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "second cut": (modules_file, "cut", lambda f: fail_at(2, f)),
     "building the second pair": (LowRankLinear, "standing_for", lambda f: fail_at(2, f)),
     "preparing the optimizer": (modules_file, "SwapParameters", lambda f: fail_at(1, f)),
-    "swapping the modules": (modules_file, "swap", fail_half_way),
-    "after swapping them": (modules_file, "swap", lambda f: fail_at(1, f, after=True)),
-    "hooks of the second layer": (modules_file, "keep_hooks", lambda f: fail_at(2, f)),
+    "swapping the modules": (exchange_file, "swap", fail_half_way),
+    "after swapping them": (exchange_file, "swap", lambda f: fail_at(1, f, after=True)),
+    "hooks of the second layer": (exchange_file, "keep_hooks", lambda f: fail_at(2, f)),
     "after the optimizer's change": (SwapParameters, "apply", lambda f: fail_at(1, f, after=True)),
     "checking the optimizer": (CheckParameters, "apply", lambda f: fail_at(1, f)),
     "before the config": (structure_file, "write_structure", lambda f: fail_at(1, f)),
