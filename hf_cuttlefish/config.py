@@ -102,11 +102,13 @@ class CuttlefishConfig:
     )
     objective: str = field(
         default="size",
-        metadata={"help": "'size': factorize whatever gets smaller; 'speed': only what is measured to be faster here."},
+        metadata={
+            "help": "'size': factorize whatever gets smaller; 'speed': only what makes a whole step faster here."
+        },
     )
     min_speedup: float = field(
         default=1.05,
-        metadata={"help": "With objective='speed': how many times faster a layer must get (the paper: 1.5)."},
+        metadata={"help": "With objective='speed': how many times faster a step must get (the paper: 1.5, of layers)."},
     )
     switch_step: int | None = field(default=None, metadata={"help": "Switch after exactly this many optimizer steps."})
     earliest_switch: float = field(

@@ -347,7 +347,8 @@ class Cuttlefish:
         gathered = time.perf_counter()
         # Which layers, and at which ranks.
         alignment = self.watch.alignment(self.global_step)
-        plan, factors = choose(self.engine, self.watch, self.config, alignment)
+        steps_left = self.schedule.total_steps - self.global_step
+        plan, factors = choose(self.engine, self.watch, self.config, alignment, steps_left)
         if not plan:
             return self._stay_dense(plan)
         planned = time.perf_counter()

@@ -17,11 +17,12 @@ from .decide.plan import RankPlan, break_even_rank
 from .decide.ranks import BATCH_BYTES, BATCHED_ON, needs_no_weights, plan_ranks, rank_by_hand, spectra_of, spectrum_of
 from .decide.rules import LayerSpectrum
 from .decide.size import DENSE, measured_size
-from .decide.speed import keep_faster
+from .decide.speed import PAPER_RULES, keep_faster
 from .decide.targets import notes_of_dense
 from .engines.around import check_not_wrapped, compiles_blocks
 from .engines.base import Engine, Layers
 from .engines.find import check_is_free
+from .engines.trial import Trial
 from .layers.kinds import dense_weight, kind_of
 from .maths.factors import Decomposition, Factors, Moments, cut, cut_together, decompose
 from .measure.eager import said_of_shapes
@@ -109,12 +110,12 @@ def merge(model: nn.Module, where: str = "all", example_inputs: Any = None) -> n
 
 
 def choose(
-    engine: Engine, watch: Watch, config: CuttlefishConfig, alignment: float | None = None
+    engine: Engine, watch: Watch, config: CuttlefishConfig, alignment: float | None = None, steps_left: int = 0
 ) -> tuple[RankPlan, Mapping[str, Factors]]:
     """The plan, as the main process decides it, and the factors of its layers, on all processes.
 
     Args:
-        alignment: of the weights' travel (`Heading`), or None.
+        alignment: of the weights' travel (`Heading`), or None. steps_left: of the run.
 
     Raises:
         ValueError: weights that are not finite, naming the layer.
@@ -127,7 +128,8 @@ def choose(
 
     def decide(layers: Layers) -> tuple[RankPlan, list[str]]:
         seen = (watch.moments, watch.initial(), watch.flow)
-        plan, found = plan_and_factors(layers, config, *seen, keep, watch.kept, alignment)
+        trial = None if config.rank_rule in PAPER_RULES else Trial(engine, watch, steps_left)
+        plan, found = plan_and_factors(layers, config, *seen, keep, watch.kept, alignment, trial)
         plan.notes[:0] = [*notes_of_dense(watch.model), *([note_of_even(plan, why_even)] if why_even and plan else [])]
         mine.update(found)
         return plan, [name for name, f in found.items() if f.bias_shift is not None]
@@ -156,6 +158,7 @@ def plan_and_factors(
     keep: str = "found",
     kept: KeptBatches | None = None,
     alignment: float | None = None,
+    trial: Trial | None = None,
 ) -> tuple[RankPlan, dict[str, Factors]]:
     """The plan, and factors of its layers.
 
@@ -167,6 +170,7 @@ def plan_and_factors(
         initial: stable ranks of the weights that the run started from, by name, where known.
         flow: what was seen of the run's shapes, if layers are to be chosen by measured speed.
         kept: batches to try sizes on, if any. alignment: of the weights' travel, or None.
+        trial: measures whole steps, if layers are to be chosen by measured speed.
         keep: factors to return: "found", those that the rule has worked out; "all", of every layer of the plan; "none".
 
     Raises:
@@ -194,7 +198,7 @@ def plan_and_factors(
     plan = plan_ranks(spectra, config, loss, left)
     plan.notes += [*notes, *([told] if (told := said_of_shapes()) else [])]
     if flow is not None:
-        plan = keep_faster(plan, flow, config.min_speedup)
+        plan = keep_faster(plan, flow, config.min_speedup, trial=trial)
     factors = _cut_all(parts, plan)
     if kept and factors and (before := kept.effect(layers, {}).loss):
         after = kept.effect(layers, factors).loss

@@ -8,8 +8,9 @@ from __future__ import annotations
 import gc
 import sys
 from collections import Counter
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -171,6 +172,31 @@ def compiles_blocks(model: nn.Module) -> bool:
     blocks = {id(block): block for block in (*wrapped, *filter(_is_block, model.modules())) if id(block) in inside}
     kinds = Counter(type(block) for block in blocks.values() if block is not None and block._modules)
     return max(kinds.values(), default=0) > 1
+
+
+def compiled_runner(model: nn.Module) -> Callable[..., Any] | None:
+    """What runs a bare model compiled as its training does; None where nothing is found that has compiled it.
+
+    Where an engine is inside of what is compiled, the same is made for the model alone.
+    """
+    live, inside = live_modules(), {id(module) for module in model.modules()}
+    for module in reversed(live):
+        if is_compiled(module):
+            held = module._modules["_orig_mod"]
+            while isinstance(held, DistributedDataParallel):
+                held = held.module
+            if held is model:
+                return module if module._modules["_orig_mod"] is model else cast(Any, module).dynamo_ctx(model)
+    for module in reversed(live):  # Accelerate's copy of all that holds the blocks
+        if type(module) is type(model) and module is not model:
+            blocks = [m._modules["_orig_mod"] for m in module.modules() if is_compiled(m)]
+            if any(id(block) in inside for block in blocks):
+                return module
+    return model if any(_is_block(m) or _has_compiled_forward(m) for m in model.modules()) else None
+
+
+def _has_compiled_forward(module: nn.Module) -> bool:
+    return hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
 
 
 def _is_block(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,24 @@ class Effect:
     of_tokens: bool = False
 
 
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch as the model got it.
+
+    Attributes:
+        given: arguments of forward by name. autocast: whether it was on, and its dtype. more: what else training gives.
+    """
+
+    given: dict[str, Any]
+    autocast: tuple[bool, torch.dtype]
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Numbers in all its tensors."""
+        return sum(v.numel() for v in self.given.values() if isinstance(v, torch.Tensor))
+
+
 class KeptBatches:
     """The last few batches that a model trained on, to try sizes on.
 
@@ -48,7 +66,7 @@ class KeptBatches:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._kept: deque[tuple[dict[str, Any], tuple[bool, torch.dtype]]] = deque(maxlen=BATCHES)
+        self._kept: deque[Batch] = deque(maxlen=BATCHES)
         self._handle: Any = None
         self._reference: list[Scores] | None = None
 
@@ -70,8 +88,14 @@ class KeptBatches:
         named = _by_name(module, args)
         if torch.is_grad_enabled() and named is not None and not getattr(module, "_is_replica", False):
             kind = next(module.parameters()).device.type
-            given = {name: _own(value) for name, value in {**named, **kwargs}.items() if name not in _NOT_KEPT}
-            self._kept.append((given, (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))))
+            given = {name: _own(value) for name, value in {**named, **kwargs}.items()}
+            more = {name: given.pop(name) for name in _NOT_KEPT if name in given}
+            autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+            self._kept.append(Batch(given, autocast, more))
+
+    def typical(self) -> Batch | None:
+        """The batch of middle size; None where none is kept."""
+        return sorted(self._kept, key=lambda batch: batch.size)[len(self._kept) // 2] if self._kept else None
 
     def effect(self, layers: Mapping[str, nn.Module], factors: Mapping[str, Factors]) -> Effect:
         """Loss and outputs with these factors in the places of their layers; with none, of the model as it is."""
@@ -101,9 +125,10 @@ class KeptBatches:
         self.model.eval()
         try:
             with eagerly(), _norms_of_the_batch(self.model):
-                for kwargs, (enabled, dtype) in self._kept:
+                for batch in self._kept:
+                    enabled, dtype = batch.autocast
                     with torch.autocast(kind, dtype=dtype, enabled=enabled):
-                        scores = scores_of(self.model, kwargs)
+                        scores = scores_of(self.model, batch.given)
                     yield scores
         finally:
             for module, mode in modes:
@@ -112,9 +137,10 @@ class KeptBatches:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The batches as a flat dictionary of tensors on the CPU; a batch that holds anything else is left out."""
         flat: dict[str, torch.Tensor] = {}
-        for i, (kwargs, (enabled, dtype)) in enumerate(self._kept):
-            if all(isinstance(v, torch.Tensor) or v is None for v in kwargs.values()):
-                flat |= {f"kept/{i}/{k}": v.cpu().contiguous() for k, v in kwargs.items() if v is not None}
+        for i, batch in enumerate(self._kept):
+            enabled, dtype = batch.autocast
+            if all(isinstance(v, torch.Tensor) or v is None for v in batch.given.values()):
+                flat |= {f"kept/{i}/{k}": v.cpu().contiguous() for k, v in batch.given.items() if v is not None}
                 flat[f"kept/{i}/"] = torch.zeros(int(enabled), dtype=dtype)
         return flat
 
@@ -129,7 +155,7 @@ class KeptBatches:
         self._kept.clear()
         for _, batch in sorted(batches.items()):
             mark = batch.pop("")
-            self._kept.append(({k: v.to(device) for k, v in batch.items()}, (bool(len(mark)), mark.dtype)))
+            self._kept.append(Batch({k: v.to(device) for k, v in batch.items()}, (bool(len(mark)), mark.dtype)))
 
 
 def _own(value: Any) -> Any:

@@ -48,6 +48,7 @@ class Watch:
 
     Attributes:
         history: stable ranks by step and layer. moments: the statistics being gathered, or None. flow: what flows, or None.
+        kept: batches of the steps that gather. early: of those in which the flow was seen.
     """
 
     def __init__(self, model: nn.Module, layers: Layers, engine: Source, config: CuttlefishConfig) -> None:
@@ -56,7 +57,7 @@ class Watch:
         self.moments: MomentCollector | None = None
         self.flow: FlowRecorder | None = None
         self.heading: Heading | None = None
-        self.kept = KeptBatches(model)
+        self.kept, self.early = KeptBatches(model), KeptBatches(model)
         self.pace = Pace()
         self.seconds: tuple[float, float] | None = None
         self._first: tuple[Batches, list[Any]] | None = None
@@ -217,8 +218,12 @@ class Watch:
         if self.flow is None:
             self.flow = FlowRecorder(self.model, self.layers)
             self.flow.start()
+            if self.engine.holds_whole_weights:
+                self.early.start()
         elif not self.flow.done:
             self.flow.step()
+            if len(self.early):
+                self.early.stop()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All that was measured and is still to be used, as tensors for safetensors; moments only while they are gathered."""
@@ -235,7 +240,7 @@ class Watch:
 
     def stop(self) -> None:
         """Remove all hooks; what was seen stays."""
-        for part in (self.moments, self.flow, self.kept):
+        for part in (self.moments, self.flow, self.kept, self.early):
             if part is not None:
                 part.stop()
         self.forget_first_step()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-import numpy
 import torch
 from torch import nn
 
+from ..measure.random_states import random_states_kept
 from .optimizer_parts import groups_in, optimizers_in, owners, parts_of, plain, states_in
 
 RATE = 1e-5
@@ -206,13 +205,5 @@ def words(error: Exception) -> str:
 @contextlib.contextmanager
 def aside() -> Iterator[None]:
     """What is done here leaves all random states as they were, compiles nothing, and builds no graph."""
-    python, arrays = random.getstate(), numpy.random.get_state()
-    devices = (
-        list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    )
-    try:
-        with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(arrays)
+    with random_states_kept(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield

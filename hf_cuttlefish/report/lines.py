@@ -127,11 +127,11 @@ def low_rank_phase(found: Found) -> tuple[int, str]:
     if not found.is_slower:
         return (
             logging.INFO,
-            f"{told}objective='speed' predicts this from layers timed one by one; these are whole steps.",
+            f"{told}objective='speed' chose by forward and backward alone; these are whole steps, with optimizer.",
         )
     instead = "Use larger batches, or objective='speed', which keeps dense what gets slower."
     if found.objective == "speed":
-        instead = "Use larger batches, or a larger min_speedup: layers were timed one by one, and not in whole steps."
+        instead = "Use larger batches, or a larger min_speedup: at the switch forward and backward alone were timed."
     if found.device != "cuda":
         return logging.WARNING, f"{told}At these shapes pairs take longer than dense layers here. {instead}"
     if found.waits_for_host is False:

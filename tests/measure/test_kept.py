@@ -57,8 +57,8 @@ def test_the_effect_is_that_of_the_factorized_model(model):
     small.eval()
     losses, divergences = [], []
     with torch.no_grad():
-        for kwargs, _ in kept._kept:
-            new, old = small(**kwargs), model.eval()(**kwargs)
+        for kept_batch in kept._kept:
+            new, old = small(**kept_batch.given), model.eval()(**kept_batch.given)
             losses.append(float(new.loss))
             p, q = old.logits.log_softmax(-1), new.logits.log_softmax(-1)
             divergences.append(float((p.exp() * (p - q)).sum(-1).mean()))

@@ -19,8 +19,10 @@ from hf_cuttlefish.decide.speed import MIN_SPEEDUP, choose, keep_faster
 from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.layers.low_rank import low_rank_layers
 from hf_cuttlefish.measure import timing as timing_file
+from hf_cuttlefish.measure import whole_steps as whole_steps_file
 from hf_cuttlefish.measure.shapes import FlowRecorder, Group, StepTime
 from hf_cuttlefish.measure.timing import GroupTiming, Timing
+from hf_cuttlefish.measure.whole_steps import Candidate, Step
 
 
 def bert() -> Any:
@@ -229,9 +231,20 @@ def test_a_dearer_layer_gets_less_rank() -> None:
 # --- the run ---
 
 
-def fine_tune(monkeypatch: pytest.MonkeyPatch, timer: Any, **options: Any) -> Cuttlefish:
+def steps_of(dense: float, planned: float = 1.0, mix: float = 0.5) -> Any:
+    """A timer of whole steps that runs each and gives these milliseconds."""
+
+    def timer(candidate: Candidate, step: Step, warm_up: int) -> float:
+        step()
+        return dense if not candidate.layers else planned if candidate.words.startswith("as planned") else mix
+
+    return timer
+
+
+def fine_tune(monkeypatch: pytest.MonkeyPatch, timer: Any, steps: Any = None, **options: Any) -> Cuttlefish:
     monkeypatch.setattr(timing_file, "time_group", timer)
-    monkeypatch.setattr(keep_faster, "__defaults__", (MIN_SPEEDUP, timer))
+    monkeypatch.setattr(whole_steps_file, "time_steps", steps or steps_of(3.0, 2.0, 1.0))
+    monkeypatch.setattr(keep_faster, "__defaults__", (MIN_SPEEDUP, timer, None))
     monkeypatch.setattr(timing_file.rank_prices, "__defaults__", (False, timer))
     model, inputs = bert(), batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -255,17 +268,66 @@ def test_speed_switches_what_is_faster(monkeypatch: pytest.MonkeyPatch, rule: st
 
 
 def test_speed_switches_nothing_where_nothing_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuttlefish = fine_tune(monkeypatch, lambda *_: Timing(1.0), objective="speed")
+    cuttlefish = fine_tune(monkeypatch, lambda *_: Timing(1.0), steps_of(1.0), objective="speed")
     assert cuttlefish.switch_step is None
     assert not low_rank_layers(cuttlefish.model)
     assert "times faster" in str(cuttlefish.reason)
 
 
+def test_whole_steps_overrule_the_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = fine_tune(
+        monkeypatch, by_size, steps_of(3.0, 1.0, 2.0), objective="speed", rank_rule="ratio", min_speedup=2.0
+    )
+    assert planned.plan is not None and len(low_rank_layers(planned.model)) == len(planned.plan) == 12
+    told = "a step takes 3 ms dense, 1 ms as planned, 2 ms with 8 of 12 layers dense"
+    assert told in planned.plan.notes
+    options = {"objective": "speed", "rank_rule": "ratio", "min_speedup": 2.0}
+    dense = fine_tune(monkeypatch, by_size, steps_of(3.0, 2.0, 1.6), **options)
+    assert dense.switch_step is None and not low_rank_layers(dense.model)
+    assert dense.reason == (
+        "a step takes 3 ms dense, 2 ms as planned, 1.6 ms with 8 of 12 layers dense; nothing is 2 times faster than dense"
+    )
+
+
+@pytest.mark.parametrize("rule", ["loss", "ratio"])
+def test_speed_that_factorizes_everything_ends_on_the_bits_of_size(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    """Shapes that all cost the same by rank, so that prices do not move the ranks of rule "loss"."""
+    even = {"rank_rule": rule, "target_ratio": 0.4 if rule == "loss" else None, "rank_multiple": 1}
+    size = fine_tune(monkeypatch, by_parameters, objective="size", **even)
+    speed = fine_tune(monkeypatch, by_parameters, steps_of(3.0), objective="speed", **even)
+    assert speed.plan is not None and dict(speed.plan) == dict(size.plan or {}) != {}
+    left, right = speed.model.state_dict(), size.model.state_dict()
+    assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+def by_parameters(found: Group, ranks: Sequence[int | None], compiled: bool) -> Timing:
+    """A fake device on which a unit of rank costs what it has of parameters."""
+    sizes = [(rank or 1000) * (found.in_features + out) for (out, _), rank in zip(found.outs, ranks, strict=True)]
+    return Timing(sum(sizes) / 1000)
+
+
+def test_a_step_that_fails_leaves_the_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timer(candidate: Candidate, step: Step, warm_up: int) -> float:
+        step()
+        if candidate.layers:
+            raise torch.OutOfMemoryError("no room for it")
+        return 1.0
+
+    options = {"objective": "speed", "rank_rule": "ratio", "min_speedup": 2.0}
+    found = fine_tune(monkeypatch, by_size, timer, **options)
+    predicted = fine_tune(monkeypatch, by_size, steps_of(3.0), **options)
+    assert found.plan is not None and dict(found.plan) == dict(predicted.plan or {}) and len(found.plan) == 4
+    why = "groups of layers decide: a step as planned failed (OutOfMemoryError: no room for it)"
+    assert any(note.endswith(why) for note in found.plan.notes)
+    left, right = found.model.state_dict(), predicted.model.state_dict()
+    assert all(torch.equal(left[name], right[name]) for name in right)
+
+
 def test_size_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: Any) -> Timing:
+    def never(*_: Any) -> Any:
         raise AssertionError("objective='size' must not time anything")
 
-    assert fine_tune(monkeypatch, never, rank_rule="ratio").switch_step == 6
+    assert fine_tune(monkeypatch, never, never, rank_rule="ratio").switch_step == 6
 
 
 def test_a_wrong_objective_or_speedup_is_named() -> None:

@@ -1,0 +1,50 @@
+"""objective="speed" under plain DDP, run by torchrun: the main process runs whole steps of its bare model, and all carry out what it chose."""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from ending import leave
+from hf_cuttlefish import Cuttlefish, CuttlefishConfig
+from hf_cuttlefish.measure import whole_steps
+from loops import rank, unequal
+from tiny_trainer import tiny_bert
+
+seen: list[str] = []
+
+
+def timer(candidate: whole_steps.Candidate, step: whole_steps.Step, warm_up: int) -> float:
+    step()
+    seen.append(candidate.words)
+    return 1.0 if candidate.words == "as planned" else 2.0
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    whole_steps.time_steps = timer
+    model = tiny_bert().train()
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    config = CuttlefishConfig(objective="speed", switch_step=8, rank_rule="ratio", rank_multiple=4, on_error="raise")
+    cuttlefish = Cuttlefish(ddp, optimizer, config, total_steps=20)
+    torch.manual_seed(rank())
+    for _ in range(12):
+        ids = torch.randint(3, 50, (8, 10))
+        ddp(input_ids=ids, labels=ids[:, 0] % 3).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cuttlefish.step()
+    plans: list[object] = [None, None]
+    dist.all_gather_object(plans, [dict(cuttlefish.plan or {}), cuttlefish.switch_step])
+    measured = bool(seen) is (rank() == 0)
+    if plans[0] != plans[1] or len(cuttlefish.plan or {}) != 12 or unequal(model) or not measured:
+        raise SystemExit(f"process {rank()}: plans {plans}; unequal {unequal(model)}; measured {seen}")
+    if rank() == 0:
+        print("both took the plan of whole steps", seen)
+    leave()
+
+
+if __name__ == "__main__":
+    main()
