@@ -95,10 +95,8 @@ def test_a_run_that_stays_dense_goes_on_as_if_nothing_had_been_tried(
     assert tried.switch_step is None and not low_rank_layers(tried.model)
     assert "a step takes 1 ms dense, 2 ms as planned; nothing is 1.05 times faster" in str(tried.reason)
     # The same bits as a run that never tries: weights, random numbers, dropout.
-    count = len(timed)
-    torch._dynamo.reset()
-    plain, expected = train(compile, CuttlefishConfig(switch_step=20, rank_rule="ratio", rank_multiple=4))
-    assert len(timed) == count == 6
+    plain, expected = train(None, CuttlefishConfig(switch_step=20, rank_rule="ratio", rank_multiple=4))
+    assert len(timed) == 6
     assert [loss for loss, _ in seen] == [loss for loss, _ in expected]
     weights = plain.model.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in tried.model.state_dict().items())
@@ -166,4 +164,4 @@ def test_what_cannot_be_tried_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_under_ddp_the_main_process_measures_and_all_agree() -> None:
-    assert "both took the plan of whole steps" in launch(2, "speed_loop.py")
+    assert "both took the plan of whole steps, eager and compiled" in launch(2, "speed_loop.py")

@@ -345,6 +345,29 @@ def test_measured_selection_knows_how_the_model_runs() -> None:
         assert switched or "times faster" in str(loop.cuttlefish.reason) or "launches" in str(loop.cuttlefish.reason)
 
 
+@pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
+def test_whole_steps_are_measured_in_the_mode_that_runs_and_leave_nothing(mode: str | None) -> None:
+    losses, reserved = [], []
+    for options in ({"objective": "speed", "min_speedup": 100.0, "switch_step": 12}, {"switch_step": 20}):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        loop = Loop(build(hidden=256), "bf16", mode, **options).run(11)
+        reserved.append(torch.cuda.memory_allocated())
+        loop.run(1)
+        gc.collect()
+        reserved.append(torch.cuda.memory_allocated())
+        made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        loop.run(4)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made  # the dense graphs serve on
+        losses.append(loop.losses)
+        if len(losses) == 1:
+            told = str(loop.cuttlefish.reason)
+            assert loop.cuttlefish.switch_step is None and told.startswith("a step takes "), told
+            assert "ms dense" in told and "ms as planned" in told
+    assert losses[0] == pytest.approx(losses[1], rel=0.05, abs=0.02)
+    assert reserved[1] - reserved[0] < 2**24
+
+
 def test_timings_on_the_device_are_finite_and_tell_host_from_device() -> None:
     group = Group(("a",), 256, ((256, True),), 512, torch.device(DEVICE, 0), torch.float32, torch.float32)
     for compiled in (False, True):
