@@ -138,7 +138,8 @@ def keep_faster(
         else:
             best = quickest(times, min_speedup)
             told = _told(times)
-            kept, notes = best.layers, [told, *notes, *([reason] if reason else [])]
+            kept = best.layers
+            notes = [*([told] if kept else []), *notes, *([reason] if reason else [])]
             reason = "" if kept else f"{told}; nothing is {min_speedup:g} times faster than dense"
     speedups = {name: row.speedup for row in rows for name in row.group.layers}
     decisions = {}
