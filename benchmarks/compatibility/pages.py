@@ -38,9 +38,9 @@ def write_docs(results: list[dict[str, Any]], versions: dict[str, str], classes:
         f"({by_status[PASSES] / max(able, 1):.1%}).",
         "",
         f"Tested: {len(results):,} classes{part} of {len({r['model_type'] for r in results})} model types, tiny, with random weights, in "
-        f"fp32 on a CPU ({', '.join(f'{k} {v}' for k, v in versions.items())}). Each is factorized, run forward and backward, saved, "
-        "loaded and merged; outputs have to agree. Experts were factorized in causal language models, and convolutions in image "
-        "classifiers, backbones and classes without linear layers in their blocks; the other classes were run before these kinds could be cut. `python -m benchmarks.compatibility` writes this page, and every class into "
+        f"fp32 on a CPU ({', '.join(f'{k} {v}' for k, v in versions.items())}{older(results, versions)}). Each is factorized, run "
+        "forward and backward, saved, loaded and merged; outputs have to agree. Then the tables that `embeddings=True` takes, alone "
+        "and in a new model. `python -m benchmarks.compatibility` writes this page, and every class into "
         "`benchmarks/results/compatibility.json`.",
         "",
         markdown_table(
@@ -48,12 +48,51 @@ def write_docs(results: list[dict[str, Any]], versions: dict[str, str], classes:
             [(TITLES.get(s, s.capitalize()).lower(), by_status[s], means) for s, means in MEANINGS.items()],
         ),
     ]
+    lines += ["", "## Kinds of layers", "", kinds_table(results), "", vocabulary_line(results)]
     for status, title in TITLES.items():
         if groups := by_reason([r for r in results if r["status"] == status]):
             lines += ["", f"## {title}", "", reasons_table(groups)]
     lines += ["", "## Not run", "", "Some or all classes of:", "", model_types(results, NOT_RUN)]
     lines += ["", "## Passes", "", model_types(results, PASSES)]
     return "\n".join(lines) + "\n"
+
+
+def older(results: list[dict[str, Any]], versions: dict[str, str]) -> str:
+    """How many classes were last run with another transformers; "" for none."""
+    count = sum(r.get("transformers") != versions["transformers"] for r in results)
+    return f"; {count:,} of them with the version before, without `embeddings=True`" if count else ""
+
+
+def kinds_table(results: list[dict[str, Any]]) -> str:
+    """Each kind of layer: classes that have it and pass, of those that have it; the vocabulary, tied and untied, with them."""
+    found: dict[str, list[bool]] = {}
+    for r in results:
+        table = r.get("vocabulary")
+        words = list(r.get("kinds", {}))
+        if isinstance(table, dict):
+            words.append(
+                "Embedding, tied"
+                if table["tied"]
+                else "Embedding, with an output layer of its own"
+                if table["untied"]
+                else "Embedding"
+            )
+        for word in words if r["status"] in (PASSES, FAILS, UPSTREAM) else ():
+            found.setdefault(word, []).append(r["status"] == PASSES)
+    return markdown_table(
+        ("layers", "classes", "pass"), [(word, len(passed), sum(passed)) for word, passed in sorted(found.items())]
+    )
+
+
+def vocabulary_line(results: list[dict[str, Any]]) -> str:
+    """What `embeddings=True` says where it takes nothing."""
+    said = [
+        r["vocabulary"].removesuffix(". Leave embeddings out") for r in results if isinstance(r.get("vocabulary"), str)
+    ]
+    refused = Counter(text.split(": ", 2)[2] for text in said if "cannot factorize" in text)
+    reasons = "; ".join(f"{why} ({count})" for why, count in refused.most_common())
+    none = len(said) - refused.total()
+    return f"`embeddings=True` finds no table of tokens in {none:,} classes, and refuses {refused.total()}: {reasons}."
 
 
 def by_reason(results: list[dict[str, Any]]) -> dict[str, list[str]]:

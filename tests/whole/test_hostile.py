@@ -16,6 +16,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+from benchmarks.robustness.fuzz import pages
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, LowRankLinear, RankPlan, estimate_ranks, factorize, merge
 from hf_cuttlefish.decide.targets import find_targets, matches
 from hf_cuttlefish.measure.history import StableRankHistory
@@ -67,6 +68,12 @@ def test_mutated_files_load_rightly_or_are_refused(tmp_path):
     assert result["mutations"] >= MUTATIONS - 6
     assert all(counts["unchanged"] == 4 for counts in result["counts"].values())
     assert sum(counts["refused"] for counts in result["counts"].values()) > MUTATIONS / 3
+
+
+def test_the_page_is_what_the_record_says():
+    record, page = json.loads((ROOT / "benchmarks/results/fuzz.json").read_text("utf-8")), pages.PAGE.read_text("utf-8")
+    assert pages.page_of(record, page) == page and set(record["counts"]) == set(pages.WHAT)
+    assert not record["findings"]
 
 
 @pytest.mark.parametrize("rank", [10**12, 2**64, -1, 0, 4.0, "4", True, None, math.nan, math.inf, [4], {}])

@@ -27,6 +27,7 @@ import transformers as hf
 from ...files import write_json
 from .doors import DOORS
 from .forks import fuzz
+from .pages import write_docs
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "fuzz.json"
 
@@ -82,6 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or (RESULTS if complete else None)
     if out is not None:
         write_json(out, result)
+    if out == RESULTS:
+        write_docs(result)
     print(json.dumps({**result, "findings": len(findings)}, indent=1))
     return 1 if findings else 0
 
