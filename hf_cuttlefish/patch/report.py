@@ -54,7 +54,7 @@ class FactorizationReport:
 
     def __post_init__(self) -> None:
         self.known: dict[str, Any] = {}  # what a callback knows of the run besides, for `to_html`
-        counts = {f.name: getattr(self, f.name) for f in fields(self) if "parameters" in f.name}
+        counts = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
         wrong = [f"{name} {value!r:.80}" for name, value in counts.items() if type(value) is not int or value < 0]
         wrong += [f"step {self.step!r:.80}"] if not isinstance(self.step, int | None) else []
         wrong += [f"on_maps {self.on_maps!r:.80}"] if not isinstance(self.on_maps, bool) else []

@@ -1,6 +1,7 @@
 """Files that lie, explode or attack: a correct load or a clear error, and nothing else happens (benchmarks/robustness/fuzz)."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -220,7 +221,7 @@ def test_a_history_that_is_none_is_said(data):
 @pytest.mark.parametrize(
     "change",
     [
-        {"parameters_before": "1"},
+        *({f.name: "1"} for f in dataclasses.fields(FactorizationReport) if f.type in ("int", "bool")),
         {"parameters_after": -1},
         {"seconds": []},
         {"step": "3"},
