@@ -64,7 +64,8 @@ class Results:
 def choose(options: argparse.Namespace, results: Results) -> dict[str, tuple[str, str]]:
     """The classes that are asked for and not known yet, shuffled, so that a part of a run is a fair sample."""
     words = [w.lower() for w in options.only]
-    classes, known = results.classes, results.known
+    classes, version = results.classes, results.versions["transformers"]
+    known = {n: r for n, r in results.known.items() if not options.stale or r.get("transformers") == version}
     shuffled = random.Random(0).sample(list(classes.items()), len(classes))
     return {
         name: place
@@ -80,6 +81,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], help="model types or classes that contain one of these words")
     parser.add_argument("--every", type=int, default=1, help="every Nth class only")
     parser.add_argument("--again", nargs="+", default=[], help="run the classes with one of these statuses again")
+    parser.add_argument("--stale", action="store_true", help="also the classes last run with another transformers")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--write-docs", action="store_true", help="only write the document from the results")

@@ -58,9 +58,9 @@ def write_docs(results: list[dict[str, Any]], versions: dict[str, str], classes:
 
 
 def older(results: list[dict[str, Any]], versions: dict[str, str]) -> str:
-    """How many classes were last run with another transformers; "" for none."""
+    """How many classes were last run with an older transformers; "" for none."""
     count = sum(r.get("transformers") != versions["transformers"] for r in results)
-    return f"; {count:,} of them with the version before, without `embeddings=True`" if count else ""
+    return f"; {count:,} of them with an older version, without `embeddings=True`" if count else ""
 
 
 def kinds_table(results: list[dict[str, Any]]) -> str:

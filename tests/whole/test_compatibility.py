@@ -4,11 +4,13 @@ All of them: `python -m benchmarks.compatibility`; the last full run is docs/com
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 
+from benchmarks.compatibility import __main__ as matrix
 from benchmarks.compatibility import checks, outcomes, pages, tiny
 from benchmarks.compatibility.classes import model_classes
 from hf_cuttlefish import factorize
@@ -106,6 +108,16 @@ def test_layers_that_are_stored_in_another_layout_stay_dense(name, layer):
     assert find_targets(model) and not set(layers) & set(find_targets(model))
     with pytest.raises(ValueError, match="would be lost by save_pretrained"):
         factorize(model, {layers[0]: 2})
+
+
+def test_a_run_goes_on_with_what_is_missing_or_stale():
+    """What a record of an older transformers says is no news, but only --stale runs it again."""
+    three = dict(list(CLASSES.items())[:3])
+    results = matrix.Results(Path("nowhere"), three)
+    names, new = list(three), {"status": outcomes.PASSES, "transformers": hf.__version__}
+    results.known = {names[0]: new, names[1]: {**new, "transformers": "5.0.0"}}
+    assert list(matrix.choose(matrix.parse([]), results)) == [names[2]]
+    assert set(matrix.choose(matrix.parse(["--stale"]), results)) == set(names[1:])
 
 
 def test_the_document_is_what_the_results_say():
