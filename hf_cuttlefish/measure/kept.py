@@ -145,17 +145,27 @@ class KeptBatches:
         return flat
 
     def load_state_dict(self, flat: Mapping[str, torch.Tensor]) -> None:
-        """Reads what `state_dict` gave, among other entries."""
+        """Reads what `state_dict` gave, among other entries. Raises ValueError for anything else."""
         device = next(self.model.parameters()).device
         batches: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in flat.items():
             if key.startswith("kept/"):
-                _, number, name = key.split("/", 2)
-                batches.setdefault(int(number), {})[name] = value
+                number, _, name = key.removeprefix("kept/").partition("/")
+                batches.setdefault(_whole(number, key), {})[name] = value
+        whole = [batch for _, batch in sorted(batches.items()) if "" in batch]
+        if len(whole) < len(batches):
+            raise ValueError("the saved statistics hold a batch of which they do not say in what precision it ran")
         self._kept.clear()
-        for _, batch in sorted(batches.items()):
+        for batch in whole:
             mark = batch.pop("")
             self._kept.append(Batch({k: v.to(device) for k, v in batch.items()}, (bool(len(mark)), mark.dtype)))
+
+
+def _whole(number: str, key: str) -> int:
+    """The number of a batch; ValueError for other text."""
+    if not number.isdecimal():
+        raise ValueError(f"the saved statistics hold {key!r:.80}, which is no batch's")
+    return int(number)
 
 
 def _own(value: Any) -> Any:

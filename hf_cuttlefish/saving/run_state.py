@@ -121,7 +121,8 @@ class RunState:
         """
         new, old = config.to_dict(), self.config
         changed = [] if old is None else [name for name in new if name in old and new[name] != old[name]]
-        if self.switch_step is not None and all(c["target_modules"] in ALL for c in (new, old or new)):
+        named = [c["target_modules"] for c in (new, old or new) if "target_modules" in c]
+        if self.switch_step is not None and all(value in ALL for value in named):
             changed = [name for name in changed if name != "target_modules"]  # the default was "all-linear" once
         if self.switch_step is not None:
             for name in changed:

@@ -117,6 +117,20 @@ def test_batches_are_kept_as_they_were_and_can_be_stored(tmp_path):
     assert [int(stored[f"kept/{i}/{name}"][0, 0]) for i in range(2) for name in ("input_ids", "labels")] == [3, 3, 4, 4]
 
 
+def test_a_state_that_is_not_whole_is_said(model):
+    kept = KeptBatches(model)
+    train(model, kept)
+    flat = kept.state_dict()
+    for broken, message in (
+        ({k: v for k, v in flat.items() if k != "kept/1/"}, "do not say in what precision"),
+        ({**flat, "kept/": flat["kept/1/"]}, "is no batch's"),
+        ({**flat, "kept/x/input_ids": flat["kept/1/"]}, "is no batch's"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kept.load_state_dict(broken)
+    assert len(kept) == BATCHES
+
+
 def test_a_model_without_scores_has_no_divergence():
     class Plain(nn.Module):
         def __init__(self):

@@ -20,12 +20,14 @@ from safetensors.torch import load_file, save_file
 from benchmarks.robustness.fuzz import pages
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, LowRankLinear, RankPlan, estimate_ranks, factorize, merge
 from hf_cuttlefish.decide.targets import find_targets, matches
+from hf_cuttlefish.layers.low_rank import low_rank_layers
 from hf_cuttlefish.measure.history import StableRankHistory
 from hf_cuttlefish.measure.moments import MomentCollector, steps_in
 from hf_cuttlefish.patch.report import FactorizationReport
 from hf_cuttlefish.saving.doors import STANDALONE_FILE, STANDALONE_TEXT
 from hf_cuttlefish.saving.following import follow_checkpoints
 from hf_cuttlefish.saving.loading import CuttlefishStructure, names_in
+from hf_cuttlefish.saving.run_state import RunState
 from tiny_models import BY_NAME, RANK, outputs
 
 ROOT = Path(__file__).parents[2]
@@ -237,6 +239,21 @@ def test_a_report_of_wrong_types_is_said(change):
     assert str(FactorizationReport.from_dict(report.plan, data)) == str(report)
     with pytest.raises(ValueError, match="saved report of the switch"):
         FactorizationReport.from_dict(report.plan, {**data, **change})
+
+
+def test_a_saved_config_may_lack_fields_and_others_are_named():
+    """Of a run that has switched: what an older version did not write is no change."""
+    model, optimizer, cuttlefish = small_run()
+    train(model, optimizer, cuttlefish, 5)
+    cuttlefish.close()
+    state = cuttlefish.state_dict()
+    names = list(low_rank_layers(model))
+    for name in state["config"]:
+        less = {**state, "config": {k: v for k, v in state["config"].items() if k != name}}
+        assert RunState.from_dict(less, model).under(cuttlefish.config, names).switch_step == 4
+    other = {**state, "config": {**state["config"], "target_modules": ["query"]}}
+    with pytest.raises(ValueError, match="target_modules is 'all'"):
+        RunState.from_dict(other, model).under(cuttlefish.config, names)
 
 
 def test_statistics_that_are_not_whole_are_said():

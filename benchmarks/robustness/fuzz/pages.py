@@ -28,6 +28,8 @@ def page_of(record: dict[str, Any], page: str) -> str:
     after = rest.partition(END)[2]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     line = f"`{record['command']}`: {record['mutations']:,} spoiled files, {len(record['findings'])} findings ({versions})."
+    if mended := record.get("mended"):
+        line += f" {len(mended)} were found, mended, and run again."
     rows = [
         (WHAT[kind], *(counts[outcome] for outcome in ("refused", "loaded", "not ours", "finding")))
         for kind, counts in record["counts"].items()
