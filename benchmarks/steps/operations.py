@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_cuttlefish import factorize
 from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.measure.moments import MomentCollector
 from hf_cuttlefish.patch.running import RunMultiplied
 
 from ..markdown import markdown_table
@@ -44,7 +46,7 @@ PARTS = (
     "set_",
     "lift_fresh",
 )
-EMPTY = ("empty", "new_empty", "empty_like", "empty_strided")
+EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "device")
 LAUNCH_NOTHING = frozenset(VIEWS + PARTS + EMPTY)
 RANKS = {
     "ranks differ": lambda block, role: random.choice([8, 12, 16, 20, 24]),
@@ -87,16 +89,43 @@ def count(ranks: str | None, multiplied: bool = False) -> int:
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """One step, on two sentences."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(input_ids=torch.ones(2, 8, dtype=torch.long), labels=torch.tensor([0, 1])).loss
-    loss.backward()
+    backward(model, 2, 8)
     optimizer.step()
     optimizer.zero_grad()
 
 
+def backward(model: nn.Module, rows: int, tokens: int) -> None:
+    """Forward and backward, in bf16."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ids, labels = torch.ones(rows, tokens, dtype=torch.long), torch.tensor([0] * rows)
+        loss = model(input_ids=ids, labels=labels).loss
+    loss.backward()
+
+
+def count_gathering() -> int:
+    """What a step that gathers statistics launches besides: a BERT-base, 32 x 128, in tensors that hold no numbers."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = BertForSequenceClassification(BertConfig()).train()
+        collector = MomentCollector(model, find_targets(model))
+        collector.together = True  # as on a GPU
+        counts = []
+        for gathers in (False, True):
+            if gathers:
+                collector.start()
+            backward(model, 32, 128)
+            collector.step()
+            with Count() as found:
+                backward(model, 32, 128)
+                collector.step()
+            counts.append(found.count)
+        collector.stop()
+    return counts[1] - counts[0]
+
+
 def main() -> None:
     """Print a table."""
-    rows = [["dense", count(None)], ["pairs", count("one rank")]]
+    dense = count(None)
+    rows = [["dense", dense], ["dense, a gathering step", dense + count_gathering()], ["pairs", count("one rank")]]
     rows += [[f"multiplied out, {ranks}", count(ranks, True)] for ranks in RANKS]
     print(markdown_table(["layers", "launches"], rows))
 

@@ -80,7 +80,6 @@ class Batches:
         self._spread.clear()
         self._pending = None
 
-    @torch.no_grad()
     def factors(self, number: int, grad: torch.Tensor, rows: int, pick: slice | None = None) -> torch.Tensor:
         """By what each token's output gradient is multiplied: one over the square root of its example's norm, (tokens,) in fp32.
 
@@ -92,6 +91,13 @@ class Batches:
             pick: tokens that are asked for; all by default.
         """
         pick = slice(None) if pick is None else pick
+        key = number, grad.shape[:-1], pick.start, pick.step
+        if key not in self._spread:  # the same for most layers
+            with torch.no_grad():
+                self._spread[key] = self._spread_over(number, grad, rows, pick)
+        return self._spread[key]
+
+    def _spread_over(self, number: int, grad: torch.Tensor, rows: int, pick: slice) -> torch.Tensor:
         tokens = grad.numel() // grad.shape[-1]
         weights = self._weights.get(number)
         if weights is None and tokens:
@@ -104,10 +110,7 @@ class Batches:
             return torch.ones(tokens, device=grad.device)[pick]
         if len(grad) % len(weights):
             return self.mean_factor(number, grad.device).expand(tokens)[pick]
-        key = number, tokens, pick.start, pick.step
-        if key not in self._spread:  # the same for most layers
-            self._spread[key] = weights.repeat_interleave(tokens // len(weights))[pick]
-        return self._spread[key]
+        return weights.repeat_interleave(tokens // len(weights))[pick]
 
     def mean_factor(self, number: int, device: torch.device) -> torch.Tensor:
         """One number for all tokens of a forward, where nobody knows whose they are; 1 before backward has reached a layer."""

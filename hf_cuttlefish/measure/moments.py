@@ -29,7 +29,7 @@ from ..maths.tied import joined
 from ..processes import Processes
 from .batches import Batches, in_backward
 from .eager import run_eagerly
-from .samples import MOST_BYTES, Sample, add_samples, kinds
+from .samples import MOST_BYTES, Sample, Waiting, add_samples
 from .taps import ForwardTap, NormTap, Tap
 
 FEW = 0.25
@@ -79,7 +79,7 @@ class MomentCollector:
         self.latest: tuple[str, weakref.ref[torch.Tensor]] | None = None
         """The layer that ran last, and what it gave."""
         self._handles: list[Any] = []
-        self._waiting: list[tuple[dict[str, torch.Tensor], Sample]] = []
+        self._waiting = Waiting()
         self.together: bool | None = None
         """Whether samples of several layers are added together; None: on a GPU."""
         self._kinds: dict[str, Kind] = {}
@@ -251,8 +251,10 @@ class MomentCollector:
     def is_mine(self, name: str, module: nn.Module) -> bool:
         """Whether a module with our hook is the layer, or the replica of it that stands where it is."""
         layer = self._running.get(name)
+        if module is layer:
+            return True
         if layer is None or not getattr(module, "_is_replica", False):
-            return module is layer
+            return False
         return type(module) is type(layer) and module.weight.device == layer.weight.device
 
     def sums_of(self, name: str) -> dict[str, torch.Tensor]:
@@ -336,8 +338,8 @@ class MomentCollector:
         if not self._waiting:
             # Not later: the optimizer's step would change the weights.
             torch.autograd.Variable._execution_engine.queue_callback(self.flush)
-        self._waiting.append((sums, sample))
-        if sum(waiting.nbytes for _, waiting in self._waiting) > MOST_BYTES:
+        self._waiting.add(sums, sample)
+        if self._waiting.nbytes > MOST_BYTES:
             self.flush()
 
     def _drop_waiting(self, *_: Any) -> None:
@@ -347,8 +349,7 @@ class MomentCollector:
 
     def flush(self) -> None:
         """Add all samples that wait."""
-        waiting, self._waiting = self._waiting, []
-        for same in kinds(waiting):
+        for same in self._waiting.take():
             self._add(same)
 
     def _add(self, same: list[tuple[dict[str, torch.Tensor], Sample]]) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
-MOST_BYTES = 2**27
-"""Of samples that wait to be added together on a GPU."""
+MOST_BYTES = 2**28
+"""Of samples that wait to be added together on a GPU: a BERT-base, 32 x 128, adds them three times in a backward."""
+
+
+LONE_BYTES = 2**24
+"""Of the gradient that a sample is picked from: a larger one is not kept for the sample's sake, which becomes a copy."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,41 @@ class Sample:
         dtypes = (self.x.dtype, None if self.y is None else self.y.dtype, self.g.dtype, self.weight.dtype)
         return (*self.weight.shape, len(self.x), self.stride, self.x.device, self.by is None, *dtypes)
 
-    @property
-    def nbytes(self) -> int:
-        return self.x.nbytes + self.g.nbytes + (0 if self.y is None else self.y.nbytes)
+
+class Waiting(list[tuple[dict[str, torch.Tensor], Sample]]):
+    """Samples that wait to be added together, each with the sums that it goes to.
+
+    Attributes:
+        nbytes: what they keep alive: all of the tensors that they were picked from, what several share once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+        self._inputs: set[int] = set()
+
+    def add(self, sums: dict[str, torch.Tensor], sample: Sample) -> None:
+        """One more."""
+        held = sample.g.untyped_storage().nbytes()
+        if held > max(LONE_BYTES, sample.g.nbytes):
+            sample = replace(sample, g=sample.g.clone())
+            held = sample.g.nbytes
+        if id(sample.x) not in self._inputs:
+            self._inputs.add(id(sample.x))
+            held += sample.x.nbytes
+        self.nbytes += held + (0 if sample.y is None else sample.y.nbytes)
+        self.append((sums, sample))
+
+    def take(self) -> list[list[tuple[dict[str, torch.Tensor], Sample]]]:
+        """All of them, those that can be added together in one list; none wait any more."""
+        found = kinds(self)
+        self.clear()
+        return found
+
+    def clear(self) -> None:
+        super().clear()
+        self._inputs.clear()
+        self.nbytes = 0
 
 
 def kinds(waiting: Sequence[tuple[T, Sample]]) -> list[list[tuple[T, Sample]]]:
@@ -61,50 +97,53 @@ def add_samples(
         scale: by which all gradients are multiplied, too.
     """
     first = samples[0]
+    m, n = first.weight.shape
     with torch.autocast(device_type=first.weight.device.type, enabled=False):
-        by = torch.as_tensor(scale) if first.by is None else (_together([s.by for s in samples]) * scale)[..., None]  # type: ignore[misc]
-        g = _together([s.g for s in samples]).float() * by
-        finite = (
-            torch.isfinite(g).all(-1).all(-1)[:, None, None]
-        )  # an overflow step under fp16 is left out whole, unasked
-        g = torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0) * finite
-        used = (g != 0).any(-1, keepdim=True)
+        g = _together([s.g for s in samples])
+        if first.by is None:
+            g = g.float() * scale
+        else:  # most layers of a batch share one
+            shared = all(s.by is first.by for s in samples)
+            by = first.by[None] if shared else _together([s.by for s in samples])  # type: ignore[misc]
+            g = g * (by * scale)[..., None]
+        # Tokens with a gradient. Where one is not finite, as in an overflow under fp16, none of the layer's count.
+        size = torch.linalg.vector_norm(g, 1, dim=-1, keepdim=True)
+        used = (size > 0) & (size.sum(1, keepdim=True) < torch.inf)
+        unused = ~used
+        g = g.masked_fill_(unused, 0.0)
+        sized = {"count": used.sum((1, 2), dtype=torch.float32)}
         x = _together([s.x for s in samples])
         if first.x.ndim == 1:
             for own, tokens, counts in zip(sums, x, used[..., 0], strict=True):
                 own["x"].index_add_(0, tokens, counts.to(own["x"]), alpha=first.stride)
             x = used.float()
         else:
-            x = torch.where(used, x.float(), 0.0)
-            _add(sums, "x", x.sum(1), first.stride)
-        _add(sums, "count", used.sum((1, 2)).float(), first.stride)
-        m, n = first.weight.shape
+            x = x.masked_fill(unused, 0.0).float()
+            sized["x"] = x.sum(1)
         if m <= n:  # covariance of the outputs (without the bias: about their mean), moment of the output gradients
             if first.y is None:
                 y = x @ _together([s.weight for s in samples]).float().mT
             else:
-                y = torch.where(used, _together([s.y for s in samples]).float(), 0.0)  # type: ignore[misc]
-            _add_squares(sums, "signal", y, first.stride)
-            _add_squares(sums, "metric", g, first.stride)
-            _add(sums, "y", y.sum(1), first.stride)
-            _add(sums, "other", x.square().sum((1, 2)), first.stride)
+                y = _together([s.y for s in samples]).masked_fill(unused, 0.0).float()  # type: ignore[misc]
+            sized |= {"y": y.sum(1), "other": _squares(x)}
+            squared = {"signal": y, "metric": g}
         else:  # m > n: moment of the input gradients, covariance of the inputs
-            _add_squares(sums, "signal", g @ _together([s.weight for s in samples]).float(), first.stride)
-            _add_squares(sums, "metric", x, first.stride)
-            _add(sums, "other", g.square().sum((1, 2)), first.stride)
+            sized["other"] = _squares(g)
+            squared = {"signal": g @ _together([s.weight for s in samples]).float(), "metric": x}
+        if len(sums) == 1:
+            for key, rows in squared.items():
+                sums[0][key].addmm_(rows[0].mT, rows[0], alpha=first.stride)
+        else:
+            sized |= {key: torch.bmm(rows.mT, rows) for key, rows in squared.items()}
+        # All in one call: to a GPU that is a launch or two, whatever the shapes.
+        to = [own[key] for key in sized for own in sums]
+        torch._foreach_add_(to, [v for values in sized.values() for v in values.unbind()], alpha=first.stride)
 
 
 def _together(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def _add(sums: Sequence[Mapping[str, torch.Tensor]], key: str, values: torch.Tensor, stride: int) -> None:
-    torch._foreach_add_([s[key] for s in sums], list(values.unbind()), alpha=stride)
-
-
-def _add_squares(sums: Sequence[Mapping[str, torch.Tensor]], key: str, rows: torch.Tensor, stride: int) -> None:
-    """rows (layers, t, k): rows^T rows of each."""
-    if len(sums) == 1:
-        sums[0][key].addmm_(rows[0].mT, rows[0], alpha=stride)
-    else:
-        _add(sums, key, torch.bmm(rows.mT, rows), stride)
+def _squares(rows: torch.Tensor) -> torch.Tensor:
+    """Sum of the squares of each layer's, (layers, t, k) -> (layers,)."""
+    return torch.linalg.vector_norm(rows, dim=(1, 2)).square()

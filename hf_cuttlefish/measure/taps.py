@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from ..layers.kind import Kind, note_norm
 from ..layers.kinds import dense_weight, kind_of
+from ..layers.parts import is_sharded
 
 if TYPE_CHECKING:
     from .moments import MomentCollector
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 class Tap:
     """Forward hook of one layer: samples its tokens now and adds them to the sums when the gradient arrives.
 
-    What the layer gave is handed on as a copy: models that work in place on it (Longformer divides its query) change the copy,
-    and the gradient that arrives is that of what the layer gave.
+    Models may work in place on what the layer gave (Longformer divides its query). The sample is a copy made before, and the
+    gradient that arrives is that of what was there before (`_hook_before_changes`).
     """
 
     def __init__(self, collector: MomentCollector, name: str) -> None:
@@ -58,24 +60,40 @@ class Tap:
         x = collector.sample_of(name, kind, given, pick)
         y = None
         if m <= n and not (kind.is_linear and collector.spares_launches):
-            y = kind.rows(output.detach(), "output", pick)
-            y = collector.whole_flow(name, y.clone() if stride > 1 else y, "output")
+            y = collector.whole_flow(name, kind.rows(output.detach(), "output", pick).clone(), "output")
 
-        number, rows = seen.number, seen.rows
+        number, rows, shape = seen.number, seen.rows, output.shape
         kept, self._weight = self._weight, None
 
         def arrived(grad: torch.Tensor) -> None:
             seen.arrived()
-            grad = collector.whole_flow(name, grad.detach(), "output")
+            grad = collector.whole_flow(name, grad.detach().view(shape), "output")
             by = seen.factors(number, kind.features_last(grad), rows, pick)
             weight = collector.weight_of(name) if kept is None else kept
-            g = kind.rows(grad, "output", pick)
-            collector.add(name, x, y, g.clone() if stride > 1 else g, stride, weight, by)
+            collector.add(name, x, y, kind.rows(grad, "output", pick), stride, weight, by)
 
-        output.register_hook(arrived)
-        given_on = output.clone()
-        collector.latest = (name, weakref.ref(given_on))
-        return given_on
+        output = _hook_before_changes(output, arrived)
+        collector.latest = (name, weakref.ref(output))
+        return output
+
+
+def _hook_before_changes(output: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> torch.Tensor:
+    """Let a hook see the gradient of what is in a tensor now, whatever is done to it in place; returns what is to be handed on.
+
+    The gradient comes in the tensor's shape or flat. A tensor keeps its node, and with it the hook, when it is changed in place
+    (torch's notes on autograd, "Behavior of Tensor hooks when Tensor is modified in-place"). A view gets a new one; what it is a
+    view of keeps its own: that of nn.Linear's product, which has the same numbers in the same order.
+    """
+    if not output._is_view():
+        output.register_hook(hook)
+        return output
+    base = cast(torch.Tensor, output._base)
+    same = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    if same and base.requires_grad and not is_sharded(output):
+        base.register_hook(hook)
+        return output
+    output.register_hook(hook)
+    return output.clone()
 
 
 class ForwardTap:

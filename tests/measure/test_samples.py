@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
+from benchmarks.steps.operations import Count
 from hf_cuttlefish.decide.targets import find_targets
-from hf_cuttlefish.measure import moments
+from hf_cuttlefish.measure import moments, samples
 from hf_cuttlefish.measure.moments import MomentCollector
 from hf_cuttlefish.measure.samples import Sample, add_samples
 
@@ -61,15 +62,64 @@ def test_together_is_one_by_one(monkeypatch: pytest.MonkeyPatch, checkpointing: 
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7 if key == "signal" else 1e-9)
 
 
-def test_an_overflow_in_one_layer_leaves_out_that_layer_alone() -> None:
+@pytest.mark.parametrize("wrong", [torch.inf, torch.nan])
+def test_an_overflow_in_one_layer_leaves_out_that_layer_alone(wrong: float) -> None:
     def sample(size: float) -> Sample:
         return Sample(torch.ones(3, 4), None, torch.full((3, 5), size), 2, torch.ones(5, 4))
 
     shapes = {"signal": (4, 4), "metric": (4, 4), "x": (4,), "count": (), "other": (), "y": (5,)}
     sums = [{key: torch.zeros(shape) for key, shape in shapes.items()} for _ in range(2)]
-    add_samples(sums, [sample(1.0), sample(torch.inf)], 0.5)
+    add_samples(sums, [sample(1.0), sample(wrong)], 0.5)
     assert float(sums[0]["count"]) == 6 and float(sums[0]["signal"][0, 0]) == 2 * 3 * 2.5**2
     assert all(float(value.abs().sum()) == 0 for value in sums[1].values())
+
+
+def test_waiting_samples_count_what_they_keep_alive() -> None:
+    """The whole gradient that a few tokens are picked from, unless it is large; an input that layers share once."""
+    waiting, x = samples.Waiting(), torch.zeros(10, 4)
+
+    def add(tokens: int) -> Sample:
+        waiting.add({}, Sample(x, None, torch.zeros(tokens, 5)[:: tokens // 10], tokens // 10, torch.ones(5, 4)))
+        return waiting[-1][1]
+
+    kept = add(40)
+    assert waiting.nbytes == x.nbytes + 40 * 5 * 4 and kept.g.untyped_storage().nbytes() == 40 * 5 * 4
+    many = samples.LONE_BYTES // 20 // 10 * 10 + 10
+    copied = add(many)
+    assert waiting.nbytes == x.nbytes + 40 * 5 * 4 + 10 * 5 * 4 and copied.g.untyped_storage().nbytes() == 10 * 5 * 4
+    assert [len(same) for same in waiting.take()] == [1, 1]
+    assert not waiting and waiting.nbytes == 0
+
+
+def test_a_gathering_step_launches_little_more_than_an_ordinary_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the host's launches set the pace. Added in three parts, as a BERT-base, 32 x 128, does."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 60}
+    model = BertForSequenceClassification(BertConfig(num_hidden_layers=12, **sizes)).train()
+    collector, optimizer = MomentCollector(model, find_targets(model), 8), torch.optim.AdamW(model.parameters())
+    collector.together, adds = True, []
+
+    def step() -> int:
+        with Count() as launches:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(input_ids=torch.ones(4, 8, dtype=torch.long), labels=torch.zeros(4, dtype=torch.long)).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        collector.step()
+        return launches.count
+
+    step()
+    ordinary = step()
+    monkeypatch.setattr(moments, "MOST_BYTES", 40_000)
+    monkeypatch.setattr(moments, "add_samples", lambda *args: adds.append(len(args[0])) or add_samples(*args))
+    collector.start()
+    step()
+    adds.clear()
+    gathering = step()
+    collector.stop()
+    assert sum(adds) == 72 and len(adds) == 12  # four kinds, three times
+    assert gathering - ordinary <= ordinary / 3, (ordinary, gathering)
 
 
 @pytest.mark.parametrize("whole", [True, False])
