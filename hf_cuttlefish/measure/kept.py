@@ -196,15 +196,22 @@ def _norms_of_the_batch(model: nn.Module) -> Iterator[None]:
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     kept = [(m, m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in norms]
+    running = [(m, m.running_mean, m.running_var) for m in norms]
     try:
         for norm in norms:
-            norm.training, norm.momentum = True, 0.0
+            if isinstance(norm, nn.SyncBatchNorm):
+                # In training it would wait for the other processes, which are not asked. With no running ones it takes the batch's.
+                norm.running_mean = norm.running_var = None
+            else:
+                norm.training, norm.momentum = True, 0.0
         yield
     finally:
         for norm, momentum, count in kept:
             norm.training, norm.momentum = False, momentum
             if count is not None:
                 norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
+        for norm, mean, variance in running:
+            norm.running_mean, norm.running_var = mean, variance
 
 
 @contextlib.contextmanager

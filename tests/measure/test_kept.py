@@ -178,3 +178,38 @@ def test_a_batch_that_has_no_names_is_left_out():
     kept.start()
     model(torch.ones(2, 4)), model.eval()
     assert len(kept) == 0
+
+
+def with_norm(norm):
+    """A classifier of 6 numbers in 3 classes, with a norm between two layers."""
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(6, 8), norm(8), nn.Linear(8, 3)
+
+        def forward(self, x, labels):
+            logits = self.last(self.norm(self.first(x)))
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    return Net().train()
+
+
+def test_norms_that_processes_share_wait_for_nobody(monkeypatch):
+    """The main process measures alone: in training a SyncBatchNorm would wait for the others (and on a CPU it raises)."""
+    found = []
+    for norm in (nn.BatchNorm1d, nn.SyncBatchNorm):
+        model = with_norm(norm)
+        kept = KeptBatches(model)
+        kept.start()
+        torch.manual_seed(1)
+        for _ in range(3):
+            model(x=torch.randn(5, 6), labels=torch.tensor([0, 1, 2, 0, 1]))
+        kept.stop()
+        before = {n: v.clone() for n, v in model.state_dict().items()}
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        found.append(kept.effect({}, {}).loss)
+        monkeypatch.undo()
+        assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items()) and model.norm.training
+    assert found[0] == found[1]
