@@ -127,7 +127,7 @@ class Cuttlefish:
         if self.config.learning_rate_scale not in (None, 1):
             self.engine.check_rate(self.scheduler)  # a scheduler may have been made since
         # Measure what this step has shown, then decide from numbers alone.
-        self.watch.step(self.global_step, self.schedule.latest_step)
+        self.watch.step()
         if (terms := self.watch.terms_of_first_step()) is not None:
             self.schedule.need(self.watch.width(), terms)
         if self.schedule.is_check(self.global_step):
@@ -238,12 +238,9 @@ class Cuttlefish:
         """Go on where `state_dict` was taken, before the switch under any config. The model must hold that checkpoint's weights.
 
         Args:
-            statistics: what `statistics_state` gave then (asked for on the main process only); without it the gathering
-                starts anew, and the switch comes later.
+            statistics: of `statistics_state` (asked for on the main process only); without it gathering starts anew, and later.
 
-        Raises:
-            ValueError: a state written by a newer version, one that does not fit the model, one that is broken, or a config that
-                differs where the switch has been decided.
+        Raises ValueError: a state that is newer, broken or does not fit; a config that differs where the switch is decided.
         """
         saved = RunState.from_dict(state, self.model).under(self.config, self.watch.layers)
         self.watch.drop_moments()
@@ -260,8 +257,10 @@ class Cuttlefish:
             self.schedule.start_at(self.global_step)
         if not self.watch.history.steps and not self.finished:
             self.watch.measure(self.global_step)
-        if saved.gathering and not self.finished and saved.switch_at is not None:
-            self._go_on_gathering(statistics)
+        if not self.finished:
+            self.watch.watch_flow(self.global_step, self.schedule.switch_at or self.schedule.latest_step)
+            if saved.gathering and saved.switch_at is not None:
+                self._go_on_gathering(statistics)
         self._say(logging.INFO, "%s", lines.resumed(self))
 
     def _go_on_gathering(self, statistics: Mapping[str, torch.Tensor] | None) -> None:
@@ -319,7 +318,8 @@ class Cuttlefish:
             self.schedule.decide(self.global_step, self.watch.history.steps, self.watch.history.ranks)
         if self.schedule.is_gathering(self.global_step):
             self.watch.start_gathering()
-        self.watch.note_scale(self.scaler, self.loss_factor)
+        due = self.schedule.switch_at or self.schedule.latest_step
+        self.watch.look_ahead(self.global_step, due, self.scaler, self.loss_factor)
 
     def _try_switch(self, folder: Path | None = None) -> bool:
         try:

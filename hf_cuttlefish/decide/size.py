@@ -19,7 +19,7 @@ LEARNING_SIZES = (0.3, 0.35, 0.4, 0.45, 0.5)
 """The same where the rest of the run learns more than a cut takes: from random weights, or with weights that still travel straight."""
 BOUNDED_SIZES = (0.1, 0.14, 0.18, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Sizes that `max_loss_increase` chooses from."""
-TOKEN_SIZES = (*SIZES, 0.6, 0.7, 0.8, 0.9)
+TOKEN_SIZES = (*SIZES, 0.9)
 """Sizes to choose from for a pretrained language model."""
 DENSE = 1.0
 """What is chosen where no size is within a bound."""

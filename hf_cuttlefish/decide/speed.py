@@ -128,7 +128,7 @@ def keep_faster(
     """
     rows = measure_groups(flow.groups(), plan, bool(flow.compiled), timer)
     found = choose(rows, flow.step_time, min_speedup)
-    kept, reason, notes = found.faster, found.reason, [*found.notes]
+    kept, reason, notes, tried = found.faster, found.reason, [*found.notes], False
     if trial is not None and plan:
         candidates = candidates_for(frozenset(plan), found.faster, trial.multiplies)
         try:
@@ -136,18 +136,18 @@ def keep_faster(
         except UnableError as error:
             notes.insert(0, f"whole steps were not measured, and groups of layers decide: {error}")
         else:
-            best = quickest(times, min_speedup)
+            best, tried = quickest(times, min_speedup), True
             told = _told(times)
             kept = best.layers
-            notes = [*([told] if kept else []), *notes, *([reason] if reason else [])]
+            notes = [*notes, *([reason] if reason else [])]
+            notes = [told, *notes] if kept else [f"by groups of layers alone: {note}" for note in notes]
             reason = "" if kept else f"{told}; nothing is {min_speedup:g} times faster than dense"
-    speedups = {name: row.speedup for row in rows for name in row.group.layers}
+    speedups = {name: f"{row.speedup:.2f}" for row in rows for name in row.group.layers}
     decisions = {}
     for name, d in plan.decisions.items():
         if d.rank is not None and name not in kept:
-            why = (
-                f"rank {d.rank} is {speedups[name]:.2f} times as fast here" if name in speedups else "never seen to run"
-            )
+            alone = f"{speedups[name]} times as fast alone" if name in speedups else "never seen to run"
+            why = f"rank {d.rank} makes no whole step faster, and is {alone}" if tried else f"rank {d.rank}: {alone}"
             d = replace(d, rank=None, reason=why, predicted_loss_increase=0.0)
         decisions[name] = d
     notes = [*plan.notes, *notes, *table(rows), *([reason] if reason else [])]

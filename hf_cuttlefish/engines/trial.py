@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 from torch import nn
@@ -45,6 +46,8 @@ class Trial:
             raise
         except Exception as error:
             raise UnableError(f"{type(error).__name__}: {str(error).strip()[:200]}") from None
+        finally:
+            gc.collect()  # forms of running and their layers know each other: the pairs must not lie beside those of the switch
 
     def _step(self) -> Step:
         """One of the run's micro-batches, and what runs it."""
@@ -59,7 +62,8 @@ class Trial:
         kinds = {p.device.type for p in model.parameters()}
         if not kinds <= {"cpu", "cuda"}:
             raise UnableError(f"on {', '.join(sorted(kinds))} steps are not timed")
-        is_compiled = watch.flow is not None and bool(watch.flow.compiled)
+        known = None if watch.flow is None else watch.flow.compiled
+        is_compiled = compiled_runner(model) is not None if known is None else bool(known)
         run = compiled_runner(model) if is_compiled else model
         if run is None:
             raise UnableError("the training step is compiled as a whole, and not the model")

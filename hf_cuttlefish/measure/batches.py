@@ -102,6 +102,7 @@ class Batches:
         weights = self._weights.get(number)
         if weights is None and tokens:
             examples = grad.reshape(rows, -1) if rows and len(grad) % rows == 0 else grad.flatten(1)
+            examples = examples.float() if examples.dtype == torch.float64 else examples
             norms = torch.linalg.vector_norm(examples, dim=1, dtype=torch.float32) * (self.terms / self.loss_scale)
             norms = torch.where(torch.isfinite(norms), norms, 0.0)
             self._weights[number] = weights = torch.where(norms > 0, norms, torch.inf).rsqrt()

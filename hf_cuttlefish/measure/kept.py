@@ -84,6 +84,11 @@ class KeptBatches:
             self._handle.remove()
             self._handle = None
 
+    def forget(self) -> None:
+        """Let go of the batches, and of what the model said of them."""
+        self._kept.clear()
+        self._reference = None
+
     def _keep(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         named = _by_name(module, args)
         if torch.is_grad_enabled() and named is not None and not getattr(module, "_is_replica", False):

@@ -105,7 +105,7 @@ def add_samples(
         else:  # most layers of a batch share one
             shared = all(s.by is first.by for s in samples)
             by = first.by[None] if shared else _together([s.by for s in samples])  # type: ignore[misc]
-            g = g * (by * scale)[..., None]
+            g = (g * (by * scale)[..., None]).float()
         # Tokens with a gradient. Where one is not finite, as in an overflow under fp16, none of the layer's count.
         size = torch.linalg.vector_norm(g, 1, dim=-1, keepdim=True)
         used = (size > 0) & (size.sum(1, keepdim=True) < torch.inf)

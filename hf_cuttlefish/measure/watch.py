@@ -44,7 +44,7 @@ class Watch:
     """What is measured of a run's target layers.
 
         watch = Watch(model, layers, engine, config)
-        watch.measure(0); watch.start_gathering(); watch.step(1); watch.stop()
+        watch.measure(0); watch.start_gathering(); watch.step(); watch.stop()
 
     Attributes:
         history: stable ranks by step and layer. moments: the statistics being gathered, or None. flow: what flows, or None.
@@ -184,8 +184,9 @@ class Watch:
             if self.engine.holds_whole_weights:
                 self.kept.start()
 
-    def note_scale(self, scaler: Any, loss_factor: float) -> None:
-        """Before a step: what its loss will be multiplied by."""
+    def look_ahead(self, step: int, latest_step: int, scaler: Any, loss_factor: float) -> None:
+        """Before a step: see what flows, where that is asked for, and what the step's loss will be multiplied by."""
+        self.watch_flow(step, latest_step)
         if self.moments is not None:
             self.moments.batches.loss_scale = self.engine.loss_scale(scaler)
             self.moments.batches.loss_factor = loss_factor
@@ -202,28 +203,30 @@ class Watch:
             self.moments = None
         self.kept.stop()
 
+    def forget_batches(self) -> None:
+        """After the switch: the batches that were kept are not needed any more."""
+        self.kept.forget()
+        self.early.forget()
+
     # --- both ---
 
-    def step(self, step: int, latest_step: int) -> None:
+    def step(self) -> None:
         """An optimizer step has ended."""
         if self.moments is not None and self.moments.running:
             self.moments.step()
-        if self.config.objective == "speed":
-            self._watch_flow(step, latest_step)
-
-    def _watch_flow(self, step: int, latest_step: int) -> None:
-        """See in early steps what has to be timed at the switch; not in the first two, in which a compiler is at work."""
-        if self.flow is None and step < 2 and latest_step > 8:
-            return
-        if self.flow is None:
-            self.flow = FlowRecorder(self.model, self.layers)
-            self.flow.start()
-            if self.engine.holds_whole_weights:
-                self.early.start()
-        elif not self.flow.done:
+        if self.flow is not None and not self.flow.done:
             self.flow.step()
             if len(self.early):
                 self.early.stop()
+
+    def watch_flow(self, step: int, latest_step: int) -> None:
+        """Before a step: see what has to be timed at the switch; not in the first two steps, in which a compiler is at work."""
+        if self.config.objective != "speed" or self.flow is not None or (step < 2 and latest_step > 8):
+            return
+        self.flow = FlowRecorder(self.model, self.layers)
+        self.flow.start()
+        if self.engine.holds_whole_weights:
+            self.early.start()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All that was measured and is still to be used, as tensors for safetensors; moments only while they are gathered."""

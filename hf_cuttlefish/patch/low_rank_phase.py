@@ -96,6 +96,7 @@ class LowRankPhase:
             return None
         if not self._has_begun:
             self._has_begun = True
+            self.watch.forget_batches()
             self._is_dense = run.restarts and not low_rank_layers(run.engine.model)  # switched in a checkpoint alone
             if not self._is_dense:
                 self._begin(run)

@@ -50,6 +50,9 @@ class RunMultiplied:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._flow is not None:  # the first forward was broken off
+            self._flow.stop()
+            self._flow = None
         for batch in self.batches or ():
             batch.stop()
 

@@ -151,7 +151,12 @@ FASTER = (
 def _form(tried: Mapping[str, float], form: str, waits_for_host: bool) -> str:
     words = {"multiplied": "multiplied out", "pairs": "as pairs"}
     times = " and ".join(f"{ms:.3g} ms {words[name]}" for name, ms in tried.items())
-    told = f"Cuttlefish: a step takes {times}, so the low-rank layers run {words[form]} from here on"
+    so = (
+        "so"
+        if tried[form] == min(tried.values())
+        else "which the host's scatter explains, and what launches less is kept:"
+    )
+    told = f"Cuttlefish: a step takes {times}, {so} the low-rank layers run {words[form]} from here on"
     return f"{told}: the host, not the device, sets the pace. {FASTER}." if waits_for_host else f"{told}."
 
 

@@ -90,6 +90,11 @@ def test_a_run_with_much_to_learn_keeps_the_usual_size(parts_of_model):
     assert choose(parts_of_model, harmless, UNSETTLED - 0.01)[0] == SIZES[0]
 
 
+@pytest.mark.parametrize("sizes", [SIZES, LEARNING_SIZES, TOKEN_SIZES, BOUNDED_SIZES])
+def test_sizes_rise(sizes):
+    assert list(sizes) == sorted(set(sizes))
+
+
 @pytest.mark.parametrize("least", [0.29, 0.49, 0.59, 0.79, 0.89, 0.95])
 def test_a_language_model_may_keep_more_or_all(parts_of_model, least):
     kept = Told(lambda share: 0.9 * TOKEN_DIVERGENCE if share >= least - 0.02 else 1.1 * TOKEN_DIVERGENCE, 3.0, True)

@@ -290,3 +290,18 @@ def test_in_evaluation_pairs_run(model: Any) -> None:
     with torch.no_grad():
         model(**batch())
     assert called == [1] and not any(b.is_open for b in form.batches or ())
+
+
+def test_a_first_forward_that_is_broken_off_leaves_no_hooks(model: Any) -> None:
+    layers = low_rank_layers(model).values()
+    form = RunMultiplied(model)
+    form.start()
+    model.bert.encoder.register_forward_pre_hook(_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    form.stop()
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers) and not model._forward_hooks
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

@@ -301,3 +301,14 @@ def test_weights_may_be_gone_between_forward_and_backward(m, n):
         sums.append(collector.sums["0"])
     for name, value in sums[0].items():
         torch.testing.assert_close(sums[1][name], value)
+
+
+def test_a_model_in_double_precision_is_gathered():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 6)).double()
+    collector = MomentCollector(model, {"0": model[0], "1": model[1]})
+    collector.start()
+    model(torch.randn(8, 6, dtype=torch.float64)).square().mean().backward()
+    collector.step()
+    collector.stop()
+    assert set(collector.moments()) == {"0", "1"}

@@ -241,16 +241,23 @@ def steps_of(dense: float, planned: float = 1.0, mix: float = 0.5) -> Any:
     return timer
 
 
-def fine_tune(monkeypatch: pytest.MonkeyPatch, timer: Any, steps: Any = None, **options: Any) -> Cuttlefish:
+def fine_tune(
+    monkeypatch: pytest.MonkeyPatch, timer: Any, steps: Any = None, resumed_at: int = 0, **options: Any
+) -> Cuttlefish:
     monkeypatch.setattr(timing_file, "time_group", timer)
     monkeypatch.setattr(whole_steps_file, "time_steps", steps or steps_of(3.0, 2.0, 1.0))
     monkeypatch.setattr(keep_faster, "__defaults__", (MIN_SPEEDUP, timer, None))
     monkeypatch.setattr(timing_file.rank_prices, "__defaults__", (False, timer))
     model, inputs = bert(), batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    config = CuttlefishConfig(switch_step=6, statistics_steps=2, on_error="raise", **options)
+    config = CuttlefishConfig(**{"switch_step": 6, "statistics_steps": 2, "on_error": "raise", **options})
     cuttlefish = Cuttlefish(model, optimizer, config, total_steps=40)
-    for _ in range(8):
+    for step in range(8):
+        if resumed_at and step == resumed_at:
+            state, statistics = cuttlefish.state_dict(), cuttlefish.statistics_state()
+            cuttlefish.close() if hasattr(cuttlefish, "close") else cuttlefish.watch.stop()
+            cuttlefish = Cuttlefish(model, optimizer, config, total_steps=40)
+            cuttlefish.load_state_dict(state, statistics)
         model(**inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -265,6 +272,17 @@ def test_speed_switches_what_is_faster(monkeypatch: pytest.MonkeyPatch, rule: st
     assert cuttlefish.plan is not None
     assert set(low_rank_layers(cuttlefish.model)) == set(cuttlefish.plan)
     assert any(note.startswith("measured") for note in cuttlefish.plan.notes)
+
+
+@pytest.mark.parametrize("rule", ["loss", "ratio"])
+@pytest.mark.parametrize("switch_step, resumed_at", [(6, 5), (1, 0), (2, 0)])
+def test_speed_measures_right_after_a_resume_and_in_early_steps(
+    monkeypatch: pytest.MonkeyPatch, rule: str, switch_step: int, resumed_at: int
+) -> None:
+    options = {"objective": "speed", "rank_rule": rule, "min_speedup": 1.2, "statistics_steps": min(2, switch_step)}
+    cuttlefish = fine_tune(monkeypatch, by_size, None, resumed_at, switch_step=switch_step, **options)
+    assert cuttlefish.switch_step == switch_step and cuttlefish.plan is not None
+    assert any(note.startswith("a step takes") for note in cuttlefish.plan.notes)
 
 
 def test_speed_switches_nothing_where_nothing_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
