@@ -258,7 +258,7 @@ class Cuttlefish:
         if not self.watch.history.steps and not self.finished:
             self.watch.measure(self.global_step)
         if not self.finished:
-            self.watch.watch_flow(self.global_step, self.schedule.switch_at or self.schedule.latest_step)
+            self.watch.watch_flow(self.global_step, self.schedule.due)
             if saved.gathering and saved.switch_at is not None:
                 self._go_on_gathering(statistics)
         self._say(logging.INFO, "%s", lines.resumed(self))
@@ -318,8 +318,7 @@ class Cuttlefish:
             self.schedule.decide(self.global_step, self.watch.history.steps, self.watch.history.ranks)
         if self.schedule.is_gathering(self.global_step):
             self.watch.start_gathering()
-        due = self.schedule.switch_at or self.schedule.latest_step
-        self.watch.look_ahead(self.global_step, due, self.scaler, self.loss_factor)
+        self.watch.look_ahead(self.global_step, self.schedule.due, self.scaler, self.loss_factor)
 
     def _try_switch(self, folder: Path | None = None) -> bool:
         try:

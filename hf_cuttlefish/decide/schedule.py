@@ -84,6 +84,11 @@ class Schedule:
     def latest_step(self) -> int:
         return max(1, int(self.config.latest_switch * self.total_steps))
 
+    @property
+    def due(self) -> int:
+        """The step of the switch; before it is decided the latest one."""
+        return self.switch_at or self.latest_step
+
     def start_at(self, step: int) -> None:
         """Join a run that has come to `step` without us. Raises ValueError if that is at or past a fixed switch_step."""
         if self.config.switch_step is not None and self.config.switch_step <= step:

@@ -184,9 +184,9 @@ class Watch:
             if self.engine.holds_whole_weights:
                 self.kept.start()
 
-    def look_ahead(self, step: int, latest_step: int, scaler: Any, loss_factor: float) -> None:
+    def look_ahead(self, step: int, due: int, scaler: Any, loss_factor: float) -> None:
         """Before a step: see what flows, where that is asked for, and what the step's loss will be multiplied by."""
-        self.watch_flow(step, latest_step)
+        self.watch_flow(step, due)
         if self.moments is not None:
             self.moments.batches.loss_scale = self.engine.loss_scale(scaler)
             self.moments.batches.loss_factor = loss_factor
@@ -219,9 +219,12 @@ class Watch:
             if len(self.early):
                 self.early.stop()
 
-    def watch_flow(self, step: int, latest_step: int) -> None:
-        """Before a step: see what has to be timed at the switch; not in the first two steps, in which a compiler is at work."""
-        if self.config.objective != "speed" or self.flow is not None or (step < 2 and latest_step > 8):
+    def watch_flow(self, step: int, due: int) -> None:
+        """Before a step: see what has to be timed at the switch; not in the first two steps, in which a compiler is at work.
+
+        due: step of the switch, or the latest one.
+        """
+        if self.config.objective != "speed" or self.flow is not None or (step < 2 and due > 8):
             return
         self.flow = FlowRecorder(self.model, self.layers)
         self.flow.start()

@@ -100,7 +100,7 @@ def end(run: Run) -> tuple[int, str]:
             "from before the switch (load_best_model_at_end). Load a later checkpoint for the factorized model, or set "
             "load_best_model_at_end=False."
         )
-    due = run.schedule.switch_at or run.schedule.latest_step
+    due = run.schedule.due
     why = run.reason if run.finished else f"the switch was due at step {due} at the latest"
     return logging.WARNING, (
         f"Cuttlefish: the run ended after {run.global_step} of {run.schedule.total_steps} steps without a switch, and the model is "
@@ -151,12 +151,9 @@ FASTER = (
 def _form(tried: Mapping[str, float], form: str, waits_for_host: bool) -> str:
     words = {"multiplied": "multiplied out", "pairs": "as pairs"}
     times = " and ".join(f"{ms:.3g} ms {words[name]}" for name, ms in tried.items())
-    so = (
-        "so"
-        if tried[form] == min(tried.values())
-        else "which the host's scatter explains, and what launches less is kept:"
-    )
-    told = f"Cuttlefish: a step takes {times}, {so} the low-rank layers run {words[form]} from here on"
+    is_quicker = tried[form] == min(tried.values())
+    so = ", so" if is_quicker else ". The host's times scatter by more than that, so what launches less is kept:"
+    told = f"Cuttlefish: a step takes {times}{so} the low-rank layers run {words[form]} from here on"
     return f"{told}: the host, not the device, sets the pace. {FASTER}." if waits_for_host else f"{told}."
 
 

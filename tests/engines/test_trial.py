@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,8 @@ from hf_cuttlefish.measure.whole_steps import Candidate, Step, UnableError
 from launch import launch
 from tiny_trainer import run, tiny_bert
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 SPEED = CuttlefishConfig(objective="speed", switch_step=8, rank_rule="ratio", rank_multiple=4, on_error="raise")
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,9 @@ from hf_cuttlefish.layers.low_rank import low_rank_layers
 from hf_cuttlefish.measure.eager import said_of_shapes
 from tiny_trainer import CONFIG, SWITCH, assert_same_run, run, tiny_bert
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 STEPS = 14
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
 
 
 def losses(trainer: Any) -> list[float]:
