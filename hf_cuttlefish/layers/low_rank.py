@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from ..maths.factors import factor_weight
 from .dense import check_rank
 from .parts import shape_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ORIGINS: dict[str, type[nn.Linear | Conv1D]] = {"Linear": nn.Linear, "Conv1D": Conv1D}
 """Dense classes of a `LowRankLinear`, by its `origin`."""
@@ -40,6 +43,13 @@ class LowRankLayer(nn.Module):
     def product(self) -> torch.Tensor:
         """up @ down, (out_features, in_features), computed in fp32 or better and returned in the factors' dtype."""
         raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module. Trainer asks before each step: where nothing changes, plain children are not asked in turn."""
+        down, up = self._modules["down"], self._modules["up"]
+        if self.training is mode and type(down) is type(up) is nn.Linear and down.training is up.training is mode:
+            return self
+        return super().train(mode)
 
     @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:

@@ -34,7 +34,7 @@ class Multiplied:
     """
 
     def __init__(self, groups: Iterable[Sequence[LowRankLinear]]) -> None:
-        self.groups = [list(group) for group in groups]
+        self.groups = sorted((list(group) for group in groups), key=len)
         self.layers = [layer for group in self.groups for layer in group]
         self.is_open = False
         self.made: _Made | None = None
@@ -80,9 +80,8 @@ class Multiplied:
         weights = [cast(torch.Tensor, child._parameters["weight"]) for child in self._children]
         downs, ups = weights[::2], weights[1::2]
         biases = [b for child in self._children[1::2] if (b := child._parameters["bias"]) is not None]
-        ranks = [len(down) for down in downs]
-        if self._layout is None or self._layout.ranks != ranks or self._layout.device != downs[0].device:
-            self._layout = _Layout(ranks, [len(group) for group in self.groups], downs[0].device)
+        if self._layout is None or not self._layout.is_of(downs):
+            self._layout = _Layout(downs, ups, [len(group) for group in self.groups])
         made = _Products.apply(self._layout, dtype, *downs, *ups, *biases)
         count = len(self.groups)
         return _Made(dtype, made[:count], made[count:] or [None] * count)
@@ -155,7 +154,7 @@ class _Made:
         # The member that asks first has the outputs of all worked out; the others read the very same tensor.
         read, version, outputs = self._held.get(at, (None, 0, {}))
         if read is not x or version != x._version or place not in outputs:
-            outputs = dict(enumerate(_Together.apply(self.dtype, x, self.weights[at], self.biases[at])))
+            outputs = dict(enumerate(_together(x, self.weights[at], self.biases[at])))
             self._held[at] = x, x._version, outputs
         output = outputs.pop(place)
         if not outputs:
@@ -170,46 +169,85 @@ class _Layout:
     groups: how many layers read one tensor, in their order.
     """
 
-    def __init__(self, ranks: list[int], groups: list[int], device: torch.device) -> None:
-        self.ranks, self.groups, self.device = ranks, groups, device
-        self.most, self.total = max(ranks), sum(ranks)
-        self.is_even = len(set(ranks)) == 1
+    def __init__(self, downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor], groups: list[int]) -> None:
+        self.ranks, self.groups, self.device = [down.size(0) for down in downs], groups, downs[0].device
+        self.most, self.total = max(self.ranks), sum(self.ranks)
+        self.is_even = len(set(self.ranks)) == 1
+        self.runs = [(size, groups.count(size)) for size in sorted(set(groups))]
+        self.group_of_each = [at for at, size in enumerate(groups) for _ in range(size)]
+        self.zeros = downs[0].new_zeros(1, downs[0].shape[1]), ups[0].new_zeros(len(ups[0]), 1)
         rows: list[int] = []
         kept: list[int] = []
         begin = 0
-        for i, rank in enumerate(ranks):
+        for i, rank in enumerate(self.ranks):
             rows += [*range(begin, begin + rank), *[self.total] * (self.most - rank)]
             kept += range(i * self.most, i * self.most + rank)
             begin += rank
-        self.fill, self.keep = (torch.tensor(t, device=device) for t in (rows, kept))
+        self.fill, self.keep = (torch.tensor(t, device=self.device) for t in (rows, kept))
+
+    def is_of(self, downs: Sequence[torch.Tensor]) -> bool:
+        return self.device == downs[0].device and self.ranks == [down.size(0) for down in downs]
 
     def stack(
         self, downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor], dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All downs (layers, most, n) and ups (layers, m, most), with zeros where a rank is smaller."""
-        if not self.is_even:
-            downs = [*downs, downs[0].new_zeros(1, downs[0].shape[1])]
-            ups = [*ups, ups[0].new_zeros(len(ups[0]), 1)]
-        down, up = torch.cat(list(downs)).to(dtype), torch.cat(list(ups), 1).to(dtype)
-        if not self.is_even:
-            down, up = down.index_select(0, self.fill), up.index_select(1, self.fill)
+        if self.is_even:
+            down, up = torch.cat(tuple(downs)).to(dtype), torch.cat(tuple(ups), 1).to(dtype)
+        else:
+            down = torch.cat((*downs, self.zeros[0])).to(dtype).index_select(0, self.fill)
+            up = torch.cat((*ups, self.zeros[1]), 1).to(dtype).index_select(1, self.fill)
         count = len(self.ranks)
         return down.view(count, self.most, -1), up.view(len(up), count, self.most).transpose(0, 1)
 
-    def unstack_downs(self, down: torch.Tensor) -> Sequence[torch.Tensor]:
-        """(layers, most, n) -> (rank, n) of each."""
-        rows = down.reshape(-1, down.shape[-1])
-        return (rows if self.is_even else rows.index_select(0, self.keep)).split(self.ranks)
+    def parts(self, stack: torch.Tensor) -> list[torch.Tensor]:
+        """(layers, n, m) -> (m, n) for a layer that runs alone, (members, n, m) for a group; (layers, m) -> (m,), (members, 1, m)."""
+        found: list[torch.Tensor] = []
+        begin = 0
+        for size, count in self.runs:
+            part = stack[begin : begin + size * count]
+            if size == 1:
+                found += (part.mT if stack.ndim == 3 else part).unbind()
+            else:
+                found += part.view(count, size, -1, part.shape[-1]).unbind()
+            begin += size * count
+        return found
 
-    def unstack_ups(self, up: torch.Tensor) -> Sequence[torch.Tensor]:
-        """(layers, m, most) -> (m, rank) of each."""
+    def joined(self, grads: Sequence[torch.Tensor | None], shape: tuple[int, ...]) -> torch.Tensor:
+        """The way back: (layers, *shape), zeros where there is no gradient."""
+        present = [grad for grad in grads if grad is not None]
+        if len(self.runs) == 1 and len(present) == len(grads):
+            together = torch.stack(present)
+            if self.runs[0][0] == 1:
+                return together.mT if len(shape) == 2 else together
+            return together.view(-1, *shape)
+        nothing = present[0].new_zeros(()).expand(shape)
+        each = []
+        for grad, size in zip(grads, self.groups, strict=True):
+            if grad is None:
+                grad = nothing.expand(size, *shape)
+            elif size == 1:
+                grad = (grad.mT if len(shape) == 2 else grad)[None]
+            each.append(grad if grad.ndim == len(shape) + 1 else grad[:, 0])
+        return torch.cat(each)
+
+    def downs(self, up: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> Sequence[torch.Tensor]:
+        """The gradient (rank, n) of each down. g: of the products, (layers, n, m)."""
+        rows = torch.bmm(up.mT, g.mT).view(len(g) * self.most, -1)
+        return (rows if self.is_even else rows.index_select(0, self.keep)).to(dtype).split(self.ranks)
+
+    def ups(self, down: torch.Tensor, g: torch.Tensor, like: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The gradient (m, rank) of each up, as autograd wants it: parts of a larger tensor's columns it would copy one by one."""
+        dtype = like[0].dtype
         if self.is_even:
-            return up.unbind()
+            return torch.bmm(g.mT, down.mT).to(dtype).unbind()
         if torch.is_grad_enabled():  # a derivative of derivatives is asked for
-            return [u[:, :rank] for u, rank in zip(up, self.ranks, strict=True)]
-        # By one kernel, and as autograd wants gradients: parts of a larger tensor it would copy one by one.
-        columns = up.transpose(0, 1).reshape(up.shape[1], -1).index_select(1, self.keep)
-        parts = [columns.new_empty(len(columns), rank) for rank in self.ranks]
+            found = torch.bmm(g.mT, down.mT).to(dtype)
+            return [u[:, :rank] for u, rank in zip(found, self.ranks, strict=True)]
+        columns = g.new_empty(g.shape[2], len(g) * self.most)
+        torch.bmm(g.mT, down.mT, out=columns.view(len(columns), len(g), self.most).transpose(0, 1))
+        columns = columns.index_select(1, self.keep).to(dtype)
+        parts = [columns.new_empty(u.shape) for u in like]
         torch.split_with_sizes_copy(columns, self.ranks, 1, out=parts)
         return parts
 
@@ -217,81 +255,51 @@ class _Layout:
 class _Products(torch.autograd.Function):
     """(downs..., ups..., biases...) -> (a weight of each group..., biases...) in the dtype asked for, by a few kernels for all.
 
-    A weight is (m, n), or (members, m, n) of a group; biases alike.
+    A weight is (m, n), or (members, n, m) of a group; a bias (m,), or (members, 1, m).
     """
 
     @staticmethod
     def forward(ctx: Any, layout: _Layout, dtype: torch.dtype, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
         count = len(layout.ranks)
-        downs, ups, biases = parameters[:count], parameters[count : 2 * count], parameters[2 * count :]
-        ctx.layout, ctx.dtype = layout, dtype
-        ctx.save_for_backward(*parameters)
+        down, up = layout.stack(parameters[:count], parameters[count : 2 * count], dtype)
+        # Of the parameters themselves nothing is read later, unless derivatives of derivatives are asked for.
+        ctx.layout, ctx.dtype, ctx.parameters = layout, dtype, parameters
+        ctx.save_for_backward(down, up)
         ctx.set_materialize_grads(False)
-        down, up = layout.stack(downs, ups, dtype)
-        together = [torch.bmm(up, down), *([torch.stack(biases).to(dtype)] if biases else [])]
-        return tuple(part[0] if len(part) == 1 else part for stack in together for part in stack.split(layout.groups))
+        made = layout.parts(torch.bmm(down.mT, up.mT))
+        if len(parameters) > 2 * count:
+            made += layout.parts(torch.stack(parameters[2 * count :]).to(dtype))
+        return tuple(made)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        parameters, layout = ctx.saved_tensors, ctx.layout
+        parameters, layout = ctx.parameters, ctx.layout
         count, groups = len(layout.ranks), len(layout.groups)
         downs, ups, biases = parameters[:count], parameters[count : 2 * count], parameters[2 * count :]
-        found: list[torch.Tensor | None] = [None] * len(parameters)
+        again = torch.is_grad_enabled()
+        down, up = layout.stack(downs, ups, ctx.dtype) if again else ctx.saved_tensors
         # A layer that did not run has no gradient, and not one of zeros.
-        used = [i for i, at in enumerate(_group_of_each(layout.groups)) if grads[at] is not None]
-        if used:
-            g = _joined(grads[:groups], layout.groups, (len(ups[0]), downs[0].shape[1]))
-            down, up = layout.stack(downs, ups, ctx.dtype)
-            for_down = layout.unstack_downs(torch.bmm(up.mT, g).to(downs[0].dtype))
-            for_up = layout.unstack_ups(torch.bmm(g, down.mT).to(ups[0].dtype))
-            for i in used:
-                found[i], found[count + i] = for_down[i], for_up[i]
-        if used and biases:
-            for_bias = _joined(grads[groups:], layout.groups, (len(ups[0]),)).to(biases[0].dtype).unbind()
-            for i in used:
-                found[2 * count + i] = for_bias[i]
-        return None, None, *found
+        used = [grads[at] is not None for at in layout.group_of_each]
+        if not any(used):
+            return None, None, *(None for _ in parameters)
+        g = layout.joined(grads[:groups], (downs[0].shape[1], len(ups[0])))
+        found = [*layout.downs(up, g, downs[0].dtype), *layout.ups(down, g, ups)]
+        if biases:
+            found += layout.joined(grads[groups:], (len(ups[0]),)).to(biases[0].dtype).unbind()
+        if all(used):
+            return None, None, *found
+        return None, None, *(g if used[i % count] else None for i, g in enumerate(found))
 
 
-class _Together(torch.autograd.Function):
-    """(x (..., n), weight (members, m, n), bias (members, m) or None) -> the output (..., m) of each member, by one product."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, dtype: torch.dtype, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.dtype, ctx.has_bias = dtype, bias is not None
-        ctx.save_for_backward(x, weight)
-        rows = x.reshape(1, -1, x.shape[-1]).to(dtype).expand(len(weight), -1, -1)
-        y = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
-        # Parts of one storage that are no views of one tensor: models work in place on them (Longformer divides its query).
-        shape, storage, size = (*x.shape[:-1], y.shape[-1]), y.untyped_storage(), y[0].numel()
-        return tuple(y.new_empty(0).set_(storage, i * size, shape) for i in range(len(weight)))  # type: ignore[call-overload]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        g = torch.cat([grad.reshape(-1, grad.shape[-1]) for grad in grads], -1)  # (tokens, members * m)
-        rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-        for_x = None
-        if ctx.needs_input_grad[1]:
-            for_x = (g @ weight.reshape(-1, weight.shape[-1])).to(x.dtype).view_as(x)
-        for_bias = g.sum(0).view(weight.shape[:2]) if ctx.has_bias else None
-        return None, for_x, (g.mT @ rows).view_as(weight), for_bias
-
-
-def _group_of_each(groups: Sequence[int]) -> list[int]:
-    return [at for at, size in enumerate(groups) for _ in range(size)]
-
-
-def _joined(grads: Sequence[torch.Tensor | None], groups: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
-    """Gradients of groups one after another, (layers, *shape), zeros where there is none."""
-    like = next(grad for grad in grads if grad is not None)
-    parts = [
-        like.new_zeros(()).expand(size, *shape) if grad is None else grad.reshape(size, *shape)
-        for grad, size in zip(grads, groups, strict=True)
-    ]
-    return torch.cat(parts)
+def _together(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Sequence[torch.Tensor]:
+    """x (..., n), weight (members, n, m), bias (members, 1, m) or None -> the output (..., m) of each member, by one product."""
+    if x.ndim == 1:
+        return [y[0] for y in _together(x[None], weight, bias)]
+    rows = x.to(weight.dtype).reshape(1, -1, x.shape[-1]).expand(len(weight), -1, -1)
+    y = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias, rows, weight)
+    # No views of one tensor to autograd, but each a whole one: models work in place on them (Longformer divides its query).
+    y = y.view(len(weight) * len(x), *x.shape[1:-1], y.shape[-1])
+    return torch.unsafe_split_with_sizes(y, [len(x)] * len(weight))
 
 
 def _hook_tables(child: nn.Module) -> list[Any]:

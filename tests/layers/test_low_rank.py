@@ -172,3 +172,15 @@ def test_merge_multiplies_half_precision_in_fp32(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         dense = low.to_dense()
     assert torch.equal(dense.weight, exact.to(torch.bfloat16)) and types == [torch.float32] * 2
+
+
+def test_the_mode_of_training_reaches_whatever_stands_in_the_layer():
+    low = LowRankLinear(6, 5, 2)
+    low.up = nn.Sequential(low.up, nn.Dropout())  # as an adapter wraps it
+    for mode in (False, True, False):
+        assert low.train(mode) is low
+        assert {module.training for module in low.modules()} == {mode}
+    plain = LowRankLinear(6, 5, 2)
+    plain.down.eval()  # by itself
+    assert {module.training for module in plain.train().modules()} == {True}
+    assert {module.training for module in plain.eval().modules()} == {False}

@@ -128,6 +128,40 @@ def test_layers_that_read_one_tensor_run_as_one_product(model: Any) -> None:
     assert all(y.is_contiguous() for y in found)
 
 
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (3, 0, 6), (2, 1, 5, 6)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_group_takes_inputs_of_every_shape(shape: tuple[int, ...], bias: bool) -> None:
+    layers = [LowRankLinear(6, 5, rank, bias=bias).double() for rank in (2, 3, 4)]
+    (one,) = in_batches([layers[:2], layers[2:]])
+    x = torch.randn(shape, dtype=torch.float64)
+    wanted = [layer(x) for layer in layers]
+    one.start()
+    one.open()
+    found = [layer(x) for layer in layers]
+    one.stop()
+    torch.testing.assert_close(found, wanted)
+    found[0].mul_(2)  # in place on one leaves the others alone
+    torch.testing.assert_close(found[1:], wanted[1:])
+
+
+def test_gradients_come_to_those_that_ran_alone() -> None:
+    layers = [LowRankLinear(6, 6, rank).double() for rank in (2, 3, 4, 2, 3)]
+    (one,) = in_batches([layers[:2], layers[2:4], layers[4:]])
+    x = torch.randn(4, 6, dtype=torch.float64)
+    used, idle = [layers[0], layers[1], layers[4]], layers[2:4]
+    wanted = torch.autograd.grad(_squares(used, x), [p for layer in used for p in layer.parameters()])
+    one.start()
+    one.open()
+    _squares(used, x).backward()
+    one.stop()
+    torch.testing.assert_close([p.grad for layer in used for p in layer.parameters()], list(wanted))
+    assert all(p.grad is None for layer in idle for p in layer.parameters())
+
+
+def _squares(layers: list[LowRankLinear], x: torch.Tensor) -> torch.Tensor:
+    return torch.stack([layer(x).square().sum() for layer in layers]).sum()
+
+
 def test_second_derivatives_are_those_of_pairs() -> None:
     layers = [LowRankLinear(4, 3, 2).double() for _ in range(2)]
     (one,) = in_batches([layers])
