@@ -38,8 +38,9 @@ class Task:
         longest: tokens of a text that are used, its first ones; None: all that the file holds. Of texts, which lie sorted by
             their label in some files, the rows are evenly spaced.
         measured: training rows on which the loss is measured around the switch.
-        padding: number of the token that fills texts up. shift_positions: position embeddings are rolled by one before the first
-            step, so that the run has much to learn anew.
+        padding: number of the token that fills texts up.
+        shift_positions: position embeddings are rolled by one before the first step, so that the run has much to learn anew.
+        shuffled_words: share of the vocabulary whose embeddings change places before the first step, to the same end.
         warmup: share of the steps over which the learning rate rises; afterwards it falls to zero in a straight line.
     """
 
@@ -59,6 +60,7 @@ class Task:
     measured: int = 1024
     padding: int = 0
     shift_positions: bool = False
+    shuffled_words: float = 0.0
 
     def limited(self, rows: int | None) -> Task:
         """The same task with at most so many rows in each split."""
@@ -126,6 +128,7 @@ for _data in ("trec", "movie_snippets", "reuters_r8"):
         _task = Task("text", f"mpnet/{_data}.npz", "mpnet/mpnet_base", learning_rate=float(_rate), padding=1)
         TASKS[f"mpnet_{_data}_{_rate}"] = _task
         TASKS[f"mpnet_{_data}_{_rate}_relearn"] = replace(_task, shift_positions=True)
+        TASKS[f"mpnet_{_data}_{_rate}_shuffled"] = replace(_task, shuffled_words=0.5)
 # Short enough for one core of a CPU.
 TASKS["movie_snippets_short"] = replace(TASKS["movie_snippets_whole"], rows=(1024, 256, 800), measured=256)
 TASKS["reuters_r8_short"] = replace(TASKS["reuters_r8_whole"], rows=(640, 256, 800), longest=40, measured=256)
@@ -193,6 +196,8 @@ def build(task: Task, classes: int, folder: Path | None) -> nn.Module:
             positions = next(m for name, m in model.named_modules() if name.endswith("position_embeddings"))
             with torch.no_grad():
                 positions.weight.copy_(positions.weight.roll(1, 0))
+        if task.shuffled_words:
+            shuffle_words(model, task.shuffled_words)
         return model
     cls = BertForSequenceClassification if task.kind == "text" else ViTForImageClassification
     sizes = dict(task.shape or {})
@@ -201,6 +206,17 @@ def build(task: Task, classes: int, folder: Path | None) -> nn.Module:
     if task.kind == "text":
         return cls(BertConfig(vocab_size=200, max_position_embeddings=64, num_labels=classes, **sizes))
     return cls(ViTConfig(image_size=task.image_size, num_channels=task.channels, num_labels=classes, **sizes))
+
+
+@torch.no_grad()
+def shuffle_words(model: nn.Module, share: float) -> None:
+    """Let the embeddings of this share of the vocabulary change places, the same ones for every seed."""
+    table = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(table), generator=generator)[: round(share * len(table))]
+    # Special tokens come first in these vocabularies: their places say what kind of token they are.
+    chosen = chosen[chosen > 4]
+    table[chosen] = table[chosen.roll(1)]
 
 
 def _in_folder(folder: Path | None, name: str) -> Path:

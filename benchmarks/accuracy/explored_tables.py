@@ -64,9 +64,12 @@ TRIED = {
     '{"alpha": 1.0, "learning_rate_scale": 1.5}': "both: weighted, rate x 1.5",
     '{"distill": 0.5}': "distillation from the snapshot",
     '{"fade": 0.3}': "what the cut took fades",
+    '{"feat": 1.0}': "hidden states of the dense snapshot, weight 1, over 30% of the rest",
+    '{"feat": 5.0}': "hidden states, weight 5, over 30% of the rest",
+    '{"feat": 5.0, "share": 1.0}': "hidden states, weight 5, over all of the rest",
     '{"first": 0.3333333333333333, "second": 0.35, "switch": 0.2}': "two cuts: 1/3 at 20%, then at 35%",
 }
-"""Options of the records in explore_h100 and fading_h100, and what they stand for."""
+"""Options of the records in explore_h100, fading_h100 and features_h100, and what they stand for."""
 
 
 def explored_table(records: list[Record]) -> str:
