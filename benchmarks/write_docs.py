@@ -21,9 +21,10 @@ from .accuracy.tables import ablation_table, calibration_ratios, conditions, sum
 from .convolutions.tables import gpu_table, in_turn_table, norms_table
 from .convolutions.tables import table as convolutions_table
 from .eight_bits.tables import eight_bits_table
+from .end_to_end.tables import computed_table, large_table, runs_table, trial_table
 from .experts.speed import table as steps_of_experts
 from .speed.tables import tables as speed_tables
-from .steps.tables import runs_table, steps_table
+from .steps.tables import ratios_table, steps_table
 from .two_gpus.tables import launches_table, llama_table, scaling_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +95,15 @@ LIMITS = """## What these numbers are not
 """
 
 
+RATIOS = """Steps at other sizes, shares of the dense step beside it (`python -m benchmarks.steps`, records `steps_ratios_h100`):"""
+LARGE_RUNS = """Larger models through `Trainer`, a quarter kept, bf16, fused AdamW; each run compiled from nothing. "Compiling" is what the
+first 8 steps, and the first 8 after the switch, took beyond ordinary ones (`python -m benchmarks.end_to_end`, records
+`end_to_end_large_*`):"""
+LONGER_RUNS = """**Computed, not measured**: longer runs by those parts, as times dense takes Cuttlefish's (above 1: Cuttlefish ends first). Fixed
+seconds, plus steps of each kind times what one took; the switch at the same share of the run:"""
+TRIALS = """What `objective="speed"` found on a GPU, everything in one run (the same records):"""
+
+
 def load(name: str) -> list[Record]:
     """The records of one file."""
     return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text("utf-8").splitlines()]
@@ -116,12 +126,22 @@ def fill(path: Path, what: str, text: str) -> None:
 
 
 def write_gpu_page() -> None:
-    """The tables of docs/fast-on-a-gpu.md."""
+    """The tables of docs/fast-on-a-gpu.md; of what has no record there is nothing."""
     page, results = ROOT / "docs" / "fast-on-a-gpu.md", ROOT / "benchmarks" / "results"
     steps = json.loads((results / "steps_h100.json").read_text("utf-8"))["records"]
     for what, modes in (("graphs", ["graphs"]), ("eager", ["eager"]), ("inference", ["infer", "infer-graphs"])):
         fill(page, what, steps_table(steps, modes))
     fill(page, "runs", runs_table(json.loads((results / "end_to_end_h100.json").read_text("utf-8"))))
+    other = results / "steps_ratios_h100.json"
+    ratios = json.loads(other.read_text("utf-8"))["records"] if other.exists() else []
+    large = [r for path in sorted(results.glob("end_to_end_large_*.json")) for r in json.loads(path.read_text("utf-8"))]
+    for what, intro, text in (
+        ("ratios", RATIOS, ratios_table(ratios)),
+        ("large runs", LARGE_RUNS, large_table(large)),
+        ("longer runs", LONGER_RUNS, computed_table(large)),
+        ("trials", TRIALS, trial_table(large)),
+    ):
+        fill(page, what, f"{intro}\n\n{text}" if text else "")
 
 
 def main() -> None:

@@ -1,197 +1,177 @@
 """End to end through Trainer: dense and Cuttlefish, eager and as CUDA graphs, everything counted.
 
     python -m benchmarks.end_to_end --cases bert-base --steps 300 --out runs/end_to_end.json
+    python -m benchmarks.end_to_end --cases llama-1b:8 bert-large:12 --modes graphs --deadline 430 --out runs/large.json
 
-Each run has a process of its own and the device to itself; random weights, static shapes, bf16. What counts is the time of
-`trainer.train()`: compilation, gathering, the switch and compiling anew are in it.
+`llama-1b:8` is the model with 8 of its blocks, which compile in less time. Each run has a process of its own and the device to
+itself (all processes are started first, and wait); random weights, static shapes, bf16. What counts is the time of `trainer.train()`: compilation, gathering, the switch and
+compiling anew are in it. Each run has a folder of its own for what the compiler keeps, so that all compile from nothing; with
+`--cache FOLDER` they share one, and the record says so. The file is written after each run; records that it holds already stay.
 """
 
 from __future__ import annotations
 
 import argparse
-import cProfile
-import itertools
+import contextlib
 import json
 import logging
-import pstats
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
-SHAPES: dict[str, tuple[dict[str, int], int, int]] = {
-    "bert-tiny": (
-        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
-        4,
-        16,
-    ),
-    "bert-base": ({}, 32, 128),
-    "bert-large": (
-        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-        64,
-        128,
-    ),
-}
-"""Case -> changes of BertConfig, rows in a batch, tokens in a row."""
-MODES: dict[str, dict[str, Any]] = {
-    "eager": {},
-    "graphs": {"torch_compile": True, "torch_compile_mode": "reduce-overhead"},
-}
+from ..files import write_whole
+from .cases import CASES
+from .run import METHODS, MODES, profile_switch, run
+
+READY = "READY"
+GRACE = 60.0
+"""Seconds that a run may take to end beyond its limit, before its process is ended."""
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=sorted(SHAPES), default=["bert-tiny"])
-    parser.add_argument("--modes", nargs="+", choices=sorted(MODES), default=list(MODES))
+    parser.add_argument(
+        "--cases", nargs="+", type=case_and_blocks, default=[("bert-tiny", None)], help="NAME or NAME:BLOCKS"
+    )
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=["eager", "graphs"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["dense", "cuttlefish"])
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--ratio", type=float, default=0.25, help="target_ratio of Cuttlefish")
+    parser.add_argument("--ratio", type=kept, default=0.25, help="target_ratio, or 'default': what the run measures")
     parser.add_argument("--out", type=Path, default=Path("runs/end_to_end.json"))
-    parser.add_argument("--time-limit", type=float, default=540.0, help="seconds after which no run is begun")
+    parser.add_argument("--deadline", type=float, default=430.0, help="seconds after which no run is begun")
+    parser.add_argument(
+        "--stop", type=float, default=540.0, help="seconds after which a run ends with the step that it is in"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=None, help="folder of compiled code for all runs; else each has its own"
+    )
     parser.add_argument("--profile", action="store_true", help="print where the switch spends its time")
-    parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--wait", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
-        logging.getLogger("hf_cuttlefish").setLevel(logging.INFO)
-        if arguments.profile:
-            profile_switch()
-        print("RECORD " + json.dumps(run(**json.loads(arguments.one))))
+    if arguments.wait:
+        wait_for_a_job(arguments.profile)
         return
-    records, began = [], time.time()
-    for case in arguments.cases:
-        for mode in arguments.modes:
-            for method in ("dense", "cuttlefish"):
-                if time.time() - began > arguments.time_limit:
-                    break
-                job = {"case": case, "mode": mode, "method": method, "steps": arguments.steps, "ratio": arguments.ratio}
-                records.append(_in_a_process(job, arguments.profile))
-                print({k: v for k, v in records[-1].items() if k != "report"}, flush=True)
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                arguments.out.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-
-
-def _in_a_process(job: dict[str, Any], profile: bool = False) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.end_to_end",
-        "--one",
-        json.dumps(job),
-        *(["--profile"] if profile else []),
+    began = time.time()
+    jobs = [
+        {
+            "case": case,
+            "blocks": blocks,
+            "mode": mode,
+            "method": method,
+            "steps": arguments.steps,
+            "ratio": arguments.ratio,
+        }
+        for case, blocks in arguments.cases
+        for mode in arguments.modes
+        for method in arguments.methods
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    line = next((line for line in done.stdout.splitlines() if line.startswith("RECORD ")), None)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
+        caches = [arguments.cache or Path(empty, str(i)) for i in range(len(jobs))]
+        processes = [start(cache, arguments.profile) for cache in caches]
+        for process in processes:
+            wait_until_ready(process)
+        for job, process in zip(jobs, processes, strict=True):
+            passed = time.time() - began
+            if passed > arguments.deadline:
+                print(f"not begun after {passed:.0f} s: {job}", flush=True)
+                process.kill()
+                process.wait()
+                continue
+            record = finish(process, job, max(arguments.stop - passed, 1.0), arguments.profile)
+            record["cache"] = "its own" if arguments.cache is None else "shared"
+            add(arguments.out, record)
+            print({k: v for k, v in record.items() if k not in ("ms", "notes", "told")}, flush=True)
+
+
+def wait_for_a_job(profile: bool) -> None:
+    """Import what a run needs, wait for its turn, and make it; no job, no run."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hf_cuttlefish").setLevel(logging.INFO)
     if profile:
-        print("\n".join(text for text in done.stdout.splitlines() if text and not text.startswith("RECORD ")))
-    told = [text for text in done.stderr.splitlines() if text.startswith("Cuttlefish") and "a step takes" in text]
-    if line is None:
-        return {**job, "error": done.stderr[-1500:]}
-    return {**json.loads(line.removeprefix("RECORD ")), "told": told}
+        profile_switch()
+    print(READY, flush=True)
+    if job := sys.stdin.readline():
+        print("RECORD " + json.dumps(run(**json.loads(job))), flush=True)
 
 
-def profile_switch() -> None:
-    """Print where the switch spends its time, by function; the device is waited for where the switch itself waits."""
-    from hf_cuttlefish import Cuttlefish
-
-    switch = Cuttlefish._switch
-
-    def profiled(self: Any, *given: Any) -> Any:
-        with cProfile.Profile() as profile:
-            done = switch(self, *given)
-        pstats.Stats(profile).sort_stats("cumulative").print_stats(60)
-        pstats.Stats(profile).sort_stats("tottime").print_stats(25)
-        return done
-
-    Cuttlefish._switch = profiled  # type: ignore[method-assign]
-
-
-def run(case: str, mode: str, method: str, steps: int, ratio: float) -> dict[str, Any]:
-    """One run; seconds of all of it, of the switch, and of the steps before and after (medians, as the loop sees them)."""
-    import torch
-    import transformers
-    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
-
-    from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig
-
-    changes, rows, length = SHAPES[case]
-    torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
-    model = BertForSequenceClassification(BertConfig(**changes))  # type: ignore[arg-type]
-    ids = torch.randint(5, 30000, (rows * 8, length), generator=torch.Generator().manual_seed(0))
-    data = [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": int(i[0]) % 2} for i in ids]
-    ends: list[float] = []
-    gathered: list[bool] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
-            run = ours.cuttlefish
-            gathered.append(run is not None and run.watch.is_gathering)
-
-    on_gpu = torch.cuda.is_available()
-    settings = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        max_steps=steps,
-        per_device_train_batch_size=rows,
-        bf16=on_gpu,
-        use_cpu=not on_gpu,
-        optim="adamw_torch_fused",
-        learning_rate=5e-5,
-        save_strategy="no",
-        logging_steps=steps,
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_drop_last=True,
-        **MODES[mode],
+def start(cache: Path, profile: bool = False) -> subprocess.Popen[str]:
+    """A process that imports all and waits, so that this takes no run's time. cache: what its compiler keeps."""
+    command = [sys.executable, "-m", "benchmarks.end_to_end", "--wait", *(["--profile"] if profile else [])]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
-    ours = CuttlefishCallback(CuttlefishConfig(target_ratio=ratio, on_error="raise"))
-    trainer = Trainer(
-        model=model, args=settings, train_dataset=data, callbacks=[*([ours] if method != "dense" else []), Clock()]
-    )
-    began = time.perf_counter()
-    trainer.train()
-    if on_gpu:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    gaps = [1000 * (b - a) for a, b in itertools.pairwise(ends)]
-    at = ours.switch_step or len(gaps)
-    plain = [gap for gap, was in zip(gaps[5:at], gathered[5:at], strict=False) if not was]
-    during = [gap for gap, was in zip(gaps[:at], gathered[:at], strict=False) if was]
-    report = ours.report
-    return {
-        "case": case,
-        "mode": mode,
-        "method": method,
-        "steps": steps,
-        "seconds": seconds,
-        "ms_before": _middle(plain),
-        "ms_gathering": _middle(during[1:]),
-        "gathering_steps": len(during),
-        "ms_after": _middle(gaps[-len(gaps) // 4 :]) if ours.switch_step else None,
-        "seconds_to_first_step": ends[0] - began,
-        "seconds_after_last_step": began + seconds - ends[-1],
-        "slow_steps": _slow(gaps),
-        "switch_step": ours.switch_step,
-        "switch_seconds": report.seconds if report is not None else None,
-        "tried": None if ours.cuttlefish is None else ours.cuttlefish.phase.tried,
-        "parameters": None if report is None else [report.parameters_before, report.parameters_after],
-        "peak_memory": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
 
 
-def _slow(gaps: list[float]) -> list[tuple[int, float]]:
-    """Steps that took three times as long as the middle one, and more than 0.1 s: which, and milliseconds."""
-    middle = _middle(gaps) or 0.0
-    return [(step, round(gap, 1)) for step, gap in enumerate(gaps, start=2) if gap > max(3 * middle, 100.0)]
+def wait_until_ready(process: subprocess.Popen[str]) -> None:
+    """Until the process has imported all, or has ended; what it says until then is printed."""
+    for line in process.stdout or ():
+        if line.strip() == READY:
+            break
+        print(line.rstrip(), flush=True)
 
 
-def _middle(values: list[float]) -> float | None:
-    return sorted(values)[len(values) // 2] if values else None
+def finish(process: subprocess.Popen[str], job: dict[str, Any], limit: float, profile: bool = False) -> dict[str, Any]:
+    """The record of one run, made by a process that waits; with `error`, the end of what it printed, where it made none.
+
+    Args:
+        limit: seconds.
+    """
+    began = time.time()
+    last, record, told = deque[str](maxlen=40), None, list[str]()
+    timer = threading.Timer(limit + GRACE, process.kill)
+    timer.start()
+    if process.stdin is None or process.stdout is None:
+        raise ValueError("the process was started without pipes: start it with start()")
+    with contextlib.suppress(BrokenPipeError):  # it has ended already, and what it printed says why
+        process.stdin.write(json.dumps(job | {"limit": limit - 10.0}) + "\n")
+        process.stdin.close()
+    for line in process.stdout:
+        if line.startswith("RECORD "):
+            record = json.loads(line.removeprefix("RECORD "))
+            break  # a compiler's workers may hold the pipe open for longer
+        last.append(line)
+        if profile or line.startswith(("Cuttlefish", "{")):
+            print(line.rstrip()[:400], flush=True)
+        if line.startswith("Cuttlefish") and "a step takes" in line:
+            told.append(line.rstrip())
+    process.wait()
+    timer.cancel()
+    process.stdout.close()
+    if record is None:
+        return {**job, "process_seconds": time.time() - began, "error": "".join(last)[-3000:]}
+    return {**record, "process_seconds": time.time() - began, "told": told}
+
+
+def add(path: Path, record: dict[str, Any]) -> None:
+    """Add a record to the file, one a line, in the place of an older one of the same run."""
+    records = json.loads(path.read_text("utf-8")) if path.exists() else []
+    names = ("case", "blocks", "mode", "method", "ratio", "steps_asked")
+    kept = [r for r in records if "error" in r or any(r.get(name) != record.get(name) for name in names)]
+    write_whole(path, "[\n" + ",\n".join(json.dumps(r) for r in [*kept, record]) + "\n]\n")
+
+
+def case_and_blocks(text: str) -> tuple[str, int | None]:
+    """ "llama-1b:8" -> its name and 8 blocks; "llama-1b" -> all of them. Raises argparse.ArgumentTypeError."""
+    name, _, blocks = text.partition(":")
+    if name not in CASES or (blocks and not (blocks.isdecimal() and 0 < int(blocks) <= CASES[name].blocks)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {', '.join(CASES)}, with at most its blocks after a colon"
+        )
+    return name, int(blocks) if blocks else None
+
+
+def kept(text: str) -> float | None:
+    """A share, or None for "default"."""
+    return None if text == "default" else float(text)
 
 
 if __name__ == "__main__":

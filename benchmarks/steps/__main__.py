@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers as hf
 
 from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.layers.kinds import dense_weight
@@ -29,26 +28,17 @@ from hf_cuttlefish.patch.running import RunMultiplied
 from ..speed.clock import gpu_time
 from ..speed.forwards import fill, groups_by_input, use_lora, use_shared
 from ..speed.machine import environment
+from .cases import CASES, build, make_batch
 
-LARGE = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
-LLAMA = {"num_key_value_heads": 8, "num_attention_heads": 32, "vocab_size": 32000, "use_cache": False}
-CASES: dict[str, tuple[str, dict[str, Any], int, int]] = {
-    "tiny": (
-        "bert",
-        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
-        2,
-        8,
-    ),
-    "bert-base-48": ("bert", {}, 32, 48),
-    "bert-base": ("bert", {}, 32, 128),
-    "bert-large": ("bert", LARGE | {"num_hidden_layers": 6}, 64, 128),
-    "bert-large-24": ("bert", LARGE | {"num_hidden_layers": 24}, 64, 128),
-    "vit-large": ("vit", LARGE | {"num_hidden_layers": 6}, 64, 0),
-    "llama-1b": ("llama", LLAMA | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4}, 8, 1024),
-    "llama-8b": ("llama", LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2}, 4, 1024),
-}
-"""Case -> class, sizes, rows of a batch, tokens of a row."""
 ROUNDS, STEPS = 5, 8
+COMPILED: dict[str, str | None] = {
+    "compiled": None,
+    "graphs": "reduce-overhead",
+    "max-autotune": "max-autotune",
+    "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs",
+    "infer-graphs": "reduce-overhead",
+}
+"""Mode here -> mode of torch.compile."""
 
 
 def main() -> None:
@@ -58,11 +48,8 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="+", default=["dense", "pairs 0.25", "multiplied 0.25"], help="'pairs 0.4', ..."
     )
-    parser.add_argument(
-        "--modes", nargs="+", choices=["eager", "graphs", "compiled", "infer", "infer-graphs"], default=["eager"]
-    )
+    parser.add_argument("--modes", nargs="+", choices=["eager", "infer", *COMPILED], default=["eager"])
     parser.add_argument("--infer-rows", nargs="+", type=int, default=[1, 64])
-    parser.add_argument("--rank-multiple", type=int, default=8)
     parser.add_argument("--time-limit", type=float, default=540.0, help="seconds after which nothing more is begun")
     parser.add_argument("--out", type=Path, default=Path("runs/steps.json"))
     arguments = parser.parse_args()
@@ -145,10 +132,10 @@ class Job:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True if device.type == "cuda" else None)
         self.call: Any = self.model
-        if mode in ("graphs", "infer-graphs"):
-            self.call = torch.compile(self.model, dynamic=False, mode="reduce-overhead")
-        elif mode == "compiled":
-            self.call = torch.compile(self.model, dynamic=False)
+        if mode in COMPILED:
+            # Without a GPU the paths alone are tried.
+            how: dict[str, Any] = {"mode": COMPILED[mode]} if device.type == "cuda" else {"backend": "eager"}
+            self.call = torch.compile(self.model, dynamic=False, **how)
 
     def _cut(self, form: str, ratio: float, kind: str) -> None:
         """Pairs at one share of the full rank in all layers, and the form that they run in."""
@@ -180,7 +167,7 @@ class Job:
         self.update()
 
     def forward(self) -> torch.Tensor:
-        if self.mode == "graphs":
+        if self.mode in ("graphs", "max-autotune"):
             torch.compiler.cudagraph_mark_step_begin()
         with self._autocast():
             return self.call(**self.batch).loss  # type: ignore[no-any-return]
@@ -249,31 +236,6 @@ class Job:
         with contextlib.suppress(Exception):
             return gpu_time(lambda: [self.step() for _ in range(2)], 2)
         return {}
-
-
-def build(kind: str, sizes: dict[str, Any]) -> Any:
-    """A model with random weights."""
-    if kind == "bert":
-        return hf.BertForSequenceClassification(hf.BertConfig(**sizes))
-    if kind == "vit":
-        return hf.ViTForImageClassification(hf.ViTConfig(**sizes))
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes))
-
-
-def make_batch(kind: str, config: Any, rows: int, length: int, device: torch.device) -> dict[str, Any]:
-    """Random inputs and labels."""
-    generator = torch.Generator().manual_seed(0)
-    if kind == "vit":
-        pixels = torch.randn(rows, 3, config.image_size, config.image_size, generator=generator)
-        return {"pixel_values": pixels.to(device), "labels": torch.zeros(rows, dtype=torch.long, device=device)}
-    ids = torch.randint(5, config.vocab_size, (rows, length), generator=generator).to(device)
-    if kind == "llama":
-        return {"input_ids": ids, "labels": ids}
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": torch.zeros(rows, dtype=torch.long, device=device),
-    }
 
 
 if __name__ == "__main__":

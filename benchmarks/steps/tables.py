@@ -1,4 +1,4 @@
-"""Tables of docs/fast-on-a-gpu.md, from records of `benchmarks.steps` and `benchmarks.end_to_end`."""
+"""Tables of docs/fast-on-a-gpu.md, from records of `benchmarks.steps`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ FORMS = {
     "uneven": "the same, ranks differ",
     "mlp": "pairs in the MLP alone",
     "lora": "LoRA, rank 16",
+}
+MODES = {
+    "eager": "eager",
+    "compiled": "compiled",
+    "graphs": "CUDA graphs",
+    "max-autotune": "max-autotune",
+    "max-autotune-no-cudagraphs": "max-autotune without graphs",
 }
 Record = Mapping[str, Any]
 
@@ -48,21 +55,22 @@ def steps_table(records: Iterable[Record], modes: Sequence[str]) -> str:
     return markdown_table([*header, *(["first steps, s"] if compiled else [])], rows)
 
 
-def runs_table(records: Sequence[Record]) -> str:
-    """One column a run through the Trainer, everything counted."""
-    modes = {"eager": "eager", "graphs": "CUDA graphs"}
-    rows: dict[str, list[str]] = {
-        "a step before the switch, ms": [_number(r["ms_before"]) for r in records],
-        "a step that gathers statistics, ms": [_number(r.get("ms_gathering")) for r in records],
-        "a step after the switch, ms": [_number(r["ms_after"]) for r in records],
-        "the switch, s": [_number((r["switch_seconds"] or {}).get("total")) for r in records],
-        "whole run, s": [_number(r["seconds"]) for r in records],
-        "peak memory, GiB": [f"{r['peak_memory'] / 2**30:.1f}" for r in records],
-    }
-    heads = [f"{'dense' if r['method'] == 'dense' else 'Cuttlefish'}, {modes[r['mode']]}" for r in records]
-    lines = ["| | " + " | ".join(heads) + " |", "|" + " --- |" * (1 + len(records))]
-    return "\n".join([*lines, *(f"| {name} | {' | '.join(values)} |" for name, values in rows.items())])
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+def ratios_table(records: Iterable[Record]) -> str:
+    """One row a model and mode: a dense step, and those of pairs at each size as its shares. "" where there is none."""
+    rows: dict[tuple[str, str], dict[str, Record]] = {}
+    for r in records:
+        rows.setdefault((r["case"], r["mode"]), {})[r["variant"]] = r
+    found = {variant for row in rows.values() for variant in row if variant.startswith("pairs ")}
+    sizes = sorted(found, key=lambda variant: -float(variant.split()[1]))
+    cells = [
+        [
+            NAMES[case],
+            MODES[mode],
+            f"{row['dense']['ms']:.1f} ({row['dense']['gpu_ms']:.1f})",
+            *(f"{row[size]['of_dense']:.2f} ({row[size]['gpu_ms']:.1f})" if size in row else "" for size in sizes),
+        ]
+        for (case, mode), row in rows.items()
+        if "dense" in row
+    ]
+    header = ["model", "mode", "dense, ms (GPU ms)", *(f"{size.split()[1]} kept (GPU ms)" for size in sizes)]
+    return markdown_table(header, cells) if cells else ""

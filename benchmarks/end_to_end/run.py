@@ -1,0 +1,195 @@
+"""One run of the Trainer, dense or with the callback, timed step by step."""
+
+from __future__ import annotations
+
+import cProfile
+import itertools
+import pstats
+import tempfile
+import time
+from typing import Any
+
+import torch
+import transformers
+from torch._dynamo.utils import calculate_time_spent
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig
+
+from .cases import CASES, Case, Rows
+from .phases import SETTLE, split
+
+METHODS: dict[str, dict[str, Any] | None] = {"dense": None, "cuttlefish": {}, "speed": {"objective": "speed"}}
+"""Method -> settings of CuttlefishConfig beside the size."""
+MODES: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "compiled": {"torch_compile": True},
+    "graphs": {"torch_compile": True, "torch_compile_mode": "reduce-overhead"},
+    "max-autotune": {"torch_compile": True, "torch_compile_mode": "max-autotune"},
+    "max-autotune-no-cudagraphs": {"torch_compile": True, "torch_compile_mode": "max-autotune-no-cudagraphs"},
+}
+
+
+class Clock(TrainerCallback):
+    """When each step ended, whether the next one gathers, and what torch.compile had taken; ends the run at `limit`.
+
+    Stands after the callback that is timed, so that its work at the end of a step is in that step.
+    """
+
+    def __init__(self, ours: CuttlefishCallback | None, limit: float | None) -> None:
+        self.ours, self.limit = ours, limit
+        self.began, self.ends, self.gathers = time.perf_counter(), list[float](), list[bool]()
+        self.compile_seconds = [0.0, 0.0]
+        """That torch.compile has taken by its own count, which begins anew where compiled code is dropped: in the first
+        `SETTLE` steps, and later."""
+        self._counted = calculate_time_spent()["total_wall_time"]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter() - self.began)
+        run = None if self.ours is None else self.ours.cuttlefish
+        self.gathers.append(run is not None and run.watch.is_gathering)
+        counted = calculate_time_spent()["total_wall_time"]
+        new = counted - self._counted if counted >= self._counted else counted
+        self.compile_seconds[len(self.ends) > SETTLE] += new
+        self._counted = counted
+        if self.limit is not None and self.ends[-1] > self.limit:
+            control.should_training_stop = True
+
+
+def run(
+    case: str,
+    mode: str,
+    method: str,
+    steps: int,
+    ratio: float | None = 0.25,
+    blocks: int | None = None,
+    limit: float | None = None,
+) -> dict[str, Any]:
+    """One run; seconds of all of it and of its parts, and milliseconds of the steps before and after the switch (medians).
+
+    Args:
+        ratio: of the target weights that are kept; None: what the run measures. blocks: fewer than the model has.
+        limit: seconds after which the run ends early; the record has the steps that were made.
+    """
+    model = CASES[case].cut(blocks)
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    settings = METHODS[method]
+    ours = None
+    if settings is not None:
+        ours = CuttlefishCallback(CuttlefishConfig(target_ratio=ratio, on_error="raise", **settings))
+    clock = Clock(ours, limit)
+    trainer = make_trainer(model, mode, steps, [*([] if ours is None else [ours]), clock])
+    clock.began = time.perf_counter()
+    trainer.train()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - clock.began
+    job = {"case": case, "mode": mode, "method": method, "ratio": ratio if ours is not None else None}
+    job |= {"rows": model.rows, "length": model.length, "blocks": model.blocks, "of_blocks": model.of_blocks}
+    return job | measured(clock, seconds, steps) | decided(ours) | where()
+
+
+def make_trainer(case: Case, mode: str, steps: int, callbacks: list[TrainerCallback]) -> Trainer:
+    """bf16 and fused AdamW on a GPU; elsewhere the paths alone are tried, and nothing is compiled but by dynamo."""
+    on_gpu = torch.cuda.is_available()
+    how = MODES[mode]
+    if how and not on_gpu:
+        how = {"torch_compile": True, "torch_compile_backend": "eager"}
+    settings = TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=steps,
+        per_device_train_batch_size=case.rows,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        learning_rate=5e-5,
+        save_strategy="no",
+        logging_steps=steps,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_drop_last=True,
+        dataloader_num_workers=4 if on_gpu and case.kind == "vit" else 0,  # a batch of images is 39 MB
+        **how,
+    )
+    model = case.model(torch.device("cuda" if on_gpu else "cpu"))
+    data = Rows(case, model.config, steps)
+    return Trainer(model=model, args=settings, train_dataset=data, callbacks=callbacks)
+
+
+def measured(clock: Clock, seconds: float, asked: int) -> dict[str, Any]:
+    """What the clock has seen."""
+    ours, ends = clock.ours, clock.ends
+    gaps = [1000 * (b - a) for a, b in itertools.pairwise(ends)]
+    switch_step = None if ours is None else ours.switch_step
+    report = None if ours is None else ours.report
+    at = switch_step or len(gaps)
+    plain = [gap for gap, was in zip(gaps[5:at], clock.gathers[5:at], strict=False) if not was]
+    during = [gap for gap, was in zip(gaps[:at], clock.gathers[:at], strict=False) if was]
+    took = report.seconds if report is not None else None
+    after = gaps[at + SETTLE - 1 :] if switch_step else []
+    return {
+        "steps": len(ends),
+        "steps_asked": asked,
+        "seconds": seconds,
+        "phases": split(ends, clock.gathers, seconds, switch_step, (took or {}).get("total", 0.0)),
+        "ms_before": middle(plain),
+        "ms_gathering": middle(during[1:]),
+        "gathering_steps": len(during),
+        "ms_after": middle(after),
+        "compile_seconds": clock.compile_seconds,
+        "slow_steps": slow(gaps),
+        "switch_step": switch_step,
+        "switch_seconds": took,
+        "ms": " ".join(f"{gap:.1f}" for gap in gaps),
+    }
+
+
+def decided(ours: CuttlefishCallback | None) -> dict[str, Any]:
+    """What the callback's run has decided, and why."""
+    if ours is None or ours.cuttlefish is None:
+        return {}
+    report, plan = ours.report, ours.plan
+    return {
+        "statistics_needed": ours.cuttlefish.schedule.statistics_needed,
+        "reason": ours.reason,
+        "tried": ours.cuttlefish.phase.tried,
+        "notes": [] if plan is None else plan.notes,
+        "parameters": None if report is None else [report.parameters_before, report.parameters_after],
+    }
+
+
+def where() -> dict[str, Any]:
+    """Memory, device and versions."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "peak_memory": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "memory_at_end": torch.cuda.memory_reserved() if on_gpu else None,
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def slow(gaps: list[float]) -> list[tuple[int, float]]:
+    """Steps that took three times as long as the middle one, and more than 0.1 s: which, and milliseconds."""
+    usual = middle(gaps) or 0.0
+    return [(step, round(gap, 1)) for step, gap in enumerate(gaps, start=2) if gap > max(3 * usual, 100.0)]
+
+
+def middle(values: list[float]) -> float | None:
+    """The upper median; None of nothing."""
+    return sorted(values)[len(values) // 2] if values else None
+
+
+def profile_switch() -> None:
+    """Print where the switch spends its time, by function; the device is waited for where the switch itself waits."""
+    switch = Cuttlefish._switch
+
+    def profiled(self: Any, *given: Any) -> Any:
+        with cProfile.Profile() as profile:
+            done = switch(self, *given)
+        pstats.Stats(profile).sort_stats("cumulative").print_stats(60)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+        return done
+
+    Cuttlefish._switch = profiled  # type: ignore[method-assign]

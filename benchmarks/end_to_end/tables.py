@@ -1,0 +1,119 @@
+"""Tables of docs/fast-on-a-gpu.md, from records of `benchmarks.end_to_end`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..markdown import markdown_table
+from ..steps.tables import MODES
+from .phases import SETTLE, compiling, computed, even_after, fixed
+
+NAMES = {
+    "bert-base": "BERT-base",
+    "bert-large": "BERT-large shapes",
+    "vit-large": "ViT-large shapes",
+    "llama-1b": "Llama-1B shapes",
+}
+METHODS = {"dense": "dense", "cuttlefish": "Cuttlefish", "speed": 'Cuttlefish, objective "speed"'}
+LENGTHS = (1000, 10000, 100000)
+Record = Mapping[str, Any]
+
+
+def runs_table(records: Sequence[Record]) -> str:
+    """One column a run through the Trainer, everything counted."""
+    rows: dict[str, list[str]] = {
+        "a step before the switch, ms": [_number(r["ms_before"]) for r in records],
+        "a step that gathers statistics, ms": [_number(r.get("ms_gathering")) for r in records],
+        "a step after the switch, ms": [_number(r["ms_after"]) for r in records],
+        "the switch, s": [_number((r["switch_seconds"] or {}).get("total")) for r in records],
+        "whole run, s": [_number(r["seconds"]) for r in records],
+        "peak memory, GiB": [f"{r['peak_memory'] / 2**30:.1f}" for r in records],
+    }
+    heads = [f"{'dense' if r['method'] == 'dense' else 'Cuttlefish'}, {MODES[r['mode']]}" for r in records]
+    lines = ["| | " + " | ".join(heads) + " |", "|" + " --- |" * (1 + len(records))]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(values)} |" for name, values in rows.items())])
+
+
+def large_table(records: Iterable[Record]) -> str:
+    """One row a run, everything counted; runs that failed are left out. "" where there is none."""
+    rows = []
+    for r in sorted(_whole(records), key=_order):
+        first, again = compiling(r)
+        compiled = f"{first:.0f} + {again:.0f}" if r["switch_step"] else f"{first:.0f}"
+        switch = _number((r["switch_seconds"] or {}).get("total"))
+        times = [_number(r[name]) for name in ("ms_before", "ms_gathering", "ms_after")]
+        whole = f"{r['seconds']:.0f} ({r['steps']} steps)"
+        rows.append([_name(r), METHODS[r["method"]], MODES[r["mode"]], *times, compiled, switch, whole, _memory(r)])
+    header = ["model", "layers", "mode", "before, ms", "gathering, ms", "after, ms", "compiling, s", "switch, s"]
+    return markdown_table([*header, "whole run, s", "peak GiB"], rows) if rows else ""
+
+
+def computed_table(records: Iterable[Record]) -> str:
+    """What longer runs would take by those parts: dense / Cuttlefish, one row a model and mode that has both. "" for none."""
+    rows = []
+    for dense, ours in _pairs(_whole(records)):
+        even = even_after(dense, ours)
+        row = [_name(ours), f"{fixed(dense):.0f}", f"{fixed(ours):.0f}", "never" if even is None else f"{even:,}"]
+        rows.append([*row, *(f"{computed(dense, n) / computed(ours, n):.2f}" for n in LENGTHS)])
+    header = ["model", "fixed, dense, s", "fixed, Cuttlefish, s", "as fast after, steps"]
+    return markdown_table([*header, *(f"{n:,} steps" for n in LENGTHS)], rows) if rows else ""
+
+
+def trial_table(records: Iterable[Record]) -> str:
+    """One row a run with objective "speed": what it measured, and what it did. "" where there is none."""
+    rows = []
+    for r in records:
+        if r["method"] == "speed" and "error" not in r:
+            texts = " ; ".join([*r["notes"], *r["told"]])
+            found = re.search(r"a step takes ([^;]* ms dense[^;\n]*)", texts)
+            said = found.group(1).strip() if found else "not made"
+            slow = [
+                ms / 1000 for step, ms in r["slow_steps"] if step > SETTLE
+            ]  # a trial that switches nothing is in its step
+            took = _number((r["switch_seconds"] or {}).get("total") or max(slow, default=None))
+            rows.append([_name(r), MODES[r["mode"]], said, _number(r["ms_before"]), _number(r["ms_after"]), took])
+    header = [
+        "model",
+        "mode",
+        "the trial, forward and backward",
+        "a step before, ms",
+        "after, ms",
+        "trial and switch, s",
+    ]
+    return markdown_table(header, rows) if rows else ""
+
+
+def _whole(records: Iterable[Record]) -> list[Record]:
+    """Those that have parts, and came to low rank if they were to."""
+    return [
+        r
+        for r in records
+        if "phases" in r and (r["method"] == "dense" or (r["method"] == "cuttlefish" and r["switch_step"]))
+    ]
+
+
+def _pairs(records: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """(dense, ours) of the same model in the same mode."""
+    dense = {(r["case"], r["blocks"], r["mode"]): r for r in records if r["method"] == "dense"}
+    ours = sorted((r for r in records if r["method"] != "dense"), key=_order)
+    return [(dense[key], r) for r in ours if (key := (r["case"], r["blocks"], r["mode"])) in dense]
+
+
+def _order(r: Record) -> tuple[int, int, int]:
+    return list(NAMES).index(r["case"]), list(MODES).index(r["mode"]), list(METHODS).index(r["method"])
+
+
+def _name(r: Record) -> str:
+    blocks = "" if r["blocks"] == r["of_blocks"] else f", {r['blocks']} of {r['of_blocks']} blocks"
+    batch = f"{r['rows']} x {r['length']}" if r["length"] else f"{r['rows']} images"
+    return f"{NAMES[r['case']]}{blocks}, {batch}"
+
+
+def _memory(r: Record) -> str:
+    return "" if r["peak_memory"] is None else f"{r['peak_memory'] / 2**30:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
