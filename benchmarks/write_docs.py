@@ -96,11 +96,11 @@ LIMITS = """## What these numbers are not
 
 
 RATIOS = """Steps at other sizes, shares of the dense step beside it (`python -m benchmarks.steps`, records `steps_ratios_h100`):"""
-LARGE_RUNS = """Larger models through `Trainer`, a quarter kept, bf16, fused AdamW; each run compiled from nothing. "Compiling" is what the
-first 8 steps, and the first 8 after the switch, took beyond ordinary ones (`python -m benchmarks.end_to_end`, records
-`end_to_end_large_*`):"""
-LONGER_RUNS = """**Computed, not measured**: longer runs by those parts, as times dense takes Cuttlefish's (above 1: Cuttlefish ends first). Fixed
-seconds, plus steps of each kind times what one took; the switch at the same share of the run:"""
+LARGE_RUNS = """Larger models through `Trainer`, a quarter kept, bf16, fused AdamW, no checkpointing, the Llama with a vocabulary of 8,192. Each
+run compiled from nothing. "Compiling" is what the first 8 steps, and the first 8 after the switch, took beyond ordinary ones; fewer
+blocks compile in less time (`python -m benchmarks.end_to_end`, records `end_to_end_large_*`):"""
+LONGER_RUNS = """**Computed from these parts, not measured**: dense seconds / Cuttlefish's in longer runs (above 1: Cuttlefish ends first). Fixed
+seconds, plus steps of each kind times what one took; the switch comes at the same share of the run:"""
 TRIALS = """What `objective="speed"` found on a GPU, everything in one run (the same records):"""
 
 

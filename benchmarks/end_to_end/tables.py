@@ -51,13 +51,20 @@ def large_table(records: Iterable[Record]) -> str:
 
 
 def computed_table(records: Iterable[Record]) -> str:
-    """What longer runs would take by those parts: dense / Cuttlefish, one row a model and mode that has both. "" for none."""
+    """What longer runs would take by those parts: dense / Cuttlefish, one row a model and modes. "" for none."""
     rows = []
     for dense, ours in _pairs(_whole(records)):
         even = even_after(dense, ours)
-        row = [_name(ours), f"{fixed(dense):.0f}", f"{fixed(ours):.0f}", "never" if even is None else f"{even:,}"]
+        modes = f"{MODES[dense['mode']]} / {MODES[ours['mode']]}"
+        row = [
+            _name(ours),
+            modes,
+            f"{fixed(dense):.0f}",
+            f"{fixed(ours):.0f}",
+            "never" if even is None else f"{even:,}",
+        ]
         rows.append([*row, *(f"{computed(dense, n) / computed(ours, n):.2f}" for n in LENGTHS)])
-    header = ["model", "fixed, dense, s", "fixed, Cuttlefish, s", "as fast after, steps"]
+    header = ["model", "dense / Cuttlefish", "fixed, dense, s", "fixed, Cuttlefish, s", "as fast after, steps"]
     return markdown_table([*header, *(f"{n:,} steps" for n in LENGTHS)], rows) if rows else ""
 
 
@@ -95,10 +102,11 @@ def _whole(records: Iterable[Record]) -> list[Record]:
 
 
 def _pairs(records: Sequence[Record]) -> list[tuple[Record, Record]]:
-    """(dense, ours) of the same model in the same mode."""
-    dense = {(r["case"], r["blocks"], r["mode"]): r for r in records if r["method"] == "dense"}
-    ours = sorted((r for r in records if r["method"] != "dense"), key=_order)
-    return [(dense[key], r) for r in ours if (key := (r["case"], r["blocks"], r["mode"])) in dense]
+    """(dense, ours) of the same model; dense in each mode that is there."""
+    runs = sorted(records, key=_order)
+    dense = [r for r in runs if r["method"] == "dense"]
+    ours = [r for r in runs if r["method"] != "dense"]
+    return [(d, r) for r in ours for d in dense if (d["case"], d["blocks"]) == (r["case"], r["blocks"])]
 
 
 def _order(r: Record) -> tuple[int, int, int]:

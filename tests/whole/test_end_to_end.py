@@ -91,6 +91,11 @@ def test_tables_have_what_was_measured_and_leave_out_the_rest():
     ]
     assert computed_table([record(), failed]) == ""
     assert "| 5 | 11 | 4,700 | 0.75 | 1.08 | 1.15 |" in computed_table([record(), record("dense")])
+    eager = record("dense", mode="eager")
+    assert [row.split(" | ")[1] for row in computed_table([record("dense"), record(), eager]).splitlines()[2:]] == [
+        "eager / CUDA graphs",
+        "CUDA graphs / CUDA graphs",
+    ]
     told = "a step takes 48.1 ms dense, 37.3 ms as planned"
     assert told.removeprefix("a step takes ") in trial_table([record("speed", notes=[told])])
     nothing = record("speed", told=[f"Cuttlefish: no switch: {told}; nothing is"], switch_seconds=None, ms_after=None)
