@@ -24,6 +24,7 @@ from .eight_bits.tables import eight_bits_table
 from .end_to_end.tables import computed_table, large_table, runs_table, trial_table
 from .experts.speed import table as steps_of_experts
 from .speed.tables import tables as speed_tables
+from .steps.host import host_table
 from .steps.tables import ratios_table, steps_table
 from .two_gpus.tables import launches_table, llama_table, scaling_table
 
@@ -131,6 +132,7 @@ def write_gpu_page() -> None:
     steps = json.loads((results / "steps_h100.json").read_text("utf-8"))["records"]
     for what, modes in (("graphs", ["graphs"]), ("eager", ["eager"]), ("inference", ["infer", "infer-graphs"])):
         fill(page, what, steps_table(steps, modes))
+    fill(page, "host", host_table(json.loads((results / "host_cpu.json").read_text("utf-8"))["records"]))
     fill(page, "runs", runs_table(json.loads((results / "end_to_end_h100.json").read_text("utf-8"))))
     other = results / "steps_ratios_h100.json"
     ratios = json.loads(other.read_text("utf-8"))["records"] if other.exists() else []

@@ -186,7 +186,8 @@ class Kind(Layout):
 
         Tokens are numbered as in `features_last(output).flatten(0, -2)`.
         """
-        return tensor.reshape(-1, tensor.shape[-1])[pick]
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        return rows if pick.step == 1 and not pick.start and pick.stop is None else rows[pick]
 
     def tap(self, name: str, collector: Any) -> list[Any] | None:
         """Handles of hooks of the kind's own, which call `collector.add` or `add_to`; None for the ordinary ones on the layer.

@@ -23,6 +23,7 @@ class Batches:
         losses: sum of the losses that forwards have returned; a float while none has.
         is_accumulated: whether the loss is divided by the number of micro-batches in a step.
         loss_scale, loss_factor, replicas: see `MomentCollector`.
+        spread: what `factors` has given in this step, by number, shape without features, and first and step of the pick.
         norms, squares: sums over examples of the norm of an example's gradient, and of its square.
     """
 
@@ -40,7 +41,7 @@ class Batches:
         self._pending: torch.Tensor | float | None = None
         self._is_told = False
         self._weights: dict[int, torch.Tensor] = {}
-        self._spread: dict[tuple[Any, ...], torch.Tensor] = {}
+        self.spread: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def hooks(self, model: nn.Module, is_here: Callable[[nn.Module], bool]) -> list[Any]:
         """Follow the forwards of the model; returns handles. is_here: whether a module is the model, or its replica here."""
@@ -77,7 +78,7 @@ class Batches:
     def step(self) -> None:
         """An optimizer step has ended."""
         self._weights.clear()
-        self._spread.clear()
+        self.spread.clear()
         self._pending = None
 
     def factors(self, number: int, grad: torch.Tensor, rows: int, pick: slice | None = None) -> torch.Tensor:
@@ -92,10 +93,10 @@ class Batches:
         """
         pick = slice(None) if pick is None else pick
         key = number, grad.shape[:-1], pick.start, pick.step
-        if key not in self._spread:  # the same for most layers
+        if key not in self.spread:
             with torch.no_grad():
-                self._spread[key] = self._spread_over(number, grad, rows, pick)
-        return self._spread[key]
+                self.spread[key] = self._spread_over(number, grad, rows, pick)
+        return self.spread[key]
 
     def _spread_over(self, number: int, grad: torch.Tensor, rows: int, pick: slice) -> torch.Tensor:
         tokens = grad.numel() // grad.shape[-1]
@@ -191,5 +192,7 @@ def _cross_entropy_behind(scores: torch.Tensor, grad: torch.Tensor, used: torch.
 
 def in_backward() -> bool:
     """Whether a backward pass is under way, in which a checkpointed block runs once more."""
-    current = getattr(torch._C, "_current_graph_task_id", None)
-    return current is not None and current() != -1
+    return _current is not None and _current() != -1
+
+
+_current = getattr(torch._C, "_current_graph_task_id", None)

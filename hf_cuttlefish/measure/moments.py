@@ -76,6 +76,7 @@ class MomentCollector:
         self.batches = Batches()
         self.processes = 1
         """Over how many processes the batches are summed; see `reduce`."""
+        self.has_norms = False
         self.latest: tuple[str, weakref.ref[torch.Tensor]] | None = None
         """The layer that ran last, and what it gave."""
         self._handles: list[Any] = []
@@ -83,6 +84,7 @@ class MomentCollector:
         self.together: bool | None = None
         """Whether samples of several layers are added together; None: on a GPU."""
         self._kinds: dict[str, Kind] = {}
+        self._plain = {n for n, la in self._running.items() if type(la) is nn.Linear and not is_sharded(la.weight)}
         self._away: dict[str, torch.Tensor] = {}
         """NaN in the shapes of weights that ZeRO-3 has away; where their values count the tap has kept them."""
         self._last: tuple[torch.Tensor, tuple[Any, ...], torch.Tensor] | None = None
@@ -102,6 +104,7 @@ class MomentCollector:
         self._handles.append(self.model.register_forward_pre_hook(self._drop_waiting))
         for module in self.model.modules():
             if isinstance(module, _BatchNorm):
+                self.has_norms = True
                 self._handles.append(module.register_forward_pre_hook(NormTap(self, module)))
         for name, layer in self._running.items():
             for key, hook in list(layer._forward_hooks.items()):
@@ -269,9 +272,12 @@ class MomentCollector:
         """The weight that a layer computes with now, (m, n)."""
         if (away := self._away.get(name)) is not None:
             return away
+        parameter = cast(torch.Tensor, self._running[name].weight)
+        if name in self._plain:
+            return parameter.detach()
         if name not in self._kinds:
             self._kinds[name] = kind_of(self.layers[name])
-        return self._kinds[name].matrix(whole(cast(torch.Tensor, self._running[name].weight)))
+        return self._kinds[name].matrix(whole(parameter))
 
     def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         kind = kind_of(self.layers[name])

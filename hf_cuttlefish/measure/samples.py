@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -17,8 +16,7 @@ LONE_BYTES = 2**24
 """Of the gradient that a sample is picked from: a larger one is not kept for the sample's sake, which becomes a copy."""
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """Tokens of one layer in one micro-batch.
 
     Attributes:
@@ -38,8 +36,9 @@ class Sample:
     @property
     def kind(self) -> tuple[object, ...]:
         """Samples of one kind can be added together."""
-        dtypes = (self.x.dtype, None if self.y is None else self.y.dtype, self.g.dtype, self.weight.dtype)
-        return (*self.weight.shape, len(self.x), self.stride, self.x.device, self.by is None, *dtypes)
+        x, y, g, stride, weight, by = self
+        shapes = weight.shape, x.shape, stride, x.device, by is None
+        return *shapes, x.dtype, None if y is None else y.dtype, g.dtype, weight.dtype
 
 
 class Waiting(list[tuple[dict[str, torch.Tensor], Sample]]):
@@ -58,7 +57,7 @@ class Waiting(list[tuple[dict[str, torch.Tensor], Sample]]):
         """One more."""
         held = sample.g.untyped_storage().nbytes()
         if held > max(LONE_BYTES, sample.g.nbytes):
-            sample = replace(sample, g=sample.g.clone())
+            sample = sample._replace(g=sample.g.clone())
             held = sample.g.nbytes
         if id(sample.x) not in self._inputs:
             self._inputs.add(id(sample.x))

@@ -42,7 +42,9 @@ class Tap:
         collector, name = self.collector, self.name
         if not collector.is_mine(name, module):
             return None  # a pair shares the hook table of the layer that it replaced
-        given = next((t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)), None)
+        given = args[0] if args else None
+        if not isinstance(given, torch.Tensor):
+            given = next((t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)), None)
         if given is None or not isinstance(output, torch.Tensor) or not torch.is_grad_enabled():
             return None
         if not output.requires_grad:
@@ -51,9 +53,10 @@ class Tap:
             # Nothing below is trained, so that no gradient would come by: let one.
             output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         seen = collector.batches
-        seen.called(len(given))
+        seen.called(given.size(0))
         kind, m, n = self._known
-        tokens = kind.features_last(output).shape[:-1].numel()
+        places = kind.features_last(output).shape[:-1]
+        tokens = places.numel()
         stride = -(-tokens // collector.max_tokens) if tokens else 1
         first = (seen.count + 1) % stride  # other tokens in each batch, and no random number drawn
         pick = slice(first, None, stride)
@@ -64,16 +67,20 @@ class Tap:
 
         number, rows, shape = seen.number, seen.rows, output.shape
         kept, self._weight = self._weight, None
+        spread = number, places, first, stride
 
         def arrived(grad: torch.Tensor) -> None:
             seen.arrived()
             grad = collector.whole_flow(name, grad.detach().view(shape), "output")
-            by = seen.factors(number, kind.features_last(grad), rows, pick)
+            by = seen.spread.get(spread)  # the same for most layers
+            if by is None:
+                by = seen.factors(number, kind.features_last(grad), rows, pick)
             weight = collector.weight_of(name) if kept is None else kept
             collector.add(name, x, y, kind.rows(grad, "output", pick), stride, weight, by)
 
         output = _hook_before_changes(output, arrived)
-        collector.latest = (name, weakref.ref(output))
+        if collector.has_norms:
+            collector.latest = (name, weakref.ref(output))
         return output
 
 
