@@ -18,27 +18,30 @@ from torch import nn
 from torch.nn import functional
 
 from .low_rank import LowRankLinear
+from .products import Layout, Pairs, Products
 
 MOST_BYTES = 2**26
-"""Of the weights that are multiplied out in one batch, and again of their gradients."""
+"""Of the weights of one shape that are multiplied out in one batch, and again of their gradients."""
 
 
 class Multiplied:
-    """Layers of one shape that run multiplied out while their model's forward is under way.
+    """Layers that run multiplied out while their model's forward is under way.
 
-        batch = Multiplied([[block.query, block.key] for block in blocks]); batch.start()
+        batch = Multiplied([[[block.query, block.key] for block in blocks]]); batch.start()
         batch.open(); model(**inputs); batch.close()
 
     Args:
-        groups: layers that read one tensor, all of one shape, dtype and device, and all with a bias or none; ranks may differ.
+        kinds: groups of layers that read one tensor, those of one shape together; a shape's layers all have a bias or none, and all
+            are of one dtype and on one device. Ranks may differ.
     """
 
-    def __init__(self, groups: Iterable[Sequence[LowRankLinear]]) -> None:
-        self.groups = sorted((list(group) for group in groups), key=len)
+    def __init__(self, kinds: Iterable[Iterable[Sequence[LowRankLinear]]]) -> None:
+        self.kinds = [sorted((list(group) for group in kind), key=len) for kind in kinds]
+        self.groups = [group for kind in self.kinds for group in kind]
         self.layers = [layer for group in self.groups for layer in group]
         self.is_open = False
         self.made: _Made | None = None
-        self._layout: _Layout | None = None
+        self._layout: Layout | None = None
         self._members = [_Member(self, at, i) for at, group in enumerate(self.groups) for i in range(len(group))]
         self._children = [child for layer in self.layers for child in (layer.down, layer.up)]
         # Each step is begun by the host, which is what has to be spared: looked up once.
@@ -77,14 +80,26 @@ class Multiplied:
         return self.made
 
     def _multiply(self, dtype: torch.dtype) -> _Made:
-        weights = [cast(torch.Tensor, child._parameters["weight"]) for child in self._children]
-        downs, ups = weights[::2], weights[1::2]
-        biases = [b for child in self._children[1::2] if (b := child._parameters["bias"]) is not None]
-        if self._layout is None or not self._layout.is_of(downs):
-            self._layout = _Layout(downs, ups, [len(group) for group in self.groups])
-        made = _Products.apply(self._layout, dtype, *downs, *ups, *biases)
-        count = len(self.groups)
-        return _Made(dtype, made[:count], made[count:] or [None] * count)
+        kinds = []
+        begin = 0
+        for groups in self.kinds:
+            sizes = [len(group) for group in groups]
+            own = self._children[begin : begin + 2 * sum(sizes)]
+            begin += len(own)
+            weights = [cast(torch.Tensor, child._parameters["weight"]) for child in own]
+            biases = [b for child in own[1::2] if (b := child._parameters["bias"]) is not None]
+            kinds.append(Pairs(weights[::2], weights[1::2], biases, sizes))
+        if self._layout is None or not self._layout.is_of(kinds):
+            self._layout = Layout(kinds)
+        made = list(Products.apply(self._layout, dtype, *(p for kind in kinds for p in kind.all)))
+        of_weights: list[torch.Tensor] = []
+        of_biases: list[torch.Tensor | None] = []
+        for kind in kinds:
+            count = len(kind.groups)
+            of_weights += made[:count]
+            of_biases += made[count : 2 * count] if kind.biases else [None] * count
+            del made[: count * (2 if kind.biases else 1)]
+        return _Made(dtype, of_weights, of_biases)
 
 
 class _Member:
@@ -111,9 +126,9 @@ class _Member:
 
 
 def in_batches(groups: Iterable[Sequence[nn.Module]]) -> list[Multiplied]:
-    """Low-rank layers, grouped by the tensor that they read, in batches of one shape, at most `MOST_BYTES` each.
+    """Low-rank layers, grouped by the tensor that they read, in batches: of several shapes, or a part of one shape's.
 
-    Those that are not linear, not trained, or alone are left out.
+    Of one shape at most `MOST_BYTES` run in a batch. Those that are not linear, not trained, or alone are left out.
     """
     kinds: dict[tuple[Any, ...], list[list[LowRankLinear]]] = {}
     for group in groups:
@@ -121,22 +136,30 @@ def in_batches(groups: Iterable[Sequence[nn.Module]]) -> list[Multiplied]:
         for layer in group:
             if type(layer) is LowRankLinear and layer.up.weight.requires_grad and layer.down.weight.requires_grad:
                 up = layer.up.weight
-                kind = (len(up), layer.down.weight.shape[1], up.dtype, up.device, layer.up.bias is not None)
+                kind = (up.dtype, up.device, len(up), layer.down.weight.shape[1], layer.up.bias is not None)
                 same.setdefault(kind, []).append(layer)
         for kind, members in same.items():
             kinds.setdefault(kind, []).append(members)
-    found = []
-    for (rows, columns, dtype, device, _), members_of_all in kinds.items():
+    found: list[list[Any]] = []
+    whole: dict[tuple[Any, ...], list[list[list[LowRankLinear]]]] = {}
+    for (dtype, device, rows, columns, _), members_of_all in kinds.items():
         most = MOST_BYTES // (rows * columns * min(2, dtype.itemsize))
-        part: list[list[LowRankLinear]] = []
-        for members in members_of_all:
-            if part and sum(map(len, part)) + len(members) > most:
-                found.append(part)
-                part = []
-            part.append(members)
-        if device.type != "meta":
-            found.append(part)
-    return [Multiplied(part) for part in found if sum(map(len, part)) > 1]
+        parts = [part for part in _parts(members_of_all, most) if sum(map(len, part)) > 1 and device.type != "meta"]
+        if len(parts) == 1:
+            whole.setdefault((dtype, device), []).append(parts[0])
+        else:
+            found += [[part] for part in parts]
+    return [Multiplied(some) for some in [*whole.values(), *found]]
+
+
+def _parts(groups: Iterable[list[LowRankLinear]], most: int) -> list[list[list[LowRankLinear]]]:
+    """Groups one after another, so many in a part that it holds at most so many layers, or one group."""
+    found: list[list[list[LowRankLinear]]] = [[]]
+    for group in groups:
+        if found[-1] and sum(map(len, found[-1])) + len(group) > most:
+            found.append([])
+        found[-1].append(group)
+    return found
 
 
 class _Made:
@@ -160,135 +183,6 @@ class _Made:
         if not outputs:
             del self._held[at]
         return output
-
-
-class _Layout:
-    """Where the ranks of some layers lie in a stack that has room for the largest of them.
-
-    fill: for each row of the stack the row of all ranks one below the other, or one of zeros behind them; keep: the way back.
-    groups: how many layers read one tensor, in their order.
-    """
-
-    def __init__(self, downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor], groups: list[int]) -> None:
-        self.ranks, self.groups, self.device = [down.size(0) for down in downs], groups, downs[0].device
-        self.most, self.total = max(self.ranks), sum(self.ranks)
-        self.is_even = len(set(self.ranks)) == 1
-        self.runs = [(size, groups.count(size)) for size in sorted(set(groups))]
-        self.group_of_each = [at for at, size in enumerate(groups) for _ in range(size)]
-        self.zeros = downs[0].new_zeros(1, downs[0].shape[1]), ups[0].new_zeros(len(ups[0]), 1)
-        rows: list[int] = []
-        kept: list[int] = []
-        begin = 0
-        for i, rank in enumerate(self.ranks):
-            rows += [*range(begin, begin + rank), *[self.total] * (self.most - rank)]
-            kept += range(i * self.most, i * self.most + rank)
-            begin += rank
-        self.fill, self.keep = (torch.tensor(t, device=self.device) for t in (rows, kept))
-
-    def is_of(self, downs: Sequence[torch.Tensor]) -> bool:
-        return self.device == downs[0].device and self.ranks == [down.size(0) for down in downs]
-
-    def stack(
-        self, downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor], dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All downs (layers, most, n) and ups (layers, m, most), with zeros where a rank is smaller."""
-        if self.is_even:
-            down, up = torch.cat(tuple(downs)).to(dtype), torch.cat(tuple(ups), 1).to(dtype)
-        else:
-            down = torch.cat((*downs, self.zeros[0])).to(dtype).index_select(0, self.fill)
-            up = torch.cat((*ups, self.zeros[1]), 1).to(dtype).index_select(1, self.fill)
-        count = len(self.ranks)
-        return down.view(count, self.most, -1), up.view(len(up), count, self.most).transpose(0, 1)
-
-    def parts(self, stack: torch.Tensor) -> list[torch.Tensor]:
-        """(layers, n, m) -> (m, n) for a layer that runs alone, (members, n, m) for a group; (layers, m) -> (m,), (members, 1, m)."""
-        found: list[torch.Tensor] = []
-        begin = 0
-        for size, count in self.runs:
-            part = stack[begin : begin + size * count]
-            if size == 1:
-                found += (part.mT if stack.ndim == 3 else part).unbind()
-            else:
-                found += part.view(count, size, -1, part.shape[-1]).unbind()
-            begin += size * count
-        return found
-
-    def joined(self, grads: Sequence[torch.Tensor | None], shape: tuple[int, ...]) -> torch.Tensor:
-        """The way back: (layers, *shape), zeros where there is no gradient."""
-        present = [grad for grad in grads if grad is not None]
-        if len(self.runs) == 1 and len(present) == len(grads):
-            together = torch.stack(present)
-            if self.runs[0][0] == 1:
-                return together.mT if len(shape) == 2 else together
-            return together.view(-1, *shape)
-        nothing = present[0].new_zeros(()).expand(shape)
-        each = []
-        for grad, size in zip(grads, self.groups, strict=True):
-            if grad is None:
-                grad = nothing.expand(size, *shape)
-            elif size == 1:
-                grad = (grad.mT if len(shape) == 2 else grad)[None]
-            each.append(grad if grad.ndim == len(shape) + 1 else grad[:, 0])
-        return torch.cat(each)
-
-    def downs(self, up: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> Sequence[torch.Tensor]:
-        """The gradient (rank, n) of each down. g: of the products, (layers, n, m)."""
-        rows = torch.bmm(up.mT, g.mT).view(len(g) * self.most, -1)
-        return (rows if self.is_even else rows.index_select(0, self.keep)).to(dtype).split(self.ranks)
-
-    def ups(self, down: torch.Tensor, g: torch.Tensor, like: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """The gradient (m, rank) of each up, as autograd wants it: parts of a larger tensor's columns it would copy one by one."""
-        dtype = like[0].dtype
-        if self.is_even:
-            return torch.bmm(g.mT, down.mT).to(dtype).unbind()
-        if torch.is_grad_enabled():  # a derivative of derivatives is asked for
-            found = torch.bmm(g.mT, down.mT).to(dtype)
-            return [u[:, :rank] for u, rank in zip(found, self.ranks, strict=True)]
-        columns = g.new_empty(g.shape[2], len(g) * self.most)
-        torch.bmm(g.mT, down.mT, out=columns.view(len(columns), len(g), self.most).transpose(0, 1))
-        columns = columns.index_select(1, self.keep).to(dtype)
-        parts = [columns.new_empty(u.shape) for u in like]
-        torch.split_with_sizes_copy(columns, self.ranks, 1, out=parts)
-        return parts
-
-
-class _Products(torch.autograd.Function):
-    """(downs..., ups..., biases...) -> (a weight of each group..., biases...) in the dtype asked for, by a few kernels for all.
-
-    A weight is (m, n), or (members, n, m) of a group; a bias (m,), or (members, 1, m).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, layout: _Layout, dtype: torch.dtype, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        count = len(layout.ranks)
-        down, up = layout.stack(parameters[:count], parameters[count : 2 * count], dtype)
-        # Of the parameters themselves nothing is read later, unless derivatives of derivatives are asked for.
-        ctx.layout, ctx.dtype, ctx.parameters = layout, dtype, parameters
-        ctx.save_for_backward(down, up)
-        ctx.set_materialize_grads(False)
-        made = layout.parts(torch.bmm(down.mT, up.mT))
-        if len(parameters) > 2 * count:
-            made += layout.parts(torch.stack(parameters[2 * count :]).to(dtype))
-        return tuple(made)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        parameters, layout = ctx.parameters, ctx.layout
-        count, groups = len(layout.ranks), len(layout.groups)
-        downs, ups, biases = parameters[:count], parameters[count : 2 * count], parameters[2 * count :]
-        again = torch.is_grad_enabled()
-        down, up = layout.stack(downs, ups, ctx.dtype) if again else ctx.saved_tensors
-        # A layer that did not run has no gradient, and not one of zeros.
-        used = [grads[at] is not None for at in layout.group_of_each]
-        if not any(used):
-            return None, None, *(None for _ in parameters)
-        g = layout.joined(grads[:groups], (downs[0].shape[1], len(ups[0])))
-        found = [*layout.downs(up, g, downs[0].dtype), *layout.ups(down, g, ups)]
-        if biases:
-            found += layout.joined(grads[groups:], (len(ups[0]),)).to(biases[0].dtype).unbind()
-        if all(used):
-            return None, None, *found
-        return None, None, *(g if used[i % count] else None for i, g in enumerate(found))
 
 
 def _together(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Sequence[torch.Tensor]:
