@@ -16,7 +16,7 @@ from .decide.left import UNBOUNDED, UNRECOVERED, left_blind, left_frozen, left_u
 from .decide.plan import RankPlan, break_even_rank
 from .decide.ranks import BATCH_BYTES, BATCHED_ON, needs_no_weights, plan_ranks, rank_by_hand, spectra_of, spectrum_of
 from .decide.rules import LayerSpectrum
-from .decide.size import DENSE, measured_size
+from .decide.size import DENSE, Tried, measured_size
 from .decide.speed import PAPER_RULES, keep_faster
 from .decide.targets import notes_of_dense
 from .engines.around import check_not_wrapped, compiles_blocks
@@ -187,9 +187,10 @@ def plan_and_factors(
         prices = rank_prices(flow.groups(), sizes, bool(flow.compiled))
         spectra = {name: replace(s, price=prices[name]) for name, s in spectra.items()}
     notes: list[str] = []
+    tried: Tried = []
     chosen = [name for name in spectra if name not in left]
     if kept and parts and config.target_ratio is None and all(spectra[n].loss_spectrum is not None for n in chosen):
-        ratio, note = measured_size(layers, spectra, parts, config, kept, alignment, loss, left)
+        ratio, note, tried = measured_size(layers, spectra, parts, config, kept, alignment, loss, left)
         if ratio is not None:
             if ratio == DENSE:
                 why = UNRECOVERED if config.max_loss_increase is None else UNBOUNDED
@@ -201,7 +202,8 @@ def plan_and_factors(
         plan = keep_faster(plan, flow, config.min_speedup, trial=trial)
     factors = _cut_all(parts, plan)
     if kept and factors and (before := kept.effect(layers, {}).loss):
-        after = kept.effect(layers, factors).loss
+        known = [effect for ranks, effect in tried if ranks == dict(plan)]
+        after = (known[0] if known else kept.effect(layers, factors)).loss
         plan.notes.append(f"loss on the last {len(kept)} batches, without dropout: {before:.4g} -> {after or 0:.4g}")
     if keep == "all":
         for name in plan:

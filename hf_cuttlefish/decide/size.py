@@ -36,6 +36,9 @@ UNSETTLED = 0.25
 """With a larger alignment of the weights' travel much is still to be learnt, of which the outputs know nothing yet: no default
 size below `DEFAULT_RATIO` then."""
 
+Tried = list[tuple[dict[str, int], Effect]]
+"""Ranks by name, and what these cuts do on the kept batches."""
+
 
 def largest_divergence(loss: float, of_tokens: bool, is_learning: bool = False) -> float:
     """What a default cut may change of the outputs.
@@ -57,8 +60,8 @@ def measured_size(
     alignment: float | None,
     training_loss: float | None,
     left: Mapping[str, str],
-) -> tuple[float | None, str]:
-    """The size (a `target_ratio`) and a note of what was measured; None and "" where nothing can be measured.
+) -> tuple[float | None, str, Tried]:
+    """The size (a `target_ratio`), a note, and what was measured; None, "" and nothing where nothing can be measured.
 
     `DENSE` where a bound holds for no size: that of the config, or the one for pretrained language models.
 
@@ -70,20 +73,25 @@ def measured_size(
     loss = before.loss or training_loss
     bound = config.max_loss_increase
     if not len(kept) or not loss or (before.divergence is None and (bound is None or before.loss is None)):
-        return None, ""
+        return None, "", []
     settled = alignment is None or alignment <= UNSETTLED
     is_learning = not settled or starts_at_random(spectra)
     cautious = before.of_tokens and not is_learning
     limit = largest_divergence(loss, before.of_tokens, is_learning)
     measured: dict[float, Effect] = {}
+    tried: Tried = []
 
     def within(ratio: float) -> bool:
         if ratio == DENSE:
             return True
         sized = replace(config, target_ratio=ratio, max_loss_increase=None)
         plan = plan_ranks(spectra, sized, left=left)
-        cuts = {name: rough_cut(parts[name], rank) for name, rank in plan.items() if name in parts}
-        measured[ratio] = found = kept.effect(layers, cuts)
+        found = next((effect for ranks, effect in tried if ranks == dict(plan)), None)
+        if found is None:
+            cuts = {name: rough_cut(parts[name], rank) for name, rank in plan.items() if name in parts}
+            found = kept.effect(layers, cuts)
+            tried.append((dict(plan), found))
+        measured[ratio] = found
         if bound is not None:
             # Where the labels are kept from the model, the divergence of its outputs stands for the rise of the loss.
             rise = found.divergence if before.loss is None or found.loss is None else found.loss - loss
@@ -103,7 +111,8 @@ def measured_size(
     )
     allowed = f"loss {(1 + bound) * loss:.4g}" if bound is not None else f"outputs {limit:.3g}"
     chosen = "no size is within bounds" if size == DENSE else f"size {size:g}"
-    return size, f"{chosen}, measured on {len(kept)} batches (uncut: loss {loss:.4g}; allowed: {allowed}; {told})"
+    note = f"{chosen}, measured on {len(kept)} batches (uncut: loss {loss:.4g}; allowed: {allowed}; {told})"
+    return size, note, tried
 
 
 def _smallest(sizes: Sequence[float], within: Callable[[float], bool]) -> float:

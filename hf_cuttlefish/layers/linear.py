@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, cast
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -28,11 +28,31 @@ class LinearKind(Kind):
     def stand_in(self, down: torch.Tensor | None, up: torch.Tensor | None, rank: int = 0) -> LowRankLinear:
         return LowRankLinear.standing_for(cast(nn.Linear, self.layer), down, up, rank)
 
+    def standing_in(self, factors: Factors) -> Any:
+        """As of any kind, but the layer's own product is not worked out first; where somebody else has its forward, it is."""
+        if "forward" in vars(self.layer):
+            return super().standing_in(factors)
+        return _Instead(self.layer, lambda x: self.answer(x, factors))
+
     def answer(self, x: torch.Tensor, factors: Factors) -> torch.Tensor:
         like, bias = cast(torch.Tensor, self.layer.weight), cast("torch.Tensor | None", self.layer.bias)
         if factors.bias_shift is not None and bias is not None:
             bias = bias + factors.bias_shift.to(bias)
         return functional.linear(functional.linear(x, factors.down.to(like)), factors.up.to(like), bias)
+
+
+class _Instead:
+    """Another forward of one layer, until `remove`."""
+
+    def __init__(self, layer: nn.Module, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return run(next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)))
+
+        self.layer = layer
+        vars(layer)["forward"] = forward
+
+    def remove(self) -> None:
+        vars(self.layer).pop("forward", None)
 
 
 class Conv1DKind(LinearKind):

@@ -67,7 +67,7 @@ def parts_of_model():
 def choose(parts_of_model, kept, alignment=None, **config):
     layers, spectra, parts, _ = parts_of_model
     config = CuttlefishConfig(rank_multiple=1, **config)
-    return measured_size(layers, spectra, parts, config, kept, alignment, None, {})
+    return measured_size(layers, spectra, parts, config, kept, alignment, None, {})[:2]
 
 
 @pytest.mark.parametrize("least", [0.0, 0.29, 0.34, 0.39, 0.44, 0.49, 0.59, 0.69, 0.79, 0.9])
@@ -131,8 +131,24 @@ def test_a_bound_holds_where_the_labels_are_kept_from_the_model(parts_of_model, 
     told = kept.effect
     kept.effect = lambda layers, factors: replace(told(layers, factors), loss=None)
     config = CuttlefishConfig(rank_multiple=1, max_loss_increase=0.1)
-    size, _ = measured_size(layers, spectra, parts, config, kept, None, 1.0, {})
+    size, _, _ = measured_size(layers, spectra, parts, config, kept, None, 1.0, {})
     assert size == least and kept.asked
+
+
+def test_what_was_measured_comes_with_its_ranks(parts_of_model):
+    layers, spectra, parts, _ = parts_of_model
+    kept, config = Told(lambda share: 0.0 if share >= 0.4 else 1.0), CuttlefishConfig(rank_multiple=1)
+    size, _, tried = measured_size(layers, spectra, parts, config, kept, None, None, {})
+    plan = plan_ranks(spectra, CuttlefishConfig(rank_multiple=1, target_ratio=size))
+    assert len(tried) == len(kept.asked) == len({tuple(ranks.values()) for ranks, _ in tried})
+    assert [effect.divergence for ranks, effect in tried if ranks == dict(plan)] == [0.0]
+
+
+def test_a_cut_that_two_sizes_share_is_measured_once(parts_of_model):
+    layers, spectra, parts, _ = parts_of_model
+    kept, config = Told(lambda share: 1.0), CuttlefishConfig(rank_multiple=WIDTH // 2, rank_pattern={"a": 2, "b": 2})
+    measured_size(layers, spectra, parts, config, kept, None, None, {})
+    assert len(kept.asked) == 1
 
 
 def test_nothing_measured_nothing_said(parts_of_model):

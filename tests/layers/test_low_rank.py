@@ -11,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_cuttlefish import LowRankLinear, factorize
 from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.layers import low_rank as low_rank_file
+from hf_cuttlefish.layers.kinds import kind_of
+from hf_cuttlefish.maths.factors import Factors, factor_weight
 from tiny_models import BY_NAME, assert_close, make_linear, outputs
 
 
@@ -172,6 +174,26 @@ def test_merge_multiplies_half_precision_in_fp32(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         dense = low.to_dense()
     assert torch.equal(dense.weight, exact.to(torch.bfloat16)) and types == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_a_dense_layer_answers_as_its_factors_would(kind):
+    layer = make_linear(kind, 6, 5)
+    x, seen = torch.randn(3, 6), []
+    dense, factors = layer(x), factor_weight(matrix(layer), 2)
+    factors = Factors(factors.down.float(), factors.up.float(), torch.ones(5))
+    wanted = x @ factors.down.T @ factors.up.T + layer.bias + 1
+    layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    plain = layer.forward
+    for own in (None, lambda x: plain(x)):  # somebody else's forward, as accelerate's hooks set it
+        if own is not None:
+            layer.forward = own
+        handle = kind_of(layer).standing_in(factors)
+        assert_close(layer(x), wanted)
+        handle.remove()
+        assert_close(layer(x), dense)
+        assert vars(layer).get("forward") is own
+    assert len(seen) == 4
 
 
 def test_the_mode_of_training_reaches_whatever_stands_in_the_layer():
