@@ -56,6 +56,8 @@ class Multiplied:
     def stop(self) -> None:
         """Pairs again."""
         self.close()
+        if self._layout is not None:
+            self._layout.let_go()
         for layer in self.layers:
             layer.__dict__.pop("form", None)
 

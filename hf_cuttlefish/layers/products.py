@@ -39,25 +39,46 @@ class Layout:
 
     def __init__(self, kinds: Sequence[Pairs]) -> None:
         self.kinds = [_Kind(kind) for kind in kinds]
+        self._flat: list[torch.Tensor] = []
+        self._places: list[int] = []
 
     def is_of(self, kinds: Sequence[Pairs]) -> bool:
         """Whether it is that of these factors."""
         return all(own.is_of(kind) for own, kind in zip(self.kinds, kinds, strict=True))
 
+    def let_go(self) -> None:
+        """Of the parameters, which it holds on to from step to step."""
+        self._flat, self._places = [], []
+
     def stacks(self, parameters: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
         """Of each kind all downs (layers, most, n), all ups (layers, m, most), and biases (layers, m) if it has any."""
-        joined: list[torch.Tensor] = []
-        begin = 0
-        for kind in self.kinds:
-            own = parameters[begin : begin + kind.parameters]
-            joined += own if kind.is_even else (*own[: 2 * kind.count], kind.nothing, *own[2 * kind.count :])
-            begin += kind.parameters
-        flat = _flatten_dense_tensors(joined).to(dtype)
+        if torch.is_grad_enabled():  # a derivative of derivatives is asked for
+            flat = _flatten_dense_tensors(self._with_nothing(parameters)).to(dtype)
+        else:
+            flat = torch.cat(self._views(parameters)).to(dtype)
         found: list[torch.Tensor] = []
         begin = 0
         for kind in self.kinds:
             found += kind.stacks(flat[begin : begin + kind.numel])
             begin += kind.numel
+        return found
+
+    def _views(self, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The parameters, flat, in their order. They stay where they are from step to step, so that this is worked out once."""
+        places = [p.data_ptr() for p in parameters]
+        if places != self._places or self._flat[0].dtype != parameters[0].dtype:
+            self._flat = [p.detach().reshape(-1) for p in self._with_nothing(parameters)]
+            self._places = places if all(p.is_contiguous() for p in parameters) else []
+        return self._flat
+
+    def _with_nothing(self, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Zeros behind the ups of each kind whose ranks differ."""
+        found: list[torch.Tensor] = []
+        begin = 0
+        for kind in self.kinds:
+            own = parameters[begin : begin + kind.parameters]
+            found += own if kind.is_even else (*own[: 2 * kind.count], kind.nothing, *own[2 * kind.count :])
+            begin += kind.parameters
         return found
 
 
@@ -84,20 +105,20 @@ class _Kind:
             self._lay_out()
 
     def _lay_out(self) -> None:
-        ranks = torch.tensor(self.ranks)
+        ranks = torch.tensor(self.ranks, device=self.device)
         begins = ranks.cumsum(0) - ranks
-        place = torch.arange(self.most)
+        place = torch.arange(self.most, device=self.device)
         is_real = place < ranks[:, None]  # (layers, most)
         # Behind a smaller rank any rows of down do: those columns of up are zeros.
         in_rows = torch.where(is_real, begins[:, None] + place, 0).flatten()
         widths, wide = ranks // self.unit, self.most // self.unit
-        rows, place = torch.arange(self.m)[:, None], torch.arange(wide)
+        rows, place = torch.arange(self.m, device=self.device)[:, None], place[:wide]
         own = (begins // self.unit * self.m)[:, None, None] + rows * widths[:, None, None] + place  # (layers, m, wide)
         is_real_unit = (place < widths[:, None])[:, None].expand_as(own)
         in_units = torch.where(is_real_unit, own, self.total * self.m // self.unit).flatten()
         out = is_real.flatten().nonzero()[:, 0], is_real_unit.flatten().nonzero()[:, 0]
         # The least memory: these are kept as long as the layers.
-        found = [t.to(self.device, torch.int32) for t in (in_rows, in_units, *out)]
+        found = [t.to(torch.int32) for t in (in_rows, in_units, *out)]
         self.in_rows, self.in_units, self.out_rows, self.out_units = found
 
     def is_of(self, factors: Pairs) -> bool:

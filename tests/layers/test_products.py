@@ -93,3 +93,24 @@ def test_layers_of_several_shapes_run_in_one_batch_and_go_on_in_another_precisio
         torch.testing.assert_close([la(x.to(dtype)) for la in layers], [la(x.to(dtype)) for la in twins])
         one.close()
     one.stop()
+
+
+def test_changed_and_exchanged_values_are_seen() -> None:
+    torch.manual_seed(0)
+    kinds = [pairs_of(6, 5, [2, 4], [1, 1])]
+    layout = Layout(kinds)
+
+    def check() -> None:
+        made = Products.apply(layout, torch.float64, *kinds[0].all)
+        torch.testing.assert_close(list(made), apart(kinds[0]))
+
+    check()
+    with torch.no_grad():
+        kinds[0].ups[1].mul_(2)  # as an optimizer does
+    check()
+    kinds[0].downs[0].data = torch.randn(2, 5, dtype=torch.float64)  # as loading, and moving to a device
+    check()
+    kinds[0].ups[0].data = torch.randn(2, 6, dtype=torch.float64).T  # its columns lie one behind the other
+    for _ in range(2):
+        check()
+        kinds[0].ups[0].data.mul_(2)
