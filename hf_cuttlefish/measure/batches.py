@@ -81,6 +81,10 @@ class Batches:
         self.spread.clear()
         self._pending = None
 
+    def settle(self) -> None:
+        """Ask the device for the sums once, before they are asked for by each layer."""
+        self.total, self.norms, self.squares = (float(v) for v in (self.total, self.norms, self.squares))
+
     def factors(self, number: int, grad: torch.Tensor, rows: int, pick: slice | None = None) -> torch.Tensor:
         """By what each token's output gradient is multiplied: one over the square root of its example's norm, (tokens,) in fp32.
 

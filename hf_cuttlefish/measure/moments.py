@@ -13,6 +13,7 @@ gradient at the first layer that backward reaches, and all together multiplied b
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
@@ -146,6 +147,7 @@ class MomentCollector:
 
         Of a stack of matrices a list, with None for a matrix that gathered nothing usable, or too little (`FEW`).
         """
+        self.batches.settle()
         found = {name: self.moments_of(name) for name in self.layers if "/" not in name}
         return {name: moments for name, moments in found.items() if moments is not None}
 
@@ -375,8 +377,10 @@ def steps_in(flat: Mapping[str, torch.Tensor]) -> int:
 
 def _finish(layer: nn.Module, s: dict[str, torch.Tensor], examples: float, unscale: float) -> LayerMoments | None:
     """The moments of one matrix from its sums; None where they are of nothing, or not finite."""
-    count = float(s["count"])
-    if count <= 0 or examples <= 0 or not all(bool(torch.isfinite(v).all()) for v in s.values()):
+    # The device is asked once for each layer.
+    largest = dict(zip(s, torch.stack([value.abs().amax() for value in s.values()]).tolist(), strict=True))
+    count, other = largest["count"], largest["other"]
+    if count <= 0 or examples <= 0 or not all(map(math.isfinite, largest.values())):
         return None
     m, n = kind_of(layer).size
     has_bias = kind_of(layer).takes_mean
@@ -386,10 +390,10 @@ def _finish(layer: nn.Module, s: dict[str, torch.Tensor], examples: float, unsca
         if has_bias:
             mean_y = s["y"] / count
             signal = signal - torch.outer(mean_y, mean_y)
-        other = float(s["other"]) / (count * n) - (float(mean.square().mean()) if has_bias else 0.0)
+        other = other / (count * n) - (float(mean.square().mean()) if has_bias else 0.0)
     else:
         signal, metric = s["signal"] * (unscale / count), s["metric"] / count
         if has_bias:
             metric = metric - torch.outer(mean, mean)
-        other = float(s["other"]) * unscale / (count * m)
+        other = other * unscale / (count * m)
     return LayerMoments(signal, metric, max(other, 0.0), mean if has_bias else None, tokens=count / examples)
