@@ -202,7 +202,7 @@ def plan_and_factors(
         plan = keep_faster(plan, flow, config.min_speedup, trial=trial)
     factors = _cut_all(parts, plan)
     if kept and factors and (before := kept.effect(layers, {}).loss):
-        known = [effect for ranks, effect in tried if ranks == dict(plan)]
+        known = [effect for ranks, effect in tried if ranks == dict(plan) and effect.is_whole]
         after = (known[0] if known else kept.effect(layers, factors)).loss
         plan.notes.append(f"loss on the last {len(kept)} batches, without dropout: {before:.4g} -> {after or 0:.4g}")
     if keep == "all":

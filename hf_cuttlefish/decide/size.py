@@ -89,7 +89,7 @@ def measured_size(
         found = next((effect for ranks, effect in tried if ranks == dict(plan)), None)
         if found is None:
             cuts = {name: rough_cut(parts[name], rank) for name, rank in plan.items() if name in parts}
-            found = kept.effect(layers, cuts)
+            found = kept.effect(layers, cuts, limit if bound is None else None)
             tried.append((dict(plan), found))
         measured[ratio] = found
         if bound is not None:
@@ -106,7 +106,7 @@ def measured_size(
         sizes = [size for size in (LEARNING_SIZES if is_learning else SIZES) if settled or size >= DEFAULT_RATIO]
     size = _smallest(sizes, within)
     told = ", ".join(
-        f"{ratio:g}: loss {'?' if e.loss is None else f'{e.loss:.4g}'}, outputs {e.divergence or 0:.3g}"
+        f"{ratio:g}: loss {'?' if e.loss is None else f'{e.loss:.4g}'}, outputs {'' if e.is_whole else '>'}{e.divergence or 0:.3g}"
         for ratio, e in sorted(measured.items())
     )
     allowed = f"loss {(1 + bound) * loss:.4g}" if bound is not None else f"outputs {limit:.3g}"

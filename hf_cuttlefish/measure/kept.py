@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,11 +32,13 @@ class Effect:
         loss: mean loss, or None where the model returns none. divergence: mean Kullback-Leibler divergence of its outputs from
             those of the uncut model, nats an example or token; None where there are no class scores.
         of_tokens: whether each token of an example has scores of its own, as in language models.
+        is_whole: whether all batches were looked at; if not, the divergence is at least so large, and the loss is that of some.
     """
 
     loss: float | None
     divergence: float | None
     of_tokens: bool = False
+    is_whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,13 @@ class KeptBatches:
         """The batch of middle size; None where none is kept."""
         return sorted(self._kept, key=lambda batch: batch.size)[len(self._kept) // 2] if self._kept else None
 
-    def effect(self, layers: Mapping[str, nn.Module], factors: Mapping[str, Factors]) -> Effect:
-        """Loss and outputs with these factors in the places of their layers; with none, of the model as it is."""
+    def effect(
+        self, layers: Mapping[str, nn.Module], factors: Mapping[str, Factors], most: float | None = None
+    ) -> Effect:
+        """Loss and outputs with these factors in the places of their layers; with none, of the model as it is.
+
+        most: a divergence. When it is known to be larger, no more batches are looked at.
+        """
         if self._reference is None:
             self._reference = list(self._forward())
         before = [scores.log_probabilities for scores in self._reference]
@@ -112,18 +119,21 @@ class KeptBatches:
         if not factors:
             return Effect(_mean(scores.loss for scores in self._reference), 0.0 if measured else None, of_tokens)
         losses: list[float | None] = []
-        total = count = 0.0
-        with standing_in(self.model, layers, factors):
-            for old, scores in zip(before, self._forward(), strict=True):
+        total = 0.0
+        count = sum(len(old) for old in before if old is not None)
+        with standing_in(self.model, layers, factors), contextlib.closing(self._forward()) as forward:
+            for old, scores in zip(before, forward, strict=True):
                 new = scores.log_probabilities
                 losses.append(scores.loss)
                 if old is not None and new is not None:
                     total += float((old.exp() * (old - new)).sum())
-                    count += len(old)
-        return Effect(_mean(losses), total / count if measured and count else None, of_tokens)
+                if most is not None and measured and total > most * count:  # what the other batches add is not negative
+                    break
+        divergence = total / count if measured and count else None
+        return Effect(_mean(losses), divergence, of_tokens, len(losses) == len(before))
 
     @torch.no_grad()
-    def _forward(self) -> Iterator[Scores]:
+    def _forward(self) -> Generator[Scores, None, None]:
         """What the model says of each batch, one after the other: only one is held."""
         modes = [(module, module.training) for module in self.model.modules()]
         kind = next(self.model.parameters()).device.type

@@ -46,7 +46,7 @@ class Told:
     def __len__(self):
         return 4
 
-    def effect(self, layers, factors):
+    def effect(self, layers, factors, most=None):
         if not factors:
             return Effect(self.loss, 0.0, self.of_tokens)
         kept = sum(f.down.numel() + f.up.numel() for f in factors.values()) / (2 * WIDTH * WIDTH)
@@ -129,7 +129,7 @@ def test_a_bound_holds_where_the_labels_are_kept_from_the_model(parts_of_model, 
     layers, spectra, parts, _ = parts_of_model
     kept = Told(lambda share: 0.05 if share >= least - 0.02 else 0.2)
     told = kept.effect
-    kept.effect = lambda layers, factors: replace(told(layers, factors), loss=None)
+    kept.effect = lambda layers, factors, most=None: replace(told(layers, factors), loss=None)
     config = CuttlefishConfig(rank_multiple=1, max_loss_increase=0.1)
     size, _, _ = measured_size(layers, spectra, parts, config, kept, None, 1.0, {})
     assert size == least and kept.asked
@@ -154,7 +154,7 @@ def test_a_cut_that_two_sizes_share_is_measured_once(parts_of_model):
 def test_nothing_measured_nothing_said(parts_of_model):
     assert choose(parts_of_model, KeptBatches(parts_of_model[3])) == (None, "")
     without_scores = Told(lambda share: 0.0)
-    without_scores.effect = lambda layers, factors: Effect(1.0, None)
+    without_scores.effect = lambda layers, factors, most=None: Effect(1.0, None)
     assert choose(parts_of_model, without_scores) == (None, "")
 
 

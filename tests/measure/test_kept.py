@@ -68,6 +68,21 @@ def test_the_effect_is_that_of_the_factorized_model(model):
     assert before.divergence == 0
 
 
+def test_no_more_is_looked_at_than_is_needed(model):
+    kept, layers = KeptBatches(model), find_targets(model)
+    train(model, kept)
+    calls, factors = [], factors_of(layers)
+    whole, modes = kept.effect(layers, factors), [m.training for m in model.modules()]
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    part = kept.effect(layers, factors, whole.divergence / 100)
+    assert len(calls) == 1 and not part.is_whole and whole.divergence / 100 < part.divergence < whole.divergence
+    calls.clear()
+    assert kept.effect(layers, factors, whole.divergence) == whole and whole.is_whole
+    assert len(calls) == BATCHES
+    handle.remove()
+    assert [m.training for m in model.modules()] == modes
+
+
 def test_the_model_is_as_it_was(model):
     kept, layers = KeptBatches(model), find_targets(model)
     hooks = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
