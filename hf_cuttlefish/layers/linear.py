@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -32,7 +34,7 @@ class LinearKind(Kind):
         """As of any kind, but the layer's own product is not worked out first; where somebody else has its forward, it is."""
         if "forward" in vars(self.layer):
             return super().standing_in(factors)
-        return _Instead(self.layer, lambda x: self.answer(x, factors))
+        return _instead(self.layer, lambda x: self.answer(x, factors))
 
     def answer(self, x: torch.Tensor, factors: Factors) -> torch.Tensor:
         like, bias = cast(torch.Tensor, self.layer.weight), cast("torch.Tensor | None", self.layer.bias)
@@ -41,18 +43,20 @@ class LinearKind(Kind):
         return functional.linear(functional.linear(x, factors.down.to(like)), factors.up.to(like), bias)
 
 
-class _Instead:
-    """Another forward of one layer, until `remove`."""
+def _instead(layer: nn.Module, run: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Another forward of one layer, until the handle that this returns is removed."""
 
-    def __init__(self, layer: nn.Module, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-            return run(next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)))
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return run(next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)))
 
-        self.layer = layer
+    # Nothing of Python's runs when it is removed, so that nothing can fail or be interrupted in it.
+    handle = SimpleNamespace(remove=partial(vars(layer).pop, "forward", None))
+    try:
         vars(layer)["forward"] = forward
-
-    def remove(self) -> None:
-        vars(self.layer).pop("forward", None)
+        return handle
+    except BaseException:
+        handle.remove()
+        raise
 
 
 class Conv1DKind(LinearKind):
