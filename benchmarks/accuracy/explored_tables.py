@@ -20,6 +20,13 @@ def latest_switch(records: list[Record]) -> str:
     return f"{late} against {early}"
 
 
+def floor_of_small(records: list[Record]) -> str:
+    """Test accuracy with 1.5 times the rate, against the rate unchanged."""
+    groups = grouped(records, lambda r: "learning_rate_scale" in r["options"])
+    raised, left = (show(100 * r["test_split"]["accuracy"] for r in groups[key]) for key in (False, True))
+    return f"{raised} against {left}"
+
+
 def after_switch_table(tuned: list[Record], branches: list[Record]) -> str:
     """Differences on the validation split that a changed low-rank phase makes, run by run, to the same run without it."""
     rows: dict[tuple[Any, ...], list[tuple[float, float]]] = defaultdict(list)

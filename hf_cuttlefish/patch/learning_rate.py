@@ -20,12 +20,13 @@ IN_SCHEDULERS = ("base_lrs", "max_lrs", "min_lrs", "default_min_lr", "eta_min", 
 
 
 SMALL, SCALE_OF_SMALL = 0.25, 1.5
-"""Where less than a quarter of the target layers' parameters is kept, at least 1.5 times the rate (docs/results.md)."""
+"""Where the alignment is not known and less than a quarter of the target layers' parameters is kept. Where it is known and low,
+1.5 loses a point against 1 (docs/results-rates.md)."""
 GAIN, LARGEST_SCALE = 6.0, 3.0
 """The scale is 1 + GAIN times the alignment of the weights' travel (`Heading`), at most LARGEST_SCALE. 4 to 8 for 6 ends the
 same; a constant of 2 ruins runs whose rate is as high as they bear, and 3 makes them diverge (docs/results.md)."""
 SCALE_UNKNOWN = 1.35
-"""Where the alignment is not known, as in runs too short to see it."""
+"""Where the alignment is not known, as in runs too short to see it, and a quarter or more is kept."""
 
 
 def suggested_scale(kept: float, alignment: float | None = None) -> float:
@@ -35,8 +36,9 @@ def suggested_scale(kept: float, alignment: float | None = None) -> float:
         kept: share of the target layers' parameters after the switch.
         alignment: share of directed travel before the switch (`Heading.alignment`); None where it is not known.
     """
-    scale = SCALE_UNKNOWN if alignment is None else min(LARGEST_SCALE, 1 + GAIN * max(0.0, alignment))
-    return max(scale, SCALE_OF_SMALL) if kept < SMALL else scale
+    if alignment is None:
+        return SCALE_OF_SMALL if kept < SMALL else SCALE_UNKNOWN
+    return min(LARGEST_SCALE, 1 + GAIN * max(0.0, alignment))
 
 
 def averages_weights(optimizer: Any) -> bool:

@@ -187,7 +187,8 @@ def test_left_to_itself_it_follows_the_size_and_the_weights_travel(kept, scale):
         (0.4, 0.1, 1.6),
         (0.4, 0.9, 3.0),
         (0.4, None, SCALE_UNKNOWN),
-        (0.2, 0.0, 1.5),
+        (0.2, 0.0, 1.0),
+        (0.2, None, 1.5),
         (0.2, 0.2, 2.2),
     ],
 )
