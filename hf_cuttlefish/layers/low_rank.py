@@ -47,7 +47,10 @@ class LowRankLayer(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As of any module. Trainer asks before each step: where nothing changes, plain children are not asked in turn."""
         down, up = self._modules["down"], self._modules["up"]
-        if self.training is mode and type(down) is type(up) is nn.Linear and down.training is up.training is mode:
+        are_plain = (
+            type(down) is type(up) is nn.Linear and not (down._modules or up._modules) and len(self._modules) == 2
+        )
+        if are_plain and self.training is mode and down.training is up.training is mode:  # type: ignore[union-attr]
             return self
         return super().train(mode)
 

@@ -206,3 +206,6 @@ def test_the_mode_of_training_reaches_whatever_stands_in_the_layer():
     plain.down.eval()  # by itself
     assert {module.training for module in plain.train().modules()} == {True}
     assert {module.training for module in plain.eval().modules()} == {False}
+    for own, holder in [(LowRankLinear(6, 5, 2), ""), (LowRankLinear(6, 5, 2), "up")]:
+        own.get_submodule(holder).add_module("noise", nn.Dropout().eval())  # beside the factors, or in one
+        assert {module.training for module in own.train().modules()} == {True}
