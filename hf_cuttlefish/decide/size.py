@@ -105,14 +105,18 @@ def measured_size(
     else:
         sizes = [size for size in (LEARNING_SIZES if is_learning else SIZES) if settled or size >= DEFAULT_RATIO]
     size = _smallest(sizes, within)
-    told = ", ".join(
-        f"{ratio:g}: loss {'?' if e.loss is None else f'{e.loss:.4g}'}, outputs {'' if e.is_whole else '>'}{e.divergence or 0:.3g}"
-        for ratio, e in sorted(measured.items())
-    )
+    told = ", ".join(f"{ratio:g}: {_told(effect)}" for ratio, effect in sorted(measured.items()))
     allowed = f"loss {(1 + bound) * loss:.4g}" if bound is not None else f"outputs {limit:.3g}"
     chosen = "no size is within bounds" if size == DENSE else f"size {size:g}"
     note = f"{chosen}, measured on {len(kept)} batches (uncut: loss {loss:.4g}; allowed: {allowed}; {told})"
     return size, note, tried
+
+
+def _told(effect: Effect) -> str:
+    """What a note says of a cut. The loss of some of the batches is not to be compared with that of all of them."""
+    if not effect.is_whole:
+        return f"outputs >{effect.divergence or 0:.3g}"
+    return f"loss {'?' if effect.loss is None else f'{effect.loss:.4g}'}, outputs {effect.divergence or 0:.3g}"
 
 
 def _smallest(sizes: Sequence[float], within: Callable[[float], bool]) -> float:

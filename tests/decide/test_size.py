@@ -151,6 +151,19 @@ def test_a_cut_that_two_sizes_share_is_measured_once(parts_of_model):
     assert len(kept.asked) == 1
 
 
+def test_no_loss_is_told_of_a_part_of_the_batches(parts_of_model):
+    kept = Told(lambda share: 0.0 if share >= 0.4 else 0.5)
+    told = kept.effect
+
+    def in_part(layers, factors, most=None):
+        effect = told(layers, factors)
+        return replace(effect, is_whole=most is None or effect.divergence <= most)
+
+    kept.effect = in_part
+    _, note = choose(parts_of_model, kept)
+    assert ": outputs >0.5" in note and "loss 1.5" not in note and ": loss 1, outputs 0" in note
+
+
 def test_nothing_measured_nothing_said(parts_of_model):
     assert choose(parts_of_model, KeptBatches(parts_of_model[3])) == (None, "")
     without_scores = Told(lambda share: 0.0)
