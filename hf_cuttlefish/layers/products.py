@@ -50,6 +50,10 @@ class Layout:
         """Of the parameters, which it holds on to from step to step."""
         self._flat, self._places = [], []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's parameters are others, at other places; and what is pickled holds them once."""
+        return {**vars(self), "_flat": [], "_places": []}
+
     def stacks(self, parameters: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
         """Of each kind all downs (layers, most, n), all ups (layers, m, most), and biases (layers, m) if it has any."""
         if torch.is_grad_enabled():  # a derivative of derivatives is asked for
@@ -122,7 +126,8 @@ class _Kind:
         self.in_rows, self.in_units, self.out_rows, self.out_units = found
 
     def is_of(self, factors: Pairs) -> bool:
-        return self.device == factors.downs[0].device and self.ranks == [d.size(0) for d in factors.downs]
+        is_there = self.device == factors.downs[0].device and self.has_bias == bool(factors.biases)
+        return is_there and self.ranks == [d.size(0) for d in factors.downs]
 
     def stacks(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """See `Layout.stacks`. flat: what was joined of this kind."""

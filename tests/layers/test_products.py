@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -114,3 +115,20 @@ def test_changed_and_exchanged_values_are_seen() -> None:
     for _ in range(2):
         check()
         kinds[0].ups[0].data.mul_(2)
+
+
+def test_a_copy_holds_no_parameters_of_the_first() -> None:
+    """Else it would read them where its own came to lie at their addresses; and what is pickled would hold all twice."""
+    kinds = [pairs_of(60, 50, [20, 20], [1, 1])]
+    layout = Layout(kinds)
+    Products.apply(layout, torch.float64, *kinds[0].all)
+    assert len(pickle.dumps(layout)) < kinds[0].ups[0].nbytes
+    twin = copy.deepcopy(layout)
+    own = pairs_of(60, 50, [20, 20], [1, 1])
+    twin._places = [p.data_ptr() for p in own.all] if twin._places else []
+    torch.testing.assert_close(list(Products.apply(twin, torch.float64, *own.all)), apart(own))
+
+
+def test_a_layout_is_with_or_without_biases() -> None:
+    layout = Layout([pairs_of(6, 5, [2, 4], [1, 1])])
+    assert not layout.is_of([pairs_of(6, 5, [2, 4], [1, 1], bias=False)])
