@@ -46,7 +46,6 @@ class Multiplied:
         self._children = [child for layer in self.layers for child in (layer.down, layer.up)]
         # Each step is begun by the host, which is what has to be spared: looked up once.
         self._tables = [table for child in self._children for table in _hook_tables(child)]
-        self._are_plain = all(type(child) is nn.Linear for child in self._children)
 
     def start(self) -> None:
         """From now on the layers run multiplied out while it is open."""
@@ -62,12 +61,13 @@ class Multiplied:
             layer.__dict__.pop("form", None)
 
     def open(self) -> None:
-        """A forward of the model begins; where a factor holds an adapter or hooks all run as pairs."""
+        """A forward of the model begins; where a factor holds an adapter, a parametrization or hooks all run as pairs."""
         self.made = None
         children = [child for layer in self.layers for child in (layer._modules["down"], layer._modules["up"])]
         are_same = all(map(operator.is_, children, self._children))
         are_changed = any(self._tables) or any("forward" in child.__dict__ for child in children)
-        self.is_open = self._are_plain and are_same and not are_changed
+        are_plain = set(map(type, children)) == {nn.Linear}  # a parametrized one is of a class of its own
+        self.is_open = are_plain and are_same and not are_changed
 
     def close(self) -> None:
         """The forward has ended: nothing is kept alive."""
@@ -115,7 +115,7 @@ class _Member:
 
         A checkpointed block runs twice, the second time outside of the model's forward: it runs as pairs both times.
         """
-        if not self.batch.is_open:
+        if not self.batch.is_open or torch.compiler.is_compiling():
             return None
         with_grad = torch.is_grad_enabled()
         if _saving_is_watched() if with_grad else layer.training:

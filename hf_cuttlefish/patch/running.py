@@ -18,7 +18,7 @@ class RunMultiplied:
         form = RunMultiplied(model); form.start(); model(**inputs).loss.backward(); form.stop()
 
     The structure stays as it is, and in evaluation pairs run. The first training forward shows which layers read one tensor. It steps aside by itself in
-    compiled code, in replicas of nn.DataParallel, in checkpointed blocks, and for layers whose factors hold adapters or hooks.
+    compiled code, in replicas of nn.DataParallel, in checkpointed blocks, and where factors hold adapters, parametrizations or hooks.
 
     Args:
         together: whether layers that read one tensor run as one product.
@@ -50,15 +50,22 @@ class RunMultiplied:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._flow is not None:  # the first forward was broken off
+        self._break_off()
+        for batch in self.batches or ():
+            batch.stop()
+
+    def _break_off(self) -> None:
+        """Of a forward that never ended (Ctrl-C) nothing stays."""
+        if self._flow is not None:
             self._flow.stop()
             self._flow = None
         for batch in self.batches or ():
-            batch.stop()
+            batch.close()
 
     def _open(self, module: nn.Module, args: Any) -> None:
         if module is not self.model or torch.compiler.is_compiling():
             return
+        self._break_off()
         if not module.training:
             return  # a step of generation would multiply all out for one token
         if self.batches is None:

@@ -339,3 +339,67 @@ def test_a_first_forward_that_is_broken_off_leaves_no_hooks(model: Any) -> None:
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+class Break:
+    """A hook that ends a forward as Ctrl-C does; torch calls no hooks that are always called then."""
+
+    def __call__(self, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def break_off(model: Any) -> None:
+    with model.classifier.register_forward_hook(Break()), pytest.raises(KeyboardInterrupt):
+        model(**batch())
+
+
+def test_of_an_interrupted_forward_nothing_is_used_later(model: Any) -> None:
+    no_dropout(model)
+    form = RunMultiplied(model)
+    form.start()
+    gradients(model)
+    break_off(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    found = gradients(model.eval())
+    assert form.batches and not any(one.is_open or one.made for one in form.batches)
+    form.stop()
+    torch.testing.assert_close(found, gradients(model))
+
+
+def test_an_interrupted_first_forward_leaves_no_hooks_behind_the_next(model: Any) -> None:
+    before = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules() if name}
+    form = RunMultiplied(model)
+    form.start()
+    break_off(model)
+    gradients(model)
+    form.stop()
+    after = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules() if name}
+    assert after == before
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+def test_a_parametrized_factor_runs_as_a_pair(model: Any) -> None:
+    no_dropout(model)
+    form = RunMultiplied(model)
+    form.start()
+    gradients(model)
+    nn.utils.parametrize.register_parametrization(next(iter(low_rank_layers(model).values())).up, "weight", Doubled())
+    found = gradients(model)
+    form.stop()
+    torch.testing.assert_close(found, gradients(model))
+
+
+def test_blocks_that_are_compiled_later_are_whole_graphs(model: Any) -> None:
+    form = RunMultiplied(model)
+    form.start()
+    gradients(model)
+    for layer in model.bert.encoder.layer:
+        layer.compile(backend="eager", fullgraph=True)
+    assert torch.isfinite(gradients(model)[0]).all()
+    form.stop()
