@@ -118,7 +118,8 @@ class _Member:
         if not self.batch.is_open or torch.compiler.is_compiling():
             return None
         with_grad = torch.is_grad_enabled()
-        if _saving_is_watched() if with_grad else layer.training:
+        # Tensors of inference mode do not say whether they were changed.
+        if _saving_is_watched() if with_grad else layer.training or torch.is_inference_mode_enabled():
             return None
         made = self.batch.prepare(layer, x.device.type, with_grad)
         weight, bias = made.weights[self.at], made.biases[self.at]

@@ -403,3 +403,17 @@ def test_blocks_that_are_compiled_later_are_whole_graphs(model: Any) -> None:
         layer.compile(backend="eager", fullgraph=True)
     assert torch.isfinite(gradients(model)[0]).all()
     form.stop()
+
+
+def test_in_inference_mode_pairs_run(model: Any) -> None:
+    """Blocks in evaluation inside a model that trains: their inputs have no version to compare."""
+    no_dropout(model)
+    form = RunMultiplied(model)
+    form.start()
+    gradients(model)
+    model.bert.eval()
+    with torch.inference_mode():
+        found = model(**batch()).logits
+    form.stop()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch()).logits, found.clone())
