@@ -123,11 +123,12 @@ def measured(clock: Clock, seconds: float, asked: int) -> dict[str, Any]:
     gaps = [1000 * (b - a) for a, b in itertools.pairwise(ends)]
     switch_step = None if ours is None else ours.switch_step
     report = None if ours is None else ours.report
-    at = switch_step or len(gaps)
-    plain = [gap for gap, was in zip(gaps[5:at], clock.gathers[5:at], strict=False) if not was]
-    during = [gap for gap, was in zip(gaps[:at], clock.gathers[:at], strict=False) if was]
+    # The first gap is the second step's. The step that holds the switch is not an ordinary one.
+    last = len(gaps) if switch_step is None else max(0, switch_step - 2)
+    plain = [gap for gap, was in zip(gaps[5:last], clock.gathers[5:last], strict=True) if not was]
+    during = [gap for gap, was in zip(gaps[:last], clock.gathers[:last], strict=True) if was]
     took = report.seconds if report is not None else None
-    after = gaps[at + SETTLE - 1 :] if switch_step else []
+    after = gaps[switch_step + SETTLE - 1 :] if switch_step else []
     return {
         "steps": len(ends),
         "steps_asked": asked,
@@ -135,7 +136,7 @@ def measured(clock: Clock, seconds: float, asked: int) -> dict[str, Any]:
         "phases": split(ends, clock.gathers, seconds, switch_step, (took or {}).get("total", 0.0)),
         "ms_before": middle(plain),
         "ms_gathering": middle(during[1:]),
-        "gathering_steps": len(during),
+        "gathering_steps": sum(clock.gathers[: len(gaps)]),
         "ms_after": middle(after),
         "compile_seconds": clock.compile_seconds,
         "slow_steps": slow(gaps),

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from benchmarks.end_to_end import __main__ as command
 from benchmarks.end_to_end.cases import CASES, Rows
 from benchmarks.end_to_end.phases import computed, even_after, fixed, split
-from benchmarks.end_to_end.run import run
+from benchmarks.end_to_end.run import measured, run
 from benchmarks.end_to_end.tables import computed_table, large_table, trial_table
 from benchmarks.steps import __main__ as steps
 from benchmarks.steps.tables import ratios_table
@@ -47,6 +48,16 @@ def record(method: str = "cuttlefish", **changes) -> dict:
     found |= {"ms_gathering": 30.0 if ours else None, "ms_after": 8.0 if ours else None, "statistics_needed": 8}
     found |= {"switch_step": 30 if ours else None, "switch_seconds": {"total": 2.0} if ours else None}
     return found | {"slow_steps": [[31, 4000.0]], "notes": [], "told": [], "reason": ""} | changes
+
+
+def test_the_step_of_the_switch_is_none_of_the_ordinary_ones():
+    # Steps 18 to 20 gather; the switch is in the last of them.
+    took = [5.0] + [0.01] * 16 + [0.03] * 2 + [7.0] + [4.0] + [0.008] * 19
+    ends = [sum(took[: n + 1]) for n in range(40)]
+    ours = SimpleNamespace(switch_step=20, report=SimpleNamespace(seconds={"total": 6.97}))
+    gathers = [17 <= n < 20 for n in range(1, 41)]
+    found = measured(SimpleNamespace(ours=ours, ends=ends, gathers=gathers, compile_seconds=[0.0, 0.0]), sum(took), 40)
+    assert [round(found[name], 6) for name in ("ms_before", "ms_gathering", "ms_after")] == [10.0, 30.0, 8.0]
 
 
 @pytest.mark.parametrize("method", ["dense", "cuttlefish"])
