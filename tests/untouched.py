@@ -21,6 +21,7 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
             for n, m in model.named_modules()
             for t in tables
         ],
+        "forwards": [n for n, m in model.named_modules() if "forward" in vars(m)],
         "config": None if config is None else config.to_dict(),
     }
     if optimizer is not None:

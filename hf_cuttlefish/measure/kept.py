@@ -232,14 +232,17 @@ def _norms_of_the_batch(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def standing_in(model: nn.Module, layers: Mapping[str, nn.Module], factors: Mapping[str, Factors]) -> Iterator[None]:
     """Let the layers answer as their factors would, without touching the model's structure."""
-    handles: list[Any] = []
+    handles = contextlib.ExitStack()
     try:
-        for name, f in factors.items():
-            handles.append(kind_of(layers[name]).standing_in(f))
-            for module in kind_of(layers[name]).tied(model):
-                same = kind_of(module).is_vocabulary
-                handles.append(kind_of(module).standing_in(f if same else Factors(f.up.mT, f.down.mT)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        try:
+            for name, f in factors.items():
+                handles.callback(kind_of(layers[name]).standing_in(f).remove)
+                for module in kind_of(layers[name]).tied(model):
+                    same = f if kind_of(module).is_vocabulary else Factors(f.up.mT, f.down.mT)
+                    handles.callback(kind_of(module).standing_in(same).remove)
+            yield
+        finally:
+            handles.close()
+    except BaseException:
+        handles.close()  # where the line above was interrupted
+        raise

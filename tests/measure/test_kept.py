@@ -1,6 +1,7 @@
 """Kept batches: what a cut does to loss and outputs, and a model that is afterwards as it was."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hf_cuttlefish import factorize
 from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.layers.kinds import dense_weight
 from hf_cuttlefish.maths.factors import Factors
-from hf_cuttlefish.measure.kept import BATCHES, KeptBatches
+from hf_cuttlefish.measure.kept import BATCHES, KeptBatches, standing_in
 from tiny_models import BY_NAME, RANK
 
 
@@ -228,3 +229,35 @@ def test_norms_that_processes_share_wait_for_nobody(monkeypatch):
         monkeypatch.undo()
         assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items()) and model.norm.training
     assert found[0] == found[1]
+
+
+def test_an_interruption_at_any_line_leaves_no_layer_that_answers_for_a_cut(model):
+    layers = find_targets(model)
+    factors = factors_of(layers)
+    code = standing_in.__wrapped__.__code__
+    for nth in range(1, 1000):
+        seen = 0
+
+        def come_by(frame, event, _, nth=nth):
+            nonlocal seen
+            if frame.f_code is not code:
+                return None
+            seen += event == "line"
+            if event == "line" and seen == nth:
+                raise KeyboardInterrupt
+            return come_by
+
+        outer = sys.gettrace()
+        sys.settrace(come_by)
+        try:
+            with standing_in(model, layers, factors):
+                pass
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(outer)
+        left = [n for n, m in model.named_modules() if "forward" in vars(m) or m._forward_hooks]
+        assert not left, (nth, left)
+        if seen < nth:
+            break
+    assert nth > 2 * len(layers)
