@@ -27,6 +27,15 @@ def floor_of_small(records: list[Record]) -> str:
     return f"{raised} against {left}"
 
 
+def range_of_changes(records: list[Record]) -> str:
+    """Of the mean test accuracies with an option, against those without: the lowest and the highest difference."""
+    runs = [r for r in records if r["budget"]]
+    groups = grouped(runs, lambda r: (r["budget"], json.dumps(r["options"], sort_keys=True)))
+    means = {key: mean_and_error([100 * r["test_split"]["accuracy"] for r in own])[0] for key, own in groups.items()}
+    changes = [mean - means[budget, "{}"] for (budget, options), mean in means.items() if options != "{}"]
+    return f"{min(changes):+.1f} to {max(changes):+.1f}"
+
+
 def after_switch_table(tuned: list[Record], branches: list[Record]) -> str:
     """Differences on the validation split that a changed low-rank phase makes, run by run, to the same run without it."""
     rows: dict[tuple[Any, ...], list[tuple[float, float]]] = defaultdict(list)

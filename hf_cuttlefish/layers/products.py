@@ -31,6 +31,7 @@ class Pairs:
 
     @property
     def all(self) -> tuple[torch.Tensor, ...]:
+        """Downs, ups, then biases: the order in which `Layout` and `Products` take them."""
         return (*self.downs, *self.ups, *self.biases)
 
 
@@ -205,6 +206,7 @@ class Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layout: Layout, dtype: torch.dtype, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Join, cast and multiply; see the class."""
         stacks = iter(layout.stacks(parameters, dtype))
         made: list[torch.Tensor] = []
         kept: list[torch.Tensor] = []
@@ -221,6 +223,7 @@ class Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        """One gradient a parameter, in its dtype; None for layers that did not run."""
         kinds = ctx.layout.kinds
         factors = iter(_again(ctx) if torch.is_grad_enabled() else ctx.saved_tensors)
         flat: list[torch.Tensor] = []

@@ -21,7 +21,7 @@ IN_SCHEDULERS = ("base_lrs", "max_lrs", "min_lrs", "default_min_lr", "eta_min", 
 
 SMALL, SCALE_OF_SMALL = 0.25, 1.5
 """Where the alignment is not known and less than a quarter of the target layers' parameters is kept. Where it is known and low,
-1.5 loses a point against 1 (docs/results-rates.md)."""
+1.5 loses about a point against 1 (docs/results-records.md)."""
 GAIN, LARGEST_SCALE = 6.0, 3.0
 """The scale is 1 + GAIN times the alignment of the weights' travel (`Heading`), at most LARGEST_SCALE. 4 to 8 for 6 ends the
 same; a constant of 2 ruins runs whose rate is as high as they bear, and 3 makes them diverge (docs/results.md)."""

@@ -247,15 +247,16 @@ def test_an_interruption_at_any_line_leaves_no_layer_that_answers_for_a_cut(mode
                 raise KeyboardInterrupt
             return come_by
 
-        outer = sys.gettrace()
+        outer, interrupted = sys.gettrace(), False
         sys.settrace(come_by)
         try:
             with standing_in(model, layers, factors):
                 pass
         except KeyboardInterrupt:
-            pass
+            interrupted = True
         finally:
             sys.settrace(outer)
+        assert interrupted == (seen >= nth)
         left = [n for n, m in model.named_modules() if "forward" in vars(m) or m._forward_hooks]
         assert not left, (nth, left)
         if seen < nth:
