@@ -1,9 +1,13 @@
-"""Measure: how long a step takes before the switch and after it, as the loop itself sees it. No synchronization."""
+"""Measure: how long a step takes before the switch and after it. Nothing is waited for until the two are compared."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
+
+import torch
 
 STEPS = 24
 """Steps of each phase that are kept; the median counts."""
@@ -15,6 +19,40 @@ BEFORE = "a step before"
 """Under this word a report keeps the seconds of a step before the switch, for a run that goes on from a checkpoint after it."""
 
 
+def _mark_on_device() -> Any:
+    """An event behind all that the device has been given; None without CUDA."""
+    if not torch.cuda.is_initialized():
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point of time, as the host passes it and, where there is CUDA, as the device does.
+
+        a = Moment(); ...; b = Moment(); a.seconds_to(b)
+
+    A host that waits for nothing launches whole steps ahead (as CUDA graphs a step is one launch). Its own times then say
+    nothing of what a step takes, and the device's do. A host that is late is late on the device too: an event waits for it.
+    """
+
+    host: float = field(default_factory=lambda: time.perf_counter())
+    device: Any = field(default_factory=lambda: _mark_on_device())
+
+    def seconds_to(self, later: Moment) -> float:
+        """Seconds until a later moment; waits until the device has come by."""
+        if self.device is None or later.device is None:
+            return later.host - self.host
+        later.device.synchronize()
+        return float(self.device.elapsed_time(later.device)) / 1000
+
+
+Gap = tuple[Moment, Moment]
+"""From when to when."""
+
+
 class Pace:
     """Seconds of steps; the last ones before `mark`, and the first ones after it.
 
@@ -23,38 +61,38 @@ class Pace:
     A step lasts from `begin` to `step`. Where nobody says when it begins, it does so at the end of the last one.
 
     Attributes:
-        before, after: of the steps that count. latest: of the last step, or None.
+        before, after: the steps that count. latest: seconds of the host's last step, or None.
     """
 
     def __init__(self) -> None:
-        self.before: list[float] = []
-        self.after: list[float] = []
+        self.before: list[Gap] = []
+        self.after: list[Gap] = []
         self.latest: float | None = None
         self.is_after = False
-        self._apart: tuple[list[float], list[float]] = [], []  # from one end of a step to the next, before and after
+        self._apart: tuple[list[Gap], list[Gap]] = [], []  # from one end of a step to the next, before and after
         self._known: float | None = None
-        self._begun: float | None = None
-        self._last: float | None = None
+        self._begun: Moment | None = None
+        self._last: Moment | None = None
         self._passed = 0
 
     def begin(self) -> None:
         """The data of a step are there: what came before (the loader, an evaluation, a save) is no part of it."""
-        self._begun = time.perf_counter()
+        self._begun = Moment()
 
     def step(self, counts: bool = True) -> None:
         """A step has ended. counts: whether it was an ordinary one."""
-        now, last = time.perf_counter(), self._last
+        now, last = Moment(), self._last
         begun = last if self._begun is None else self._begun
         self._last, self._begun = now, None
-        self.latest = None if begun is None else now - begun
-        if self.latest is None or not counts:
+        self.latest = None if begun is None else now.host - begun.host
+        if begun is None or not counts:
             return
         if self.is_after and self._passed < UNCOUNTED:
             self._passed += 1
         elif not self.is_known:
             kept, apart = (self.after if self.is_after else self.before), self._apart[self.is_after]
-            kept.append(self.latest)
-            apart.extend([] if last is None else [now - last])
+            kept.append((begun, now))
+            apart.extend([] if last is None else [(last, now)])
             del kept[:-STEPS], apart[:-STEPS]
 
     def mark(self, known: float | None = None) -> None:
@@ -80,12 +118,12 @@ class Pace:
     @property
     def seconds_before(self) -> float | None:
         """Median seconds of a step before the switch; None with too few of them."""
-        return median(self.before) if len(self.before) >= LEAST else self._known
+        return _middle(self.before) if len(self.before) >= LEAST else self._known
 
     def compare(self) -> tuple[float, float] | None:
         """Median seconds of a step before and after; None with too few steps."""
         before = self.seconds_before
-        return None if before is None or len(self.after) < LEAST else (before, median(self.after))
+        return None if before is None or len(self.after) < LEAST else (before, _middle(self.after))
 
     def is_slower(self, times: float) -> bool:
         """Whether steps take more than so many times as long, and the loop sees at least half of it.
@@ -96,4 +134,9 @@ class Pace:
         if found is None or found[1] <= times * found[0]:
             return False
         before, after = self._apart
-        return min(len(before), len(after)) < LEAST or median(after) - median(before) > (found[1] - found[0]) / 2
+        return min(len(before), len(after)) < LEAST or _middle(after) - _middle(before) > (found[1] - found[0]) / 2
+
+
+def _middle(gaps: list[Gap]) -> float:
+    """Median seconds."""
+    return median(begin.seconds_to(end) for begin, end in gaps)

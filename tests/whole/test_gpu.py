@@ -29,6 +29,7 @@ from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.layers.low_rank import low_rank_layers
 from hf_cuttlefish.maths.factors import LayerMoments, cut, cut_together, decompose, decompose_together, factor_weight
 from hf_cuttlefish.maths.stable_ranks import stable_rank
+from hf_cuttlefish.measure.pace import STEPS, Moment, Pace
 from hf_cuttlefish.measure.shapes import Group
 from hf_cuttlefish.measure.timing import time_group
 from hf_cuttlefish.measure.tracker import StableRankTracker
@@ -366,6 +367,21 @@ def test_whole_steps_are_measured_in_the_mode_that_runs_and_leave_nothing(mode: 
             assert "ms dense" in told and "ms as planned" in told
     assert losses[0] == pytest.approx(losses[1], rel=0.05, abs=0.02)
     assert reserved[1] - reserved[0] < 2**24
+
+
+def test_steps_of_a_host_that_runs_ahead_take_what_the_device_takes() -> None:
+    torch.cuda._sleep(1)
+    torch.cuda.synchronize()
+    began = Moment()
+    torch.cuda._sleep(20_000_000)
+    expected = began.seconds_to(Moment())
+    pace = Pace()
+    for _ in range(STEPS):
+        pace.begin()
+        torch.cuda._sleep(20_000_000)
+        pace.step()
+        assert pace.latest is not None and pace.latest < expected / 2  # the host waits for nothing
+    assert pace.seconds_before == pytest.approx(expected, rel=0.2)
 
 
 def test_timings_on_the_device_are_finite_and_tell_host_from_device() -> None:
