@@ -58,25 +58,31 @@ def compiling(record: Record) -> tuple[float, float]:
     )
 
 
-def fixed(record: Record) -> float:
-    """Seconds that do not grow with the run: compilation twice, the switch, what comes after the last step."""
-    return sum(compiling(record)) + record["phases"]["switch"]["seconds"] + record["phases"]["end"]["seconds"]
+def fixed(record: Record, first: float | None = None) -> float:
+    """Seconds that do not grow with the run: compilation twice, the switch, what comes after the last step.
+
+    Args:
+        first: of the first compilation, where the record's own found its code in a cache that another run had filled.
+    """
+    own, again = compiling(record)
+    compiled = (own if first is None else first) + again
+    return compiled + record["phases"]["switch"]["seconds"] + record["phases"]["end"]["seconds"]
 
 
-def computed(record: Record, steps: int) -> float:
+def computed(record: Record, steps: int, first: float | None = None) -> float:
     """Seconds that a run of so many steps would take: fixed seconds + steps of each kind x what one took.
 
     It switches at the same share of the run, and gathers for as many steps as the schedule of such a run says. At the record's
-    own number of steps it is what was measured, but for what scheduling rounds.
+    own number of steps it is what was measured, but for what scheduling rounds. `first` is as in `fixed`.
     """
     if record["switch_step"] is None:
-        return fixed(record) + steps * per_step(record, "before")
+        return fixed(record, first) + steps * per_step(record, "before")
     schedule = Schedule(CuttlefishConfig(), steps)
     schedule.statistics_needed = record["statistics_needed"]
     switched = round(steps * record["switch_step"] / record["steps_asked"])
     gathered = min(schedule.statistics_steps, switched)
     return (
-        fixed(record)
+        fixed(record, first)
         + (switched - gathered) * per_step(record, "before")
         + gathered * per_step(record, "gathering")
         + (steps - switched) * per_step(record, "after")
@@ -85,4 +91,11 @@ def computed(record: Record, steps: int) -> float:
 
 def even_after(dense: Record, ours: Record, most: int = 1_000_000) -> int | None:
     """The shortest run, in hundreds of steps, that ours would end first; None: none up to `most`."""
-    return next((n for n in range(100, most + 1, 100) if computed(ours, n) < computed(dense, n)), None)
+    first = shared_compilation(dense, ours)
+    return next((n for n in range(100, most + 1, 100) if computed(ours, n) < computed(dense, n, first)), None)
+
+
+def shared_compilation(dense: Record, ours: Record) -> float | None:
+    """Seconds to compile the dense model, which both pay, where dense found the code that ours had made; else None."""
+    shared = "shared" in (dense.get("cache"), ours.get("cache")) and dense["mode"] == ours["mode"]
+    return compiling(ours)[0] if shared else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cProfile
 import itertools
+import os
 import pstats
 import tempfile
 import time
@@ -15,19 +16,37 @@ from torch._dynamo.utils import calculate_time_spent
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig
+from hf_cuttlefish.measure.pace import Moment
 
+from ..speed.clock import gpu_time
 from .cases import CASES, Case, Rows
 from .phases import SETTLE, split
 
 METHODS: dict[str, dict[str, Any] | None] = {"dense": None, "cuttlefish": {}, "speed": {"objective": "speed"}}
 """Method -> settings of CuttlefishConfig beside the size."""
+UNWAITED: dict[str, Any] = {
+    "logging_nan_inf_filter": False,
+    "accelerator_config": {"non_blocking": True},
+    "dataloader_num_workers": 2,
+}
+"""The recipe of docs/fast-on-a-gpu.md: Trainer waits for the device neither to read the loss nor to send a batch, and for no batch."""
 MODES: dict[str, dict[str, Any]] = {
     "eager": {},
-    "compiled": {"torch_compile": True},
-    "graphs": {"torch_compile": True, "torch_compile_mode": "reduce-overhead"},
-    "max-autotune": {"torch_compile": True, "torch_compile_mode": "max-autotune"},
-    "max-autotune-no-cudagraphs": {"torch_compile": True, "torch_compile_mode": "max-autotune-no-cudagraphs"},
+    "compiled": {"torch_compile": True, **UNWAITED},
+    "graphs": {"torch_compile": True, "torch_compile_mode": "reduce-overhead", **UNWAITED},
+    "max-autotune": {"torch_compile": True, "torch_compile_mode": "max-autotune", **UNWAITED},
+    "max-autotune-no-cudagraphs": {
+        "torch_compile": True,
+        "torch_compile_mode": "max-autotune-no-cudagraphs",
+        **UNWAITED,
+    },
+    "graphs-waiting": {"torch_compile": True, "torch_compile_mode": "reduce-overhead"},
+    "blocks-graphs": {"torch_compile": True, "torch_compile_mode": "reduce-overhead", **UNWAITED},
 }
+
+
+BY_BLOCKS = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
+"""Accelerate's word for compiling each repeated block once, and not the model as one."""
 
 
 class Clock(TrainerCallback):
@@ -38,22 +57,27 @@ class Clock(TrainerCallback):
 
     def __init__(self, ours: CuttlefishCallback | None, limit: float | None) -> None:
         self.ours, self.limit = ours, limit
-        self.began, self.ends, self.gathers = time.perf_counter(), list[float](), list[bool]()
+        self.began, self.moments, self.gathers = Moment(), list[Moment](), list[bool]()
         self.compile_seconds = [0.0, 0.0]
         """That torch.compile has taken by its own count, which begins anew where compiled code is dropped: in the first
         `SETTLE` steps, and later."""
         self._counted = calculate_time_spent()["total_wall_time"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.ends.append(time.perf_counter() - self.began)
+        self.moments.append(Moment())
         run = None if self.ours is None else self.ours.cuttlefish
         self.gathers.append(run is not None and run.watch.is_gathering)
         counted = calculate_time_spent()["total_wall_time"]
         new = counted - self._counted if counted >= self._counted else counted
-        self.compile_seconds[len(self.ends) > SETTLE] += new
+        self.compile_seconds[len(self.moments) > SETTLE] += new
         self._counted = counted
-        if self.limit is not None and self.ends[-1] > self.limit:
+        if self.limit is not None and self.moments[-1].host - self.began.host > self.limit:
             control.should_training_stop = True
+
+    @property
+    def ends(self) -> list[float]:
+        """Seconds since the start at which each step ended: on a GPU on the device, which the host may be far ahead of."""
+        return [self.began.seconds_to(moment) for moment in self.moments]
 
 
 def run(
@@ -80,20 +104,24 @@ def run(
         ours = CuttlefishCallback(CuttlefishConfig(target_ratio=ratio, on_error="raise", **settings))
     clock = Clock(ours, limit)
     trainer = make_trainer(model, mode, steps, [*([] if ours is None else [ours]), clock])
-    clock.began = time.perf_counter()
+    clock.began = Moment()
     trainer.train()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - clock.began
+    seconds = time.perf_counter() - clock.began.host
     job = {"case": case, "mode": mode, "method": method, "ratio": ratio if ours is not None else None}
     job |= {"rows": model.rows, "length": model.length, "blocks": model.blocks, "of_blocks": model.of_blocks}
-    return job | measured(clock, seconds, steps) | decided(ours) | where()
+    record = job | measured(clock, seconds, steps) | decided(ours) | where()
+    return record | (bare(trainer) if torch.cuda.is_available() and MODES[mode] else {})
 
 
 def make_trainer(case: Case, mode: str, steps: int, callbacks: list[TrainerCallback]) -> Trainer:
     """bf16 and fused AdamW on a GPU; elsewhere the paths alone are tried, and nothing is compiled but by dynamo."""
     on_gpu = torch.cuda.is_available()
-    how = MODES[mode]
+    how = dict(MODES[mode])
+    os.environ[BY_BLOCKS] = str(mode.startswith("blocks"))
+    if on_gpu and case.kind == "vit":
+        how["dataloader_num_workers"] = 4  # a batch of images is 39 MB
     if how and not on_gpu:
         how = {"torch_compile": True, "torch_compile_backend": "eager"}
     settings = TrainingArguments(
@@ -109,12 +137,40 @@ def make_trainer(case: Case, mode: str, steps: int, callbacks: list[TrainerCallb
         report_to=[],
         disable_tqdm=True,
         dataloader_drop_last=True,
-        dataloader_num_workers=4 if on_gpu and case.kind == "vit" else 0,  # a batch of images is 39 MB
         **how,
     )
     model = case.model(torch.device("cuda" if on_gpu else "cpu"))
     data = Rows(case, model.config, steps)
     return Trainer(model=model, args=settings, train_dataset=data, callbacks=callbacks)
+
+
+def bare(trainer: Trainer, steps: int = 10) -> dict[str, Any]:
+    """What a step of the trained model takes without the Trainer around it, and the device's own time of such a step.
+
+    The same forward, backward, clipping, optimizer and batch; milliseconds.
+    """
+    model, optimizer = trainer.model_wrapped.train(), trainer.optimizer
+    batch = next(iter(trainer.get_train_dataloader()))
+
+    def step() -> None:
+        with trainer.compute_loss_context_manager():
+            loss = model(**batch).loss
+        trainer.accelerator.backward(loss)
+        trainer.accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    launched = time.perf_counter() - began
+    torch.cuda.synchronize()
+    took = time.perf_counter() - began
+    found = {"bare_ms": 1000 * took / steps, "bare_host_ms": 1000 * launched / steps}
+    return found | gpu_time(lambda: [step() for _ in range(4)], 4)
 
 
 def measured(clock: Clock, seconds: float, asked: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..markdown import markdown_table
 from ..steps.tables import MODES
-from .phases import SETTLE, compiling, computed, even_after, fixed
+from .phases import SETTLE, compiling, computed, even_after, fixed, shared_compilation
 
 NAMES = {
     "bert-base": "BERT-base",
@@ -41,7 +41,8 @@ def large_table(records: Iterable[Record]) -> str:
     rows = []
     for r in sorted(_whole(records), key=_order):
         first, again = compiling(r)
-        compiled = f"{first:.0f} + {again:.0f}" if r["switch_step"] else f"{first:.0f}"
+        found = " (cached)" if r.get("cache") == "shared" and r["method"] == "dense" else ""
+        compiled = f"{first:.0f} + {again:.0f}" if r["switch_step"] else f"{first:.0f}{found}"
         switch = _number((r["switch_seconds"] or {}).get("total"))
         times = [_number(r[name]) for name in ("ms_before", "ms_gathering", "ms_after")]
         whole = f"{r['seconds']:.0f} ({r['steps']} steps)"
@@ -54,16 +55,16 @@ def computed_table(records: Iterable[Record]) -> str:
     """What longer runs would take by those parts: dense / Cuttlefish, one row a model and modes. "" for none."""
     rows = []
     for dense, ours in _pairs(_whole(records)):
-        even = even_after(dense, ours)
+        even, first = even_after(dense, ours), shared_compilation(dense, ours)
         modes = f"{MODES[dense['mode']]} / {MODES[ours['mode']]}"
         row = [
             _name(ours),
             modes,
-            f"{fixed(dense):.0f}",
+            f"{fixed(dense, first):.0f}",
             f"{fixed(ours):.0f}",
             "never" if even is None else f"{even:,}",
         ]
-        rows.append([*row, *(f"{computed(dense, n) / computed(ours, n):.2f}" for n in LENGTHS)])
+        rows.append([*row, *(f"{computed(dense, n, first) / computed(ours, n):.2f}" for n in LENGTHS)])
     header = ["model", "dense / Cuttlefish", "fixed, dense, s", "fixed, Cuttlefish, s", "as fast after, steps"]
     return markdown_table([*header, *(f"{n:,} steps" for n in LENGTHS)], rows) if rows else ""
 

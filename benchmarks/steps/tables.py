@@ -26,6 +26,8 @@ MODES = {
     "eager": "eager",
     "compiled": "compiled",
     "graphs": "CUDA graphs",
+    "graphs-waiting": "CUDA graphs, Trainer waits",
+    "blocks-graphs": "blocks as CUDA graphs",
     "max-autotune": "max-autotune",
     "max-autotune-no-cudagraphs": "max-autotune without graphs",
 }
