@@ -21,6 +21,9 @@ SIXTH, FORMER_SIXTH, THIRD = ("cuttlefish", 0.18), ("former", 0.18), ("cuttlefis
 SIX_TENTHS, EIGHT_TENTHS, TENTH = ("cuttlefish", 0.6), ("cuttlefish", 0.8), ("tenth", None)
 TWO_FIFTHS, WHITENED, UNIFORM = ("cuttlefish", 0.4), ("whitened_after", 0.4), ("ablation", 0.4)
 PUFFERFISH, PAPER = ("pufferfish", 0.4), ("paper_at_budget", 0.4)
+LORA, DENSE = ("lora", None), ("dense", None)
+CONTROLS = (UNIFORM, WHITENED, PUFFERFISH, PAPER)
+"""What ours at 0.40 is compared with."""
 NAMES = {
     DEFAULT: "default",
     FORMER: "former default (0.40)",
@@ -35,6 +38,7 @@ NAMES = {
     UNIFORM: "even ranks (0.40)",
     PUFFERFISH: "Pufferfish (0.40)",
     PAPER: "paper's stable ranks, scaled (0.40)",
+    LORA: "LoRA, rank 16, 5 times the rate",
 }
 Way = tuple[str, float | None]
 Cell = tuple[str, str, str, float]
@@ -163,29 +167,64 @@ def aims_table(records: Sequence[Record]) -> str:
     return markdown_table(("", "aim", "measured"), rows)
 
 
-def best_rates_table(records: Sequence[Record]) -> str:
+def best_rates_table(records: Sequence[Record], ways: Sequence[Way]) -> str:
     """Each way at the rate at which its mean accuracy on the validation split is highest; test accuracy."""
-    validation, test = Differences(records, "validation"), Differences(records, "test_split")
-    cells = {cell_of(r) for r in records}
-    ways: list[Way] = [("dense", None), DEFAULT, THIRD, SIXTH, TWO_FIFTHS, WHITENED]
     rows = []
-    for model, data, anew in sorted({c[:3] for c in cells}, key=lambda c: _order((*c, 0.0))):
-        rates = sorted(c[3] for c in cells if c[:3] == (model, data, anew))
-        row: list[str] = []
+    for run in sorted({cell_of(r)[:3] for r in records}, key=lambda c: _order((*c, 0.0))):
+        row = []
         for way in ways:
-            scores = {}
-            for rate in rates:
-                members = test.cells.get(((model, data, anew, rate), way), [])
-                if members:
-                    scores[rate] = sum(validation.accuracy(r) for r in members) / len(members), members
-            if len(scores) < 2:
-                row.append("")
-                continue
-            best = max(scores, key=lambda rate: scores[rate][0])
-            row.append(f"{show((test.accuracy(r) for r in scores[best][1]), 1)} ({_rate(best)})")
-        if all(row[:2]):
-            rows.append([*_named((model, data, anew, 0.0))[:2], *row])
-    return markdown_table(("model", "data", "dense", *(NAMES[w] for w in ways[1:])), rows)
+            best = at_best_rate(records, run, way)
+            row.append("" if best is None else f"{show(best[1], 1)} ({_rate(best[0])})")
+        if row[0] and any(row[1:]):
+            rows.append([*_named((*run, 0.0))[:2], *row])
+    names = [NAMES.get(way, "dense") for way in ways]
+    return markdown_table(("model", "data", *names), rows)
+
+
+def at_best_rate(records: Sequence[Record], run: tuple[str, str, str], way: Way) -> tuple[float, list[float]] | None:
+    """The rate whose mean validation accuracy is highest, and the test accuracies there; None unless two rates were run.
+
+    Args:
+        run: model, data set, what has to be learnt anew.
+    """
+    cells: dict[float, list[Record]] = grouped(
+        [r for r in records if cell_of(r)[:3] == run and way_of(r) == way], lambda r: r["task"]["learning_rate"]
+    )
+    if len(cells) < 2:
+        return None
+    best = max(cells, key=lambda rate: sum(r["validation"]["accuracy"] for r in cells[rate]) / len(cells[rate]))
+    return best, [100 * r["test_split"]["accuracy"] for r in cells[best]]
+
+
+def beaten_table(records: Sequence[Record]) -> str:
+    """How often ours at 0.40 is above each control, by more than the errors of both means together."""
+    found = Differences(records, "test_split")
+    runs = sorted({cell_of(r)[:3] for r in records}, key=lambda c: _order((*c, 0.0)))
+    rows = []
+    for control in CONTROLS:
+        cells = [c for c in sorted({cell_of(r) for r in records}) if found.of(c, control) and found.of(c, TWO_FIFTHS)]
+        same = [(found.of(c, TWO_FIFTHS), found.of(c, control), " ".join(_named(c))) for c in cells]
+        tuned = []
+        for run in runs:
+            ours, theirs = at_best_rate(records, run, TWO_FIFTHS), at_best_rate(records, run, control)
+            if ours and theirs:
+                tuned.append((ours[1], theirs[1], " ".join(_named((*run, 0.0))[:2])))
+        rows.append([NAMES[control], *_won(same), *_won(tuned)])
+    header = ("control", "same rate: above it", "not above", "each at its best rate: above it", "not above ")
+    return markdown_table(header, rows)
+
+
+def _won(pairs: Sequence[tuple[Sequence[float], Sequence[float], str]]) -> tuple[str, str]:
+    """In how many pairs the first is above the second by more than their errors together; the names of the others."""
+    if not pairs:
+        return "not run", ""
+    lost = [name for ours, theirs, name in pairs if not _is_above(ours, theirs)]
+    return f"{len(pairs) - len(lost)} of {len(pairs)}", ", ".join(lost)
+
+
+def _is_above(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    (a, error_a), (b, error_b) = mean_and_error(ours), mean_and_error(theirs)
+    return a - b > math.hypot(error_a, error_b)
 
 
 def worst(records: Sequence[Record], way: Way, where: str) -> tuple[str, float]:
