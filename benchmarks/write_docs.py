@@ -27,7 +27,7 @@ from .accuracy.tables import ablation_table, calibration_ratios, conditions, sum
 from .convolutions.tables import gpu_table, in_turn_table, norms_table
 from .convolutions.tables import table as convolutions_table
 from .eight_bits.tables import eight_bits_table
-from .end_to_end.tables import computed_table, large_table, runs_table, trial_table
+from .end_to_end.tables import computed_table, large_table, runs_table, shares_table, trial_table
 from .experts.speed import table as steps_of_experts
 from .speed.tables import tables as speed_tables
 from .steps.host import host_table
@@ -66,7 +66,7 @@ CALIBRATION = """Measured over predicted increase of the loss: median, validatio
 ranks cuts of one model; its scale is off. Every run of `choose_h100` is in the
 [plot](how-it-works.md#ranks)."""
 
-EXPLORED = """Against the same runs without the change; three text sets and the ViT, records `explore_h100`, `fading_h100`, `features_h100`, `floor_cpu` and `nuclear_cpu`. Code that was not
+EXPLORED = """Against the same runs without the change; three text sets and the ViT, records `explore_h100`, `fading_h100`, `features_h100`, `recovery_h100`, `floor_cpu` and `nuclear_cpu`. Code that was not
 kept is not in the repository.
 
 | idea | outcome |
@@ -76,6 +76,8 @@ kept is not in the repository.
 | learning rate x 2 | not kept: no better than 1.5 |
 | distill from the run's own dense model | not built: worse on TREC and Reuters R8, a third more time a step |
 | match the hidden states of the run's own dense model (MPNet-base, below) | not built: gains on one text of two, none at 1/5.6 |
+| learn from a finished dense model (MPNet-base, below) | not built: gains on TREC, none on movie snippets |
+| no dropout after the switch; factors whose components Adam moves alike (MPNet-base and MiniLM, below) | not built: no gain |
 | two cuts, at 20% and 35% of the run | not built: no gain |
 | fade out what the cut took, over 30% of the remaining steps | taken out: no gain |
 | scale the rate of schedule-free optimizers too (MiniLM on TREC, 150 steps, one seed) | not kept: accuracy 71.8; 86.1 with the rate unchanged, dense 84.5 |
@@ -87,6 +89,10 @@ FADING = "Fading, with today's defaults and MPNet-base among the models:"
 
 FEATURES = """MPNet-base on TREC and movie snippets at 5e-5: after the switch each layer's output is also pulled to that of the dense model of just
 before it (relative squared error, its weight falling to zero). Not built: a gain on movie snippets alone, none on TREC, for a forward of the dense model more in each step:"""
+RECOVERY = """At 1/3 and 1/5.6 the low-rank model fits its training rows less well than the dense one (MPNet-base on TREC at 5e-5 and 1/5.6: loss 0.23 against 0.10).
+So three more ways to recover faster were tried: MPNet-base on TREC and movie snippets at 5e-5, MiniLM on both at 1e-4. Adam moves each number by about the rate, so
+components of small norm change the product less; scaled to one norm on one side they do not. The runs without a change
+are older, some with a rate 1.1 to 1.4 times as high. The taught ones drew other dropout masks before the switch:"""
 
 LOW_RANK_PHASE = """Against the same run with an unchanged low-rank phase, validation split. On the CPU all settings of a seed start from one snapshot
 (`python -m benchmarks.accuracy.after_switch`). A rate times 1.5 gains at 1/5.6 on texts, and nothing at 1/3, on images or from
@@ -104,9 +110,11 @@ LIMITS = """## What these numbers are not
 
 
 RATIOS = """Steps at other sizes, shares of the dense step beside it (`python -m benchmarks.steps`, records `steps_ratios_h100`):"""
-LARGE_RUNS = """Larger models through `Trainer`, a quarter kept, bf16, fused AdamW, no checkpointing, the Llama with a vocabulary of 8,192. Each
-run compiled from nothing. "Compiling" is what the first 8 steps, and the first 8 after the switch, took beyond ordinary ones; fewer
-blocks compile in less time (`python -m benchmarks.end_to_end`, records `end_to_end_large_*`):"""
+LARGE_RUNS = """Larger models through `Trainer`, all their blocks, a quarter kept, bf16, fused AdamW, no checkpointing, the Llama with a vocabulary of
+8,192. "Compiling" is what the first 8 steps, and the first 8 after the switch, took beyond ordinary ones. "(cached)": the dense run found
+there what Cuttlefish's had compiled. "Trainer waits": without the two settings above (`python -m benchmarks.end_to_end`, records `end_to_end_large_*`):"""
+SHARES = """Milliseconds a step: dense, Cuttlefish after the switch, and their ratio. The same forward, backward, clipping and optimizer without
+Trainer around them say what Trainer adds; the device's own time says what would be left if the host took none:"""
 LONGER_RUNS = """**Computed from these parts, not measured**: dense seconds / Cuttlefish's in longer runs (above 1: Cuttlefish ends first). Fixed
 seconds, plus steps of each kind times what one took; the switch comes at the same share of the run:"""
 TRIALS = """What `objective="speed"` found on a GPU (record `end_to_end_large_speed_h100`):"""
@@ -147,6 +155,7 @@ def write_gpu_page() -> None:
     for what, intro, text in (
         ("ratios", RATIOS, ratios_table(ratios)),
         ("large runs", LARGE_RUNS, large_table(large)),
+        ("shares", SHARES, shares_table(large)),
         ("longer runs", LONGER_RUNS, computed_table(large)),
         ("trials", TRIALS, trial_table(large)),
     ):
@@ -196,6 +205,7 @@ def main() -> None:
     parts += [explored_table(load("explore_h100"))]
     parts += [FADING, explored_table(load("fading_h100"))]
     parts += [FEATURES, explored_table(load("features_h100"))]
+    parts += [RECOVERY, explored_table(load("recovery_h100"))]
     parts += ["## The low-rank phase", LOW_RANK_PHASE, after_switch_table(load("tune_h100"), load("after_switch_cpu"))]
     ablation = [r for r in choose if r["group"] == "ablation"]
     parts += [

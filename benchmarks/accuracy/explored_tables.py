@@ -84,8 +84,14 @@ TRIED = {
     '{"feat": 5.0}': "hidden states, weight 5, over 30% of the rest",
     '{"feat": 5.0, "share": 1.0}': "hidden states, weight 5, over all of the rest",
     '{"first": 0.3333333333333333, "second": 0.35, "switch": 0.2}': "two cuts: 1/3 at 20%, then at 35%",
+    '{"drop": 0}': "no dropout after the switch",
+    '{"gauge": "up"}': "columns of `up` scaled to one norm, rows of `down` the other way",
+    '{"gauge": "down"}': "rows of `down` scaled to one norm, columns of `up` the other way",
+    '{"drop": 0, "gauge": "up"}': "no dropout, and columns of `up` of one norm",
+    '{"teach": "logits"}': "logits of a finished dense model, half of the loss, temperature 2",
+    '{"teach": "both"}': "the same and its hidden states, weight 1",
 }
-"""Options of the records in explore_h100, fading_h100 and features_h100, and what they stand for."""
+"""Options of the records in explore_h100, fading_h100, features_h100 and recovery_h100, and what they stand for."""
 
 
 def explored_table(records: list[Record]) -> str:

@@ -24,12 +24,8 @@ from .phases import SETTLE, split
 
 METHODS: dict[str, dict[str, Any] | None] = {"dense": None, "cuttlefish": {}, "speed": {"objective": "speed"}}
 """Method -> settings of CuttlefishConfig beside the size."""
-UNWAITED: dict[str, Any] = {
-    "logging_nan_inf_filter": False,
-    "accelerator_config": {"non_blocking": True},
-    "dataloader_num_workers": 2,
-}
-"""The recipe of docs/fast-on-a-gpu.md: Trainer waits for the device neither to read the loss nor to send a batch, and for no batch."""
+UNWAITED: dict[str, Any] = {"logging_nan_inf_filter": False, "accelerator_config": {"non_blocking": True}}
+"""The recipe of docs/fast-on-a-gpu.md: Trainer waits for the device neither to read the loss nor to send a batch."""
 MODES: dict[str, dict[str, Any]] = {
     "eager": {},
     "compiled": {"torch_compile": True, **UNWAITED},
@@ -111,6 +107,7 @@ def run(
     seconds = time.perf_counter() - clock.began.host
     job = {"case": case, "mode": mode, "method": method, "ratio": ratio if ours is not None else None}
     job |= {"rows": model.rows, "length": model.length, "blocks": model.blocks, "of_blocks": model.of_blocks}
+    job |= {"loader_workers": trainer.args.dataloader_num_workers}
     record = job | measured(clock, seconds, steps) | decided(ours) | where()
     return record | (bare(trainer) if torch.cuda.is_available() and MODES[mode] else {})
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..markdown import markdown_table
 from ..steps.tables import MODES
-from .phases import SETTLE, compiling, computed, even_after, fixed, shared_compilation
+from .phases import SETTLE, compiling, computed, even_after, fixed, per_step, shared_compilation
 
 NAMES = {
     "bert-base": "BERT-base",
@@ -31,7 +31,7 @@ def runs_table(records: Sequence[Record]) -> str:
         "whole run, s": [_number(r["seconds"]) for r in records],
         "peak memory, GiB": [f"{r['peak_memory'] / 2**30:.1f}" for r in records],
     }
-    heads = [f"{'dense' if r['method'] == 'dense' else 'Cuttlefish'}, {MODES[r['mode']]}" for r in records]
+    heads = [f"{'dense' if r['method'] == 'dense' else 'Cuttlefish'}, {_mode(r)}" for r in records]
     lines = ["| | " + " | ".join(heads) + " |", "|" + " --- |" * (1 + len(records))]
     return "\n".join([*lines, *(f"| {name} | {' | '.join(values)} |" for name, values in rows.items())])
 
@@ -46,7 +46,7 @@ def large_table(records: Iterable[Record]) -> str:
         switch = _number((r["switch_seconds"] or {}).get("total"))
         times = [_number(r[name]) for name in ("ms_before", "ms_gathering", "ms_after")]
         whole = f"{r['seconds']:.0f} ({r['steps']} steps)"
-        rows.append([_name(r), METHODS[r["method"]], MODES[r["mode"]], *times, compiled, switch, whole, _memory(r)])
+        rows.append([_name(r), METHODS[r["method"]], _mode(r), *times, compiled, switch, whole, _memory(r)])
     header = ["model", "layers", "mode", "before, ms", "gathering, ms", "after, ms", "compiling, s", "switch, s"]
     return markdown_table([*header, "whole run, s", "peak GiB"], rows) if rows else ""
 
@@ -56,7 +56,7 @@ def computed_table(records: Iterable[Record]) -> str:
     rows = []
     for dense, ours in _pairs(_whole(records)):
         even, first = even_after(dense, ours), shared_compilation(dense, ours)
-        modes = f"{MODES[dense['mode']]} / {MODES[ours['mode']]}"
+        modes = f"{_mode(dense)} / {_mode(ours)}"
         row = [
             _name(ours),
             modes,
@@ -103,15 +103,40 @@ def _whole(records: Iterable[Record]) -> list[Record]:
 
 
 def _pairs(records: Sequence[Record]) -> list[tuple[Record, Record]]:
-    """(dense, ours) of the same model; dense in each mode that is there."""
+    """(dense, ours) of the same model: dense in the same mode, and as it runs without a setting."""
     runs = sorted(records, key=_order)
     dense = [r for r in runs if r["method"] == "dense"]
     ours = [r for r in runs if r["method"] != "dense"]
-    return [(d, r) for r in ours for d in dense if (d["case"], d["blocks"]) == (r["case"], r["blocks"])]
+    return [(d, r) for r in ours for d in dense if _is_pair(d, r)]
 
 
-def _order(r: Record) -> tuple[int, int, int]:
-    return list(NAMES).index(r["case"]), list(MODES).index(r["mode"]), list(METHODS).index(r["method"])
+def _is_pair(dense: Record, ours: Record) -> bool:
+    model = all(dense[name] == ours[name] for name in ("case", "blocks"))
+    alike = all(dense.get(name) == ours.get(name) for name in ("mode", "steps_asked", "loader_workers"))
+    return model and (alike or dense["mode"] == "eager")
+
+
+def _mode(r: Record) -> str:
+    workers = r.get("loader_workers") if r["case"] != "vit-large" else 0
+    return MODES[r["mode"]] + (f", {workers} loader workers" if workers else "")
+
+
+def shares_table(records: Iterable[Record]) -> str:
+    """What a step takes through Trainer, without it, and the device alone: dense, ours, and ours / dense. "" for none."""
+    rows = []
+    for dense, ours in _pairs(_whole(records)):
+        if "bare_ms" not in dense or "bare_ms" not in ours:
+            continue
+        times = [(1000 * per_step(dense, "before"), 1000 * per_step(ours, "after"))]
+        times += [(dense[name], ours[name]) for name in ("bare_ms", "gpu_ms")]
+        rows.append([_name(ours), _mode(ours), *(f"{a:.1f}, {b:.1f} ({b / a:.2f})" for a, b in times)])
+    header = ["model", "mode", "through Trainer, mean", "without Trainer", "the device alone"]
+    return markdown_table(header, rows) if rows else ""
+
+
+def _order(r: Record) -> tuple[int, int, int, int]:
+    by_name = [list(known).index(r[name]) for name, known in (("case", NAMES), ("mode", MODES), ("method", METHODS))]
+    return by_name[0], by_name[1], r.get("loader_workers", 0), by_name[2]
 
 
 def _name(r: Record) -> str:

@@ -137,7 +137,7 @@ def low_rank_phase(found: Found) -> tuple[int, str]:
     if found.waits_for_host is False:
         return logging.WARNING, f"{told}The device sets the pace: at these shapes pairs take it longer. {instead}"
     why = "The host launches kernels one by one, and the device waits for it."
-    faster = f"If {GRAPHS} is not set, set it, and pad to fixed lengths" if found.is_compiled else FASTER
+    faster = f"If {GRAPHS} is not set, set it, and pad to fixed lengths; {UNWAITED}" if found.is_compiled else FASTER
     return logging.WARNING, f"{told}{why} {faster}. {instead}"
 
 
@@ -146,6 +146,7 @@ FASTER = (
     f"torch_compile=True with {GRAPHS} and fixed lengths takes the host out, for dense training as well "
     "(docs/fast-on-a-gpu.md)"
 )
+UNWAITED = "under Trainer, logging_nan_inf_filter=False and accelerator_config={'non_blocking': True} let the host run ahead"
 
 
 def _form(tried: Mapping[str, float], form: str, waits_for_host: bool) -> str:

@@ -26,6 +26,7 @@ from transformers import (
 
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, LowRankLinear, factorize
 from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.engines import find
 from hf_cuttlefish.layers.low_rank import low_rank_layers
 from hf_cuttlefish.maths.factors import LayerMoments, cut, cut_together, decompose, decompose_together, factor_weight
 from hf_cuttlefish.maths.stable_ranks import stable_rank
@@ -427,8 +428,9 @@ def replica(model: torch.nn.Module, device: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("kind", [OnTwoDevices, torch.nn.DataParallel])
-def test_replicas_on_several_devices(kind: Any) -> None:
+def test_replicas_on_several_devices(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics are those of the replica where the model is, and the switch needs nothing more."""
+    monkeypatch.setattr(find, "_devices", lambda: 2)  # with one GPU nobody would be looked for
     if kind is torch.nn.DataParallel and torch.cuda.device_count() < 2:
         pytest.skip("one GPU here: torch's own nn.DataParallel makes no replicas")
     loop, half = Loop(build()), Loop(build())
