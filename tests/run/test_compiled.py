@@ -84,6 +84,30 @@ def test_the_losses_are_the_same_with_dropout_and_graphs_of_the_dense_model_go(t
     assert sum(ref() is None for ref in weights) == len(factorized) > 0
 
 
+def test_the_recipe_for_gpus_compiles_block_by_block_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/fast-on-a-gpu.md, as it stands there, but for the backend."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    unwaited = {"logging_nan_inf_filter": False, "accelerator_config": {"non_blocking": True}}
+    recipe = COMPILED | unwaited | {"dataloader_drop_last": True}
+    plain, _ = train(tmp_path / "plain", model=without_dropout())
+    saved = {"save_strategy": "steps", "save_steps": SWITCH + 2}
+    compiled, callback = train(tmp_path / "blocks", model=without_dropout(), **recipe, **saved)
+    wrapped = compiled.model_wrapped
+    assert isinstance(wrapped, BertForSequenceClassification) and wrapped is not compiled.model
+    assert all(isinstance(block, torch._dynamo.OptimizedModule) for block in wrapped.bert.encoder.layer)
+    assert callback.switch_step == SWITCH and low_rank_layers(wrapped)
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    again, _ = train(
+        tmp_path / "again", model=without_dropout(), resume=str(tmp_path / f"blocks/checkpoint-{SWITCH + 2}"), **recipe
+    )
+    assert losses(again)[-1] == pytest.approx(losses(compiled)[-1], rel=1e-6)
+    compiled.save_model(str(tmp_path / "out"))
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert low_rank_layers(loaded).keys() == low_rank_layers(compiled.model).keys() != set()
+
+
 class Blocks:
     """A hand-written loop whose blocks are compiled one by one, as Accelerate's compile_regions does; or none are."""
 
