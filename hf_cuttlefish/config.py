@@ -135,6 +135,13 @@ class CuttlefishConfig:
     statistics_tokens: int = field(
         default=1024, metadata={"help": "Most tokens per layer and micro-batch that enter the statistics."}
     )
+    statistics_memory: float | None = field(
+        default=None,
+        metadata={
+            "help": "Most GiB of a device for the statistics; of the widest layers the rest is kept on the CPU. None: what the "
+            "largest step leaves free on a GPU."
+        },
+    )
     switch: str = field(
         default="auto",
         metadata={
@@ -189,6 +196,8 @@ class CuttlefishConfig:
         if self.learning_rate_scale is not None:
             self._check_number("learning_rate_scale", above=0)
         self._check_integer("statistics_tokens", least=1)
+        if self.statistics_memory is not None:
+            self._check_number("statistics_memory", least=0)
         for name, least in (("rank_multiple", 1), ("switch_step", 1), ("check_steps", 1), ("statistics_steps", 0)):
             if getattr(self, name) is not None:
                 self._check_integer(name, least=least)

@@ -19,7 +19,7 @@ from .engines.restart import LowRankCheckpoint
 from .engines.start import start
 from .layers.low_rank import low_rank_layers
 from .layers.sizes import count_parameters
-from .measure.moments import steps_in
+from .measure.batches import steps_in
 from .measure.watch import Watch
 from .patch.decay import FrobeniusDecay
 from .patch.low_rank_phase import LowRankPhase

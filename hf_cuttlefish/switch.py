@@ -28,6 +28,7 @@ from .maths.factors import Decomposition, Factors, Moments, cut, cut_together, d
 from .measure.eager import said_of_shapes
 from .measure.kept import KeptBatches
 from .measure.moments import MomentCollector
+from .measure.places import said_of_far
 from .measure.shapes import FlowRecorder
 from .measure.timing import rank_prices
 from .measure.watch import Watch
@@ -197,7 +198,8 @@ def plan_and_factors(
                 left = {name: why for name in layers if rank_by_hand(name, config) is None} | left
             config, notes = replace(config, target_ratio=ratio, max_loss_increase=None), [note]
     plan = plan_ranks(spectra, config, loss, left)
-    plan.notes += [*notes, *([told] if (told := said_of_shapes()) else [])]
+    far = said_of_far(layers, collector.far) if collector is not None else ""
+    plan.notes += [*notes, *(told for told in (said_of_shapes(), far) if told)]
     if flow is not None:
         plan = keep_faster(plan, flow, config.min_speedup, trial=trial)
     factors = _cut_all(parts, plan)

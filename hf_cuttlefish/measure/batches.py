@@ -7,7 +7,7 @@ micro-batch begins with a forward of the model, or of a part of it, and counts o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -200,3 +200,10 @@ def in_backward() -> bool:
 
 
 _current = getattr(torch._C, "_current_graph_task_id", None)
+
+
+def steps_in(flat: Mapping[str, torch.Tensor]) -> int:
+    """The steps that saved statistics were gathered in. Raises ValueError where they do not say it."""
+    if "steps" not in flat or flat["steps"].numel() != 1:
+        raise ValueError("the saved statistics do not say in how many steps they were gathered")
+    return int(flat["steps"])

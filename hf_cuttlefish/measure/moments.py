@@ -52,6 +52,7 @@ class MomentCollector:
         whole_flow: gives all features of a layer's "input" or "output" (or its gradient) where a process sees some alone
             (tensor parallelism); all processes call it for the same tensors in the same order.
         in_parts: whether weights are gone when backward has ended (sharded engines), so that each sample is added at once.
+        far: names of layers whose sums are kept on the CPU (`places.far_layers`).
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class MomentCollector:
         whole_flow: Callable[[str, torch.Tensor, str], torch.Tensor] | None = None,
         frozen: Collection[str] = (),
         in_parts: bool = False,
+        far: Collection[str] = (),
     ) -> None:
         self.model, self.layers, self.max_tokens = model, dict(layers), max_tokens
         self._running = dict(layers if running is None else running)
@@ -71,7 +73,7 @@ class MomentCollector:
             for i, module in enumerate(kind_of(layer).tied(model)):
                 self.layers[f"{name}/{i}"] = self._running[f"{name}/{i}"] = module
         self.whole_flow = whole_flow or (lambda name, tensor, what: tensor)
-        self.frozen = frozenset(frozen)
+        self.frozen, self.far = frozenset(frozen), frozenset(far)
         self.sums: dict[str, dict[str, torch.Tensor]] = {}
         self.steps = 0
         self.batches = Batches()
@@ -207,7 +209,7 @@ class MomentCollector:
                     continue  # excluded since
                 if name not in self.layers:
                     raise ValueError(f"the saved statistics hold {name!r}, which is no target layer of this model")
-                sums.setdefault(name, {})[part] = value.to(dense_weight(self.layers[name]).device)
+                sums.setdefault(name, {})[part] = value.to(self._place(name))
         for name, parts in sums.items():
             shapes, wanted = {k: tuple(v.shape) for k, v in parts.items()}, self._shapes(name)
             if shapes != wanted:
@@ -231,7 +233,9 @@ class MomentCollector:
         device = dense_weight(next(iter(self.layers.values()))).device
         for name in self.layers:
             for _, value in sorted(self.sums_of(name).items()):  # loaded sums are in another order than new ones
-                processes.sum_(value)
+                here = value.to(device) if name in self.far else value  # where the processes can exchange it
+                processes.sum_(here)
+                value.copy_(here)
                 if not processes.is_main:
                     value.zero_()
         seen = self.batches
@@ -264,11 +268,14 @@ class MomentCollector:
 
     def sums_of(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self.sums:
-            device = dense_weight(self.layers[name]).device
+            device = self._place(name)
             self.sums[name] = {
                 k: torch.zeros(size, dtype=torch.float32, device=device) for k, size in self._shapes(name).items()
             }
         return self.sums[name]
+
+    def _place(self, name: str) -> torch.device:
+        return torch.device("cpu") if name in self.far else dense_weight(self.layers[name]).device
 
     def weight_of(self, name: str) -> torch.Tensor:
         """The weight that a layer computes with now, (m, n)."""
@@ -366,13 +373,6 @@ class MomentCollector:
 
 
 _SCALARS = ("batches", "steps", "terms_total", "norms", "squares", "losses")
-
-
-def steps_in(flat: Mapping[str, torch.Tensor]) -> int:
-    """The steps that saved statistics were gathered in. Raises ValueError where they do not say it."""
-    if "steps" not in flat or flat["steps"].numel() != 1:
-        raise ValueError("the saved statistics do not say in how many steps they were gathered")
-    return int(flat["steps"])
 
 
 def _finish(layer: nn.Module, s: dict[str, torch.Tensor], examples: float, unscale: float) -> LayerMoments | None:

@@ -87,16 +87,21 @@ def kinds(waiting: Sequence[tuple[T, Sample]]) -> list[list[tuple[T, Sample]]]:
 
 @torch.no_grad()
 def add_samples(
-    sums: Sequence[Mapping[str, torch.Tensor]], samples: Sequence[Sample], scale: torch.Tensor | float
+    sums: Sequence[Mapping[str, torch.Tensor]],
+    samples: Sequence[Sample],
+    scale: torch.Tensor | float,
+    far: bool | None = None,
 ) -> None:
     """Add samples of one kind to the sums of their layers, in fp32.
 
     Args:
         sums: those of each sample: signal and metric (k, k), x (n,), y (m,), count and other ().
         scale: by which all gradients are multiplied, too.
+        far: whether the sums are on the CPU and the samples are not; None: looked up. Products then come to them.
     """
     first = samples[0]
     m, n = first.weight.shape
+    far = sums[0]["count"].device != first.g.device if far is None else far
     with torch.autocast(device_type=first.weight.device.type, enabled=False):
         g = _together([s.g for s in samples])
         if first.by is None:
@@ -108,7 +113,7 @@ def add_samples(
         # Tokens with a gradient. Where one is not finite, as in an overflow under fp16, none of the layer's count.
         size = torch.linalg.vector_norm(g, 1, dim=-1, keepdim=True)
         used = (size > 0) & (size.sum(1, keepdim=True) < torch.inf)
-        unused = ~used
+        unused = used.logical_not()
         g = g.masked_fill_(unused, 0.0)
         sized = {"count": used.sum((1, 2), dtype=torch.float32)}
         x = _together([s.x for s in samples])
@@ -129,14 +134,15 @@ def add_samples(
         else:  # m > n: moment of the input gradients, covariance of the inputs
             sized["other"] = _squares(g)
             squared = {"signal": g @ _together([s.weight for s in samples]).float(), "metric": x}
-        if len(sums) == 1:
+        if len(sums) == 1 and not far:
             for key, rows in squared.items():
                 sums[0][key].addmm_(rows[0].mT, rows[0], alpha=first.stride)
         else:
             sized |= {key: torch.bmm(rows.mT, rows) for key, rows in squared.items()}
         # All in one call: to a GPU that is a launch or two, whatever the shapes.
         to = [own[key] for key in sized for own in sums]
-        torch._foreach_add_(to, [v for values in sized.values() for v in values.unbind()], alpha=first.stride)
+        new = [v for values in sized.values() for v in (values.to(to[0].device) if far else values).unbind()]
+        torch._foreach_add_(to, new, alpha=first.stride)
 
 
 def _together(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from .history import StableRankHistory
 from .kept import KeptBatches
 from .moments import MomentCollector
 from .pace import BEFORE, Pace
+from .places import far_layers
 from .shapes import FlowRecorder
 from .tracker import StableRankTracker
 
@@ -177,8 +178,9 @@ class Watch:
             # The weights that FSDP1 runs with are plain tensors, whose storage it frees in backward.
             in_parts = not self.engine.holds_whole_weights
             self.moments = MomentCollector(
-                self.model, self.layers, self.config.statistics_tokens, taps, flow, frozen, in_parts
-            )
+                self.model, self.layers, self.config.statistics_tokens, taps, flow, frozen, in_parts,
+                far_layers(self.layers, self.config.statistics_memory),
+            )  # fmt: skip
             self.moments.batches.replicas = self.engine.replicas
             self.moments.start()
             if self.engine.holds_whole_weights:

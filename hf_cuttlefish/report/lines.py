@@ -146,7 +146,9 @@ FASTER = (
     f"torch_compile=True with {GRAPHS} and fixed lengths takes the host out, for dense training as well "
     "(docs/fast-on-a-gpu.md)"
 )
-UNWAITED = "under Trainer, logging_nan_inf_filter=False and accelerator_config={'non_blocking': True} let the host run ahead"
+UNWAITED = (
+    "under Trainer, logging_nan_inf_filter=False and accelerator_config={'non_blocking': True} let the host run ahead"
+)
 
 
 def _form(tried: Mapping[str, float], form: str, waits_for_host: bool) -> str:

@@ -370,6 +370,24 @@ def test_whole_steps_are_measured_in_the_mode_that_runs_and_leave_nothing(mode: 
     assert reserved[1] - reserved[0] < 2**24
 
 
+def test_statistics_without_room_on_the_device_are_on_the_cpu_and_the_same() -> None:
+    near, far = Loop(build(), statistics_memory=1.0), Loop(build(), statistics_memory=0)
+    for loop in (near, far):
+        loop.run(5)
+    mine, other = far.cuttlefish.watch.moments, near.cuttlefish.watch.moments
+    assert {v.device.type for s in mine.sums.values() for v in s.values()} == {"cpu"}
+    assert {v.device.type for s in other.sums.values() for v in s.values()} == {"cuda"}
+    for name, moments in other.moments().items():
+        expected = moments.metric
+        assert torch.allclose(
+            mine.moments()[name].metric.to(DEVICE), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
+        ), name
+    for loop in (near, far):
+        loop.run(5)
+    assert dict(near.cuttlefish.plan) == dict(far.cuttlefish.plan)
+    assert any("kept on the CPU" in note for note in far.cuttlefish.plan.notes)
+
+
 def test_steps_of_a_host_that_runs_ahead_take_what_the_device_takes() -> None:
     torch.cuda._sleep(1)
     torch.cuda.synchronize()

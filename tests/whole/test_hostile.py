@@ -21,8 +21,9 @@ from benchmarks.robustness.fuzz import pages
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig, LowRankLinear, RankPlan, estimate_ranks, factorize, merge
 from hf_cuttlefish.decide.targets import find_targets, matches
 from hf_cuttlefish.layers.low_rank import low_rank_layers
+from hf_cuttlefish.measure.batches import steps_in
 from hf_cuttlefish.measure.history import StableRankHistory
-from hf_cuttlefish.measure.moments import MomentCollector, steps_in
+from hf_cuttlefish.measure.moments import MomentCollector
 from hf_cuttlefish.patch.report import FactorizationReport
 from hf_cuttlefish.saving.doors import STANDALONE_FILE, STANDALONE_TEXT
 from hf_cuttlefish.saving.following import follow_checkpoints
