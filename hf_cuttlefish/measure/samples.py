@@ -146,7 +146,7 @@ def add_samples(
 
 
 def _together(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _squares(rows: torch.Tensor) -> torch.Tensor:
