@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 
 STEPS = 24
 """Steps of each phase that are kept; the median counts."""
@@ -19,12 +20,15 @@ BEFORE = "a step before"
 """Under this word a report keeps the seconds of a step before the switch, for a run that goes on from a checkpoint after it."""
 
 
-def _mark_on_device() -> Any:
-    """An event behind all that the device has been given; None without CUDA."""
+def _mark_on_device(model: nn.Module | None = None) -> Any:
+    """An event behind all that the model's device has been given, or the current one; None without CUDA."""
     if not torch.cuda.is_initialized():
         return None
+    device = None if model is None else next((p.device for p in model.parameters()), None)
+    # Parameters that are offloaded lie in the host's memory, and are computed with on the current device.
+    stream = torch.cuda.current_stream(device if device is not None and device.type == "cuda" else None)
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(stream)
     return event
 
 
@@ -41,10 +45,15 @@ class Moment:
     host: float = field(default_factory=lambda: time.perf_counter())
     device: Any = field(default_factory=lambda: _mark_on_device())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled without its event, which cannot be: a copy has the host's time."""
+        return type(self), (self.host, None)
+
     def seconds_to(self, later: Moment) -> float:
         """Seconds until a later moment; waits until the device has come by."""
         if self.device is None or later.device is None:
             return later.host - self.host
+        self.device.synchronize()  # the two may stand in two streams
         later.device.synchronize()
         return float(self.device.elapsed_time(later.device)) / 1000
 
@@ -60,11 +69,15 @@ class Pace:
 
     A step lasts from `begin` to `step`. Where nobody says when it begins, it does so at the end of the last one.
 
+    Args:
+        model: on whose device steps are timed; None for the current device.
+
     Attributes:
         before, after: the steps that count. latest: seconds of the host's last step, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self.model = model
         self.before: list[Gap] = []
         self.after: list[Gap] = []
         self.latest: float | None = None
@@ -77,11 +90,11 @@ class Pace:
 
     def begin(self) -> None:
         """The data of a step are there: what came before (the loader, an evaluation, a save) is no part of it."""
-        self._begun = Moment()
+        self._begun = self._now()
 
     def step(self, counts: bool = True) -> None:
         """A step has ended. counts: whether it was an ordinary one."""
-        now, last = Moment(), self._last
+        now, last = self._now(), self._last
         begun = last if self._begun is None else self._begun
         self._last, self._begun = now, None
         self.latest = None if begun is None else now.host - begun.host
@@ -94,6 +107,9 @@ class Pace:
             kept.append((begun, now))
             apart.extend([] if last is None else [(last, now)])
             del kept[:-STEPS], apart[:-STEPS]
+
+    def _now(self) -> Moment:
+        return Moment(device=_mark_on_device(self.model))
 
     def mark(self, known: float | None = None) -> None:
         """The step that has just ended was the one of the switch, or another after which steps take another time.

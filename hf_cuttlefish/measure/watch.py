@@ -59,7 +59,7 @@ class Watch:
         self.flow: FlowRecorder | None = None
         self.heading: Heading | None = None
         self.kept, self.early = KeptBatches(model), KeptBatches(model)
-        self.pace = Pace()
+        self.pace = Pace(self.model)
         self.seconds: tuple[float, float] | None = None
         self._first: tuple[Batches, list[Any]] | None = None
         self._tracker = StableRankTracker()
@@ -128,7 +128,7 @@ class Watch:
         if times is None:
             return None
         is_slower, self.seconds = self.pace.is_slower(SLOWER), times
-        self.pace = Pace()
+        self.pace = Pace(self.model)
         return *times, is_slower
 
     def seconds_before(self) -> dict[str, float]:
