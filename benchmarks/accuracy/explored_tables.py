@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from ..markdown import markdown_table
-from .records import Record, base_of, grouped, mean_and_error, measured, score, show, unique
+from .records import Record, base_of, grouped, mean_and_error, measured, show
 
 
 def latest_switch(records: list[Record]) -> str:
@@ -89,36 +89,39 @@ TRIED = {
     '{"gauge": "down"}': "rows of `down` scaled to one norm, columns of `up` the other way",
     '{"drop": 0, "gauge": "up"}': "no dropout, and columns of `up` of one norm",
     '{"teach": "logits"}': "logits of a finished dense model, half of the loss, temperature 2",
-    '{"teach": "both"}': "the same and its hidden states, weight 1",
+    '{"teach": "both"}': "logits and hidden states (weight 1) of a finished dense model",
 }
 """Options of the records in explore_h100, fading_h100, features_h100 and recovery_h100, and what they stand for."""
 
 
 def explored_table(records: list[Record]) -> str:
-    """Differences on the validation split to the same run without the change, mean over seeds and data sets."""
+    """Differences to the same run without the change, mean over seeds and data sets; beside them the test split's, if it was seen."""
     plain = {(*base_of(r), r["budget"]): r for r in records if r["method"] == "explore" and not r["options"]}
     groups = grouped(
         (r for r in records if r["options"]), lambda r: (-r["budget"], json.dumps(r["options"], sort_keys=True))
     )
-    datasets = unique(r["dataset"] for r in records)
+    splits = ["validation", *(["test_split"] if all(r["test_split"] for r in records) else [])]
 
     def cells(members: list[Record]) -> Iterable[str]:
-        ends: list[tuple[float, float]] = []
-        after, seeds = [], set()
-        for dataset in datasets:
-            pairs = [(r, plain[(*base_of(r), r["budget"])]) for r in members if r["dataset"] == dataset]
-            accuracy = [score(r) - score(base) for r, base in pairs]
-            if accuracy:
-                ends.append(mean_and_error(accuracy))
-                seeds.add(len(accuracy))
-            rises = [(measured(r), measured(base)) for r, base in pairs]
-            after += [100 * (changed[1] / usual[1] - 1) for changed, usual in rises if changed and usual]
-        error = math.sqrt(sum(e * e for _, e in ends)) / len(ends)
-        yield f"{sum(mean for mean, _ in ends) / len(ends):+.2f} ± {error:.2f}"
+        by_data: dict[str, list[tuple[Record, Record]]] = defaultdict(list)
+        for r in members:
+            by_data[r["dataset"]].append((r, plain[(*base_of(r), r["budget"])]))
+        for split in splits:
+            yield _points(by_data.values(), split)
+        rises = [(measured(r), measured(base)) for pairs in by_data.values() for r, base in pairs]
+        after = [100 * (changed[1] / usual[1] - 1) for changed, usual in rises if changed and usual]
         yield f"{median(after):+.0f}%"
-        yield str(len(ends))
-        yield "-".join(map(str, sorted(seeds)))
+        yield str(len(by_data))
+        yield "-".join(map(str, sorted({len(pairs) for pairs in by_data.values()})))
 
     rows = [[f"{-key[0]:.2f}", TRIED[key[1]], *cells(groups[key])] for key in sorted(groups, key=lambda k: k[0])]
-    header = ("kept", "change", "points", "rise of the loss at the switch (median)", "data sets", "seeds")
+    points = ["points, validation", "points, test"][: len(splits)]
+    header = ("kept", "change", *points, "rise of the loss at the switch (median)", "data sets", "seeds")
     return markdown_table(header, rows)
+
+
+def _points(by_data: Iterable[list[tuple[Record, Record]]], split: str) -> str:
+    """Mean over data sets of (changed - plain) in points, and its error."""
+    ends = [mean_and_error([100 * (r[split]["accuracy"] - b[split]["accuracy"]) for r, b in own]) for own in by_data]
+    error = math.sqrt(sum(e * e for _, e in ends)) / len(ends)
+    return f"{sum(mean for mean, _ in ends) / len(ends):+.2f} ± {error:.2f}"

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.accuracy.explored_tables import explored_table
 from benchmarks.accuracy.language_tables import chats_table
+from benchmarks.accuracy.rates_page import rates_page
+from benchmarks.accuracy.rates_tables import SIXTH, THIRD, mean_of
 from benchmarks.eight_bits.tables import eight_bits_table
 from benchmarks.two_gpus.tables import launches_table, scaling_table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text("utf-8")
+LOSSES = {"before": 0.1, "after": 0.2}
 
 
 def cells(beginning: str) -> list[str]:
@@ -91,6 +95,40 @@ def test_the_steps_on_a_gpu_are_the_recorded_ones():
     seconds = {r["method"]: r["seconds"] for r in runs if r["case"] == "bert-base" and r["mode"] == "eager"}
     found = [float(re.match(r"[\d.]+", cell).group()) for cell in cells("BERT-base, a quarter kept, H100")]
     assert found == pytest.approx([seconds["dense"], seconds["cuttlefish"]], abs=0.05)
+
+
+def test_the_step_of_a_llama_is_the_recorded_one():
+    runs = json.loads((RESULTS / "end_to_end_large_h100.json").read_text("utf-8"))
+    of = {r["method"]: r for r in runs if (r["case"], r["mode"]) == ("llama-1b", "blocks-graphs")}
+    found = [f"{ms:.1f} ms" for ms in (of["dense"]["ms_before"], of["cuttlefish"]["ms_after"])]
+    assert cells("Llama-1B shapes, a quarter kept, H100") == found
+
+
+def test_what_a_model_of_base_size_loses_is_recorded():
+    records = lines("accuracy/rates_h100.jsonl")
+    sixth, third = (-mean_of(records, "MPNet-base, ordinary", way) for way in (SIXTH, THIRD))
+    assert f"MPNet-base loses {sixth:.1f} points there, {third:.1f} at a third" in README
+
+
+def test_the_page_of_rates_is_that_of_the_records():
+    page = (ROOT / "docs" / "results-rates.md").read_text("utf-8")
+    assert page == rates_page(lines("accuracy/rates_h100.jsonl")), "run python -m benchmarks.write_docs"
+
+
+def test_what_was_tried_is_shown_on_the_split_that_the_table_names():
+    """The test split stood under a heading that said validation."""
+
+    def records(validation, test):
+        changed = {"validation": {"accuracy": validation}, "test_split": test and {"accuracy": test}}
+        plain = {"validation": {"accuracy": 0.5}, "test_split": test and {"accuracy": 0.5}}
+        loss = {name: {split: {"loss": value} for split in ("train", "validation")} for name, value in LOSSES.items()}
+        same = {"dataset": "trec", "test": bool(test), "budget": 0.18, "method": "explore", "around_switch": loss}
+        return [same | {"seed": s, "options": o} | e for s in (0, 1) for o, e in (({}, plain), ({"drop": 0}, changed))]
+
+    seen = explored_table(records(0.6, 0.3)).splitlines()
+    assert "| points, validation | points, test |" in seen[0] and "| +10.00 ± 0.00 | -20.00 ± 0.00 |" in seen[2]
+    unseen = explored_table(records(0.6, None)).splitlines()
+    assert "test" not in unseen[0] and "| +10.00 ± 0.00 |" in unseen[2]
 
 
 def test_every_link_of_the_readme_leads_somewhere():
