@@ -217,7 +217,7 @@ def beaten_table(records: Sequence[Record]) -> str:
             if ours and theirs:
                 tuned.append((ours[1], theirs[1], " ".join(_named((*run, 0.0))[:2])))
         rows.append([NAMES[control], *_won(same), *_won(tuned)])
-    header = ("control", "same rate: above it in", "not in", "each at its best rate: above it in", "not in ")
+    header = ("control", "same rate: above in", "but not in", "each at its best rate: above in", "but not in ")
     return markdown_table(header, rows)
 
 
