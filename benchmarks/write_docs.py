@@ -115,9 +115,11 @@ LIMITS = """## What these numbers are not
 RATIOS = """Steps at other sizes, shares of the dense step beside it (`python -m benchmarks.steps`, records `steps_ratios_h100`):"""
 LARGE_RUNS = """Larger models through `Trainer`, all their blocks, a quarter kept, bf16, fused AdamW, no checkpointing, the Llama with a vocabulary of
 8,192. "Compiling" is what the first 8 steps, and the first 8 after the switch, took beyond ordinary ones. "(cached)": the dense run found
-there what Cuttlefish's had compiled. "Trainer waits": without the two settings above (`python -m benchmarks.end_to_end`, records `end_to_end_large_*`):"""
-SHARES = """Milliseconds a step: dense, Cuttlefish after the switch, and their ratio. The same forward, backward, clipping and optimizer without
-Trainer around them say what Trainer adds; the device's own time says what would be left if the host took none:"""
+there what Cuttlefish's had compiled. "Trainer waits": without the two settings above (`python -m benchmarks.end_to_end`, records `end_to_end_large_*`).
+BERT-large compiled as one model, without waiting, was timed by the host's clock, which ran ahead: its time before the switch is left out, and its
+other medians scatter with the host. Its means, in the next table, do not:"""
+SHARES = """Milliseconds a step: dense, Cuttlefish after the switch, and their ratio. "Without Trainer" is the same forward, backward, clipping and
+optimizer in a bare loop. "The device alone" is what would be left if the host took no time:"""
 LONGER_RUNS = """**Computed from these parts, not measured**: dense seconds / Cuttlefish's in longer runs (above 1: Cuttlefish ends first). Fixed
 seconds, plus steps of each kind times what one took; the switch comes at the same share of the run:"""
 TRIALS = """What `objective="speed"` found on a GPU (record `end_to_end_large_speed_h100`):"""

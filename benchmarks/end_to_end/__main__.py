@@ -52,6 +52,9 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, default=None, help="folder of compiled code for all runs; else each has its own"
     )
+    parser.add_argument(
+        "--workers", type=int, default=None, help="processes of the loader; else none, and 4 for images on a GPU"
+    )
     parser.add_argument("--profile", action="store_true", help="print where the switch spends its time")
     parser.add_argument("--wait", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -67,6 +70,7 @@ def main() -> None:
             "method": method,
             "steps": arguments.steps,
             "ratio": arguments.ratio,
+            "workers": arguments.workers,
         }
         for case, blocks in arguments.cases
         for mode in arguments.modes
@@ -154,7 +158,7 @@ def finish(process: subprocess.Popen[str], job: dict[str, Any], limit: float, pr
 def add(path: Path, record: dict[str, Any]) -> None:
     """Add a record to the file, one a line, in the place of an older one of the same run."""
     records = json.loads(path.read_text("utf-8")) if path.exists() else []
-    names = ("case", "blocks", "mode", "method", "ratio", "steps_asked")
+    names = ("case", "blocks", "mode", "method", "ratio", "steps_asked", "loader_workers")
     kept = [r for r in records if "error" in r or any(r.get(name) != record.get(name) for name in names)]
     write_whole(path, "[\n" + ",\n".join(json.dumps(r) for r in [*kept, record]) + "\n]\n")
 

@@ -84,12 +84,14 @@ def run(
     ratio: float | None = 0.25,
     blocks: int | None = None,
     limit: float | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """One run; seconds of all of it and of its parts, and milliseconds of the steps before and after the switch (medians).
 
     Args:
         ratio: of the target weights that are kept; None: what the run measures. blocks: fewer than the model has.
         limit: seconds after which the run ends early; the record has the steps that were made.
+        workers: processes of the loader; None: none, and 4 for images on a GPU.
     """
     model = CASES[case].cut(blocks)
     torch.manual_seed(0)
@@ -99,7 +101,7 @@ def run(
     if settings is not None:
         ours = CuttlefishCallback(CuttlefishConfig(target_ratio=ratio, on_error="raise", **settings))
     clock = Clock(ours, limit)
-    trainer = make_trainer(model, mode, steps, [*([] if ours is None else [ours]), clock])
+    trainer = make_trainer(model, mode, steps, [*([] if ours is None else [ours]), clock], workers)
     clock.began = Moment()
     trainer.train()
     if torch.cuda.is_available():
@@ -112,13 +114,15 @@ def run(
     return record | (bare(trainer) if torch.cuda.is_available() and MODES[mode] else {})
 
 
-def make_trainer(case: Case, mode: str, steps: int, callbacks: list[TrainerCallback]) -> Trainer:
+def make_trainer(
+    case: Case, mode: str, steps: int, callbacks: list[TrainerCallback], workers: int | None = None
+) -> Trainer:
     """bf16 and fused AdamW on a GPU; elsewhere the paths alone are tried, and nothing is compiled but by dynamo."""
     on_gpu = torch.cuda.is_available()
     how = dict(MODES[mode])
     os.environ[BY_BLOCKS] = str(mode.startswith("blocks"))
-    if on_gpu and case.kind == "vit":
-        how["dataloader_num_workers"] = 4  # a batch of images is 39 MB
+    if workers is None:
+        workers = 4 if on_gpu and case.kind == "vit" else 0  # a batch of images is 39 MB
     if how and not on_gpu:
         how = {"torch_compile": True, "torch_compile_backend": "eager"}
     settings = TrainingArguments(
@@ -134,6 +138,7 @@ def make_trainer(case: Case, mode: str, steps: int, callbacks: list[TrainerCallb
         report_to=[],
         disable_tqdm=True,
         dataloader_drop_last=True,
+        dataloader_num_workers=workers,
         **how,
     )
     model = case.model(torch.device("cuda" if on_gpu else "cpu"))

@@ -28,12 +28,20 @@ def runs_table(records: Sequence[Record]) -> str:
         "a step that gathers statistics, ms": [_number(r.get("ms_gathering")) for r in records],
         "a step after the switch, ms": [_number(r["ms_after"]) for r in records],
         "the switch, s": [_number((r["switch_seconds"] or {}).get("total")) for r in records],
-        "whole run, s": [_number(r["seconds"]) for r in records],
+        "whole run, s": [_number(r["seconds"]) + _length(r, records) for r in records],
         "peak memory, GiB": [f"{r['peak_memory'] / 2**30:.1f}" for r in records],
     }
     heads = [f"{'dense' if r['method'] == 'dense' else 'Cuttlefish'}, {_mode(r)}" for r in records]
     lines = ["| | " + " | ".join(heads) + " |", "|" + " --- |" * (1 + len(records))]
     return "\n".join([*lines, *(f"| {name} | {' | '.join(values)} |" for name, values in rows.items())])
+
+
+def _length(r: Record, records: Sequence[Record]) -> str:
+    """How many steps the run had, where it is not as long as the first one."""
+    if r["steps"] == records[0]["steps"]:
+        return ""
+    asked = r.get("steps_asked", r["steps"])
+    return f" ({r['steps']} steps" + (f" of {asked})" if asked != r["steps"] else ")")
 
 
 def large_table(records: Iterable[Record]) -> str:
