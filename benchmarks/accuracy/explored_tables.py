@@ -110,7 +110,7 @@ def explored_table(records: list[Record]) -> str:
             yield _points(by_data.values(), split)
         rises = [(measured(r), measured(base)) for pairs in by_data.values() for r, base in pairs]
         after = [100 * (changed[1] / usual[1] - 1) for changed, usual in rises if changed and usual]
-        yield f"{median(after):+.0f}%"
+        yield f"{round(median(after)):+d}%"  # an integer has no -0
         yield str(len(by_data))
         yield "-".join(map(str, sorted({len(pairs) for pairs in by_data.values()})))
 

@@ -259,6 +259,7 @@ def test_speed_is_held_against_whole_steps(monkeypatch: pytest.MonkeyPatch) -> N
     [
         ("cuda", True, False, "The host launches kernels one by one, and the device waits for it. torch_compile=True"),
         ("cuda", True, True, "If torch_compile_mode='reduce-overhead' is not set, set it"),
+        ("cuda", True, True, "logging_nan_inf_filter=False and accelerator_config={'non_blocking': True}"),
         ("cuda", False, False, "The device sets the pace"),
         ("cpu", None, False, "pairs take longer than dense layers here. Use larger batches"),
     ],
