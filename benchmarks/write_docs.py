@@ -114,8 +114,8 @@ LIMITS = """## What these numbers are not
 
 RATIOS = """Steps at other sizes, shares of the dense step beside it (`python -m benchmarks.steps`, records `steps_ratios_h100`):"""
 LARGE_RUNS = """Models through `Trainer` with all their blocks, a quarter kept, bf16, fused AdamW, no checkpointing, the Llama with a vocabulary of
-8,192. "Compiling" is what the first 8 steps, and the first 8 after the switch, took beyond ordinary ones. "(cached)": the dense run found
-there what Cuttlefish's had compiled. "Trainer waits": without the two settings above (`python -m benchmarks.end_to_end`, records `end_to_end_large_*`).
+8,192. "Compiling" is what the first 8 steps, and the first 8 after the switch, took beyond ordinary ones. "(cached)": the run found
+there what the one beside it had compiled. "Trainer waits": without the two settings above (`python -m benchmarks.end_to_end`, records `end_to_end_large_*`).
 BERT-large compiled as one model, without waiting, was timed by the host's clock, which ran ahead: its time before the switch is left out, and its
 other medians scatter with the host. Its means, in the next table, do not:"""
 SHARES = """Milliseconds a step: dense, Cuttlefish after the switch, and their ratio. "Without Trainer" is the same forward, backward, clipping and

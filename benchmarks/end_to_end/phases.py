@@ -92,10 +92,11 @@ def computed(record: Record, steps: int, first: float | None = None) -> float:
 def even_after(dense: Record, ours: Record, most: int = 1_000_000) -> int | None:
     """The shortest run, in hundreds of steps, that ours would end first; None: none up to `most`."""
     first = shared_compilation(dense, ours)
-    return next((n for n in range(100, most + 1, 100) if computed(ours, n) < computed(dense, n, first)), None)
+    steps = range(100, most + 1, 100)
+    return next((n for n in steps if computed(ours, n, first) < computed(dense, n, first)), None)
 
 
 def shared_compilation(dense: Record, ours: Record) -> float | None:
-    """Seconds to compile the dense model, which both pay, where dense found the code that ours had made; else None."""
+    """Seconds to compile the dense model, which both pay, where one found the code that the other had made; else None."""
     shared = "shared" in (dense.get("cache"), ours.get("cache")) and dense["mode"] == ours["mode"]
-    return compiling(ours)[0] if shared else None
+    return max(compiling(dense)[0], compiling(ours)[0]) if shared else None

@@ -47,10 +47,12 @@ def _length(r: Record, records: Sequence[Record]) -> str:
 def large_table(records: Iterable[Record]) -> str:
     """One row a run, everything counted; runs that failed are left out. "" where there is none."""
     rows = []
-    for r in sorted(_whole(records), key=_order):
+    runs = sorted(_whole(records), key=_order)
+    cached = [min(pair, key=lambda r: compiling(r)[0]) for pair in _pairs(runs) if shared_compilation(*pair)]
+    for r in runs:
         first, again = compiling(r)
-        found = " (cached)" if r.get("cache") == "shared" and r["method"] == "dense" else ""
-        compiled = f"{first:.0f} + {again:.0f}" if r["switch_step"] else f"{first:.0f}{found}"
+        compiled = f"{first:.0f}" + (" (cached)" if r in cached else "")
+        compiled += f" + {again:.0f}" if r["switch_step"] else ""
         switch = _number((r["switch_seconds"] or {}).get("total"))
         times = [_number(r[name]) for name in ("ms_before", "ms_gathering", "ms_after")]
         whole = f"{r['seconds']:.0f} ({r['steps']} steps)"
@@ -69,10 +71,10 @@ def computed_table(records: Iterable[Record]) -> str:
             _name(ours),
             modes,
             f"{fixed(dense, first):.0f}",
-            f"{fixed(ours):.0f}",
+            f"{fixed(ours, first):.0f}",
             "never" if even is None else f"{even:,}",
         ]
-        rows.append([*row, *(f"{computed(dense, n, first) / computed(ours, n):.2f}" for n in LENGTHS)])
+        rows.append([*row, *(f"{computed(dense, n, first) / computed(ours, n, first):.2f}" for n in LENGTHS)])
     header = ["model", "dense / Cuttlefish", "fixed, dense, s", "fixed, Cuttlefish, s", "as fast after, steps"]
     return markdown_table([*header, *(f"{n:,} steps" for n in LENGTHS)], rows) if rows else ""
 

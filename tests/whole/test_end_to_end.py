@@ -114,6 +114,18 @@ def test_tables_have_what_was_measured_and_leave_out_the_rest():
     assert trial_table([nothing]).endswith("| 48.1 ms dense, 37.3 ms as planned | 10.0 |  | 4.0 |")
 
 
+@pytest.mark.parametrize("second", ["dense", "cuttlefish"])
+def test_what_one_run_found_compiled_both_pay_for(second):
+    """Where Cuttlefish's run came second its compilation counted as next to nothing."""
+    runs = {method: record(method, cache="shared") for method in ("dense", "cuttlefish")}
+    phases = runs[second]["phases"]
+    runs[second] = record(second, cache="shared", phases=phases | {"start": phases["start"] | {"seconds": 0.5}})
+    own = computed_table([record("dense"), record()])
+    assert computed_table(runs.values()) == own
+    (row,) = [line for line in large_table(runs.values()).splitlines() if "(cached)" in line]
+    assert f"| {'dense' if second == 'dense' else 'Cuttlefish'} |" in row
+
+
 def test_a_run_of_another_length_says_so_beside_its_seconds():
     """A run that was broken off after 602 steps stood beside runs of 300, as quicker."""
     other = [record(), record(steps=300, steps_asked=300), record(steps=602, steps_asked=1000)]
