@@ -121,7 +121,8 @@ other medians scatter with the host. Its means, in the next table, do not:"""
 SHARES = """Milliseconds a step: dense, Cuttlefish after the switch, and their ratio. "Without Trainer" is the same forward, backward, clipping and
 optimizer in a bare loop. "The device alone" is what would be left if the host took no time:"""
 LONGER_RUNS = """**Computed from these parts, not measured**: dense seconds / Cuttlefish's in longer runs (above 1: Cuttlefish ends first). Fixed
-seconds, plus steps of each kind times what one took; the switch comes at the same share of the run:"""
+seconds, plus steps of each kind times what one took; the switch comes at the same share of the run. A row "eager / ..." counts for Cuttlefish what
+compilation spares dense training as well; rows of one mode show what the pairs add:"""
 TRIALS = """What `objective="speed"` found on a GPU (record `end_to_end_large_speed_h100`):"""
 
 

@@ -38,10 +38,13 @@ def runs_table(records: Sequence[Record]) -> str:
 
 def _length(r: Record, records: Sequence[Record]) -> str:
     """How many steps the run had, where it is not as long as the first one."""
-    if r["steps"] == records[0]["steps"]:
-        return ""
+    return "" if r["steps"] == records[0]["steps"] else f" ({_steps(r)})"
+
+
+def _steps(r: Record) -> str:
+    """How many steps there were, and of how many, where the run was broken off."""
     asked = r.get("steps_asked", r["steps"])
-    return f" ({r['steps']} steps" + (f" of {asked})" if asked != r["steps"] else ")")
+    return f"{r['steps']} steps" + (f" of {asked}" if asked != r["steps"] else "")
 
 
 def large_table(records: Iterable[Record]) -> str:
@@ -55,7 +58,7 @@ def large_table(records: Iterable[Record]) -> str:
         compiled += f" + {again:.0f}" if r["switch_step"] else ""
         switch = _number((r["switch_seconds"] or {}).get("total"))
         times = [_number(r[name]) for name in ("ms_before", "ms_gathering", "ms_after")]
-        whole = f"{r['seconds']:.0f} ({r['steps']} steps)"
+        whole = f"{r['seconds']:.0f} ({_steps(r)})"
         rows.append([_name(r), METHODS[r["method"]], _mode(r), *times, compiled, switch, whole, _memory(r)])
     header = ["model", "layers", "mode", "before, ms", "gathering, ms", "after, ms", "compiling, s", "switch, s"]
     return markdown_table([*header, "whole run, s", "peak GiB"], rows) if rows else ""

@@ -130,6 +130,7 @@ def test_a_run_of_another_length_says_so_beside_its_seconds():
     """A run that was broken off after 602 steps stood beside runs of 300, as quicker."""
     other = [record(), record(steps=300, steps_asked=300), record(steps=602, steps_asked=1000)]
     row = next(line for line in runs_table(other).splitlines() if line.startswith("| whole run"))
+    assert "(602 steps of 1000)" in large_table(other[2:])
     assert re.sub(r"\b[\d.]+ ?(?=[(|])", "", row) == "| whole run, s | | (300 steps) | (602 steps of 1000) |", row
 
 
