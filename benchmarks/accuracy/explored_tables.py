@@ -27,6 +27,16 @@ def floor_of_small(records: list[Record]) -> str:
     return f"{raised} against {left}"
 
 
+def accuracies_by_scale(records: list[Record]) -> str:
+    """Validation and test accuracy of the default's rate, and of rates given by hand."""
+    groups = grouped(records, lambda r: r["options"].get("learning_rate_scale", 0.0))
+    told = []
+    for scale, own in sorted(groups.items()):
+        both = (show((100 * r[split]["accuracy"] for r in own), 1) for split in ("validation", "test_split"))
+        told.append(f"{' and '.join(both)} {f'at {scale:g}' if scale else 'by default, 3 times'}")
+    return ", ".join(told)
+
+
 def range_of_changes(records: list[Record]) -> str:
     """Of the mean test accuracies with an option, against those without: the lowest and the highest difference."""
     runs = [r for r in records if r["budget"]]

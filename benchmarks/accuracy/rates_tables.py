@@ -134,6 +134,13 @@ def mean_of(records: Sequence[Record], group: str, way: Way) -> float:
     return sum(means) / len(means)
 
 
+def points_below(records: Sequence[Record], others: Sequence[Record]) -> str:
+    """Runs of another device by learning rate, against the dense runs of `records`: "-2.7 ± 0.3 at 1e-4", ..."""
+    found = Differences([*(r for r in records if r["method"] == "dense"), *others], "test_split")
+    ways = {(cell_of(r), way_of(r)) for r in others}
+    return ", ".join(f"{show(found.of(cell, way), 1, sign=True)} at {_rate(cell[3])}" for cell, way in sorted(ways))
+
+
 def own_size(records: Sequence[Record], cells: Sequence[Cell], way: Way) -> str:
     """Mean share that a way without a size keeps, each cell counting the same."""
     found = Differences(records, "test_split")
