@@ -28,7 +28,7 @@ from .accuracy.tables import ablation_table, calibration_ratios, conditions, sum
 from .convolutions.tables import gpu_table, in_turn_table, norms_table
 from .convolutions.tables import table as convolutions_table
 from .eight_bits.tables import eight_bits_table
-from .end_to_end.tables import computed_table, large_table, runs_table, shares_table, trial_table
+from .end_to_end.tables import computed_table, gain_table, large_table, runs_table, shares_table, trial_table
 from .experts.speed import table as steps_of_experts
 from .speed.tables import tables as speed_tables
 from .steps.host import host_table
@@ -120,6 +120,8 @@ LARGE_RUNS = """Models through `Trainer` with all their blocks, a quarter kept, 
 there what the one beside it had compiled. "Trainer waits": without the two settings above (`python -m benchmarks.end_to_end`, records `end_to_end_large_*`).
 BERT-large compiled as one model, without waiting, was timed by the host's clock, which ran ahead: its time before the switch is left out, and its
 other medians scatter with the host. Its means, in the next table, do not:"""
+GAIN = """What that gives, a quarter kept, one H100, bf16, through `Trainer` ([all numbers](#a-whole-run)). The last two columns are computed
+from runs of 400 steps, everything counted; the last is dense time / ours:"""
 SHARES = """Milliseconds a step: dense, Cuttlefish after the switch, and their ratio. "Without Trainer" is the same forward, backward, clipping and
 optimizer in a bare loop. "The device alone" is what would be left if the host took no time:"""
 LONGER_RUNS = """**Computed from these parts, not measured**: dense seconds / Cuttlefish's in longer runs (above 1: Cuttlefish ends first). Fixed
@@ -162,6 +164,7 @@ def write_gpu_page() -> None:
     large = [r for path in sorted(results.glob("end_to_end_large_*.json")) for r in json.loads(path.read_text("utf-8"))]
     for what, intro, text in (
         ("ratios", RATIOS, ratios_table(ratios)),
+        ("gain", GAIN, gain_table(large)),
         ("large runs", LARGE_RUNS, large_table(large)),
         ("shares", SHARES, shares_table(large)),
         ("longer runs", LONGER_RUNS, computed_table(large)),

@@ -147,6 +147,20 @@ def shares_table(records: Iterable[Record]) -> str:
     return markdown_table(header, rows) if rows else ""
 
 
+def gain_table(records: Iterable[Record]) -> str:
+    """What the recipe gives: a step before and after, and when a run ends first; one row a model. "" for none."""
+    rows = []
+    for dense, ours in _pairs(_whole(records)):
+        if (_mode(dense), _mode(ours)) != (MODES["blocks-graphs"],) * 2:
+            continue
+        even, first = even_after(dense, ours), shared_compilation(dense, ours)
+        after = f"{ours['ms_after']:.0f} (mean {1000 * per_step(ours, 'after'):.0f})"
+        longer = f"{computed(dense, 10000, first) / computed(ours, 10000, first):.2f}"
+        rows.append([_name(ours), f"{dense['ms_before']:.0f}", after, "never" if even is None else f"{even:,}", longer])
+    header = ["model", "a step, dense, ms", "after the switch, ms", "ends first in runs from, steps", "in 10,000 steps"]
+    return markdown_table(header, sorted(rows, key=lambda row: -float(row[-1]))) if rows else ""
+
+
 def _order(r: Record) -> tuple[int, int, int, int]:
     by_name = [list(known).index(r[name]) for name, known in (("case", NAMES), ("mode", MODES), ("method", METHODS))]
     return by_name[0], by_name[1], r.get("loader_workers", 0), by_name[2]

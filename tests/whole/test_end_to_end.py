@@ -13,7 +13,7 @@ from benchmarks.end_to_end import __main__ as command
 from benchmarks.end_to_end.cases import CASES, Rows
 from benchmarks.end_to_end.phases import computed, even_after, fixed, split
 from benchmarks.end_to_end.run import measured, run
-from benchmarks.end_to_end.tables import computed_table, large_table, runs_table, trial_table
+from benchmarks.end_to_end.tables import computed_table, gain_table, large_table, runs_table, trial_table
 from benchmarks.steps import __main__ as steps
 from benchmarks.steps.tables import ratios_table
 from benchmarks.write_docs import write_gpu_page
@@ -92,7 +92,10 @@ def test_what_is_fixed_and_what_is_not():
 
 
 def test_tables_have_what_was_measured_and_leave_out_the_rest():
-    assert large_table([]) == computed_table([]) == trial_table([]) == ratios_table([]) == ""
+    assert large_table([]) == computed_table([]) == trial_table([]) == ratios_table([]) == gain_table([]) == ""
+    blocks = [record(method, mode="blocks-graphs") for method in ("dense", "cuttlefish")]
+    (row,) = gain_table([*blocks, record("dense", mode="eager"), record()]).splitlines()[2:]
+    assert row == "| Llama-1B shapes, 8 of 16 blocks, 8 x 1024 | 10 | 8 (mean 8) | 4,700 | 1.08 |"
     failed = {"case": "vit-large", "mode": "graphs", "method": "dense", "error": "no room"}
     early = record(switch_step=None, case="bert-large")
     assert large_table([failed, early]) == ""
