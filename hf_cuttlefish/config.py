@@ -138,8 +138,8 @@ class CuttlefishConfig:
     statistics_memory: float | None = field(
         default=None,
         metadata={
-            "help": "Most GiB of a device for the statistics; of the widest layers the rest is kept on the CPU. None: what the "
-            "largest step leaves free on a GPU."
+            "help": "Most GiB of a GPU for the statistics. Beyond that, those of the largest layers are kept on the CPU. None: "
+            "what the largest step leaves free."
         },
     )
     switch: str = field(

@@ -198,8 +198,7 @@ def plan_and_factors(
                 left = {name: why for name in layers if rank_by_hand(name, config) is None} | left
             config, notes = replace(config, target_ratio=ratio, max_loss_increase=None), [note]
     plan = plan_ranks(spectra, config, loss, left)
-    far = said_of_far(layers, collector.far) if collector is not None else ""
-    plan.notes += [*notes, *(told for told in (said_of_shapes(), far) if told)]
+    plan.notes += [*notes, *_notes_of_run(layers, collector)]
     if flow is not None:
         plan = keep_faster(plan, flow, config.min_speedup, trial=trial)
     factors = _cut_all(parts, plan)
@@ -212,6 +211,12 @@ def plan_and_factors(
             if name not in factors:
                 factors[name] = cut(decompose(dense_weight(layers[name])), plan[name])
     return plan, factors
+
+
+def _notes_of_run(layers: Layers, collector: MomentCollector | None) -> list[str]:
+    """What the steps before the switch had to do without."""
+    far = "" if collector is None else said_of_far(layers, collector.far)
+    return [told for told in (said_of_shapes(), far) if told]
 
 
 def _decompose_all(

@@ -35,14 +35,17 @@ def far_layers(layers: Mapping[str, nn.Module], budget: float | None) -> frozens
 
         far = far_layers(find_targets(model), budget=2.0)
 
-    Whole shapes go, the largest first. Tables of tokens stay, and so does what has their shape.
+    Whole shapes go, the largest first. Tables of tokens stay, and so does what has their shape. Layers that are on the CPU
+    anyway are not named.
 
     Args:
         layers: name -> dense layer. budget: GiB on each device; None: what `room` finds, and all where it finds nothing.
     """
     shapes: dict[tuple[torch.device, tuple[int, int]], list[str]] = {}
     for name, layer in layers.items():
-        shapes.setdefault((dense_weight(layer).device, kind_of(layer).size), []).append(name)
+        device = dense_weight(layer).device
+        if device.type != "cpu":
+            shapes.setdefault((device, kind_of(layer).size), []).append(name)
     held = {device: 0 for device, _ in shapes}
     for (device, _), names in shapes.items():
         held[device] += sum(bytes_of(layers[name]) for name in names)

@@ -18,8 +18,10 @@ from hf_cuttlefish.measure.moments import MomentCollector
 from hf_cuttlefish.measure.places import GIB, bytes_of, far_layers, said_of_far
 from tiny_trainer import tiny_bert
 
-WIDE = nn.Linear(64, 64), nn.Linear(64, 64)
-LAYERS = {"a": nn.Linear(8, 8), "b": WIDE[0], "c": nn.Linear(8, 32), "d": WIDE[1]}
+THERE = "meta"
+"""Any device that is not the CPU."""
+SIZES = {"a": (8, 8), "b": (64, 64), "c": (8, 32), "d": (64, 64)}
+LAYERS = {name: nn.Linear(*size, device=THERE) for name, size in SIZES.items()}
 
 
 def need(*names: str) -> float:
@@ -34,7 +36,7 @@ def test_the_largest_shapes_go_first_and_whole() -> None:
 
 
 def test_without_a_limit_what_the_largest_step_leaves_free_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert far_layers(LAYERS, None) == set()  # a CPU is not asked
+    assert far_layers(LAYERS, None) == set()  # what is no CUDA device is not asked
     for name, found in (("mem_get_info", (5 * GIB, 80 * GIB)), ("memory_reserved", 10 * GIB)):
         monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 8 * GIB)
@@ -44,9 +46,13 @@ def test_without_a_limit_what_the_largest_step_leaves_free_counts(monkeypatch: p
 
 
 def test_tables_of_tokens_and_what_has_their_shape_stay() -> None:
-    layers = {"table": nn.Embedding(64, 8), "output": nn.Linear(8, 64), "other": nn.Linear(8, 8)}
-    with_table = far_layers(layers, 0)
-    assert "table" not in with_table and "other" in with_table
+    sizes = {"of its shape": (64, 8), "other": (8, 8)}
+    layers = {name: nn.Linear(*size, device=THERE) for name, size in sizes.items()}
+    assert far_layers({"table": nn.Embedding(64, 8, device=THERE)} | layers, 0) == {"other"}
+
+
+def test_what_is_on_the_cpu_anyway_is_not_named() -> None:
+    assert far_layers({name: nn.Linear(*size) for name, size in SIZES.items()} | {"e": LAYERS["a"]}, 0) == {"e"}
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -120,8 +126,17 @@ def train(memory: float | None) -> Cuttlefish:
     return run
 
 
-def test_a_run_without_room_decides_the_same_and_says_so() -> None:
-    plain, poor = train(None), train(0)
+def test_a_run_without_room_decides_the_same_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = train(0)  # on a CPU nothing is far
+    budgets: list[float | None] = []
+
+    def all_layers(layers: Any, budget: float | None) -> frozenset[str]:
+        budgets.append(budget)
+        return frozenset(layers)
+
+    monkeypatch.setattr("hf_cuttlefish.measure.watch.far_layers", all_layers)
+    poor = train(0.5)
+    assert budgets == [0.5]
     assert dict(plain.plan) == dict(poor.plan) and low_rank_layers(poor.model)
     (note,) = [note for note in poor.plan.notes if "kept on the CPU" in note]
     assert note == said_of_far(find_targets(tiny_bert()), frozenset(find_targets(tiny_bert())))
