@@ -28,7 +28,15 @@ from .accuracy.tables import ablation_table, calibration_ratios, conditions, sum
 from .convolutions.tables import gpu_table, in_turn_table, norms_table
 from .convolutions.tables import table as convolutions_table
 from .eight_bits.tables import eight_bits_table
-from .end_to_end.tables import computed_table, gain_table, large_table, runs_table, shares_table, trial_table
+from .end_to_end.tables import (
+    computed_table,
+    gain_table,
+    host_parts_table,
+    large_table,
+    runs_table,
+    shares_table,
+    trial_table,
+)
 from .experts.speed import table as steps_of_experts
 from .speed.tables import tables as speed_tables
 from .steps.host import host_table
@@ -127,6 +135,9 @@ optimizer in a bare loop. "The device alone" is what would be left if the host t
 LONGER_RUNS = """**Computed from these parts, not measured**: dense seconds / Cuttlefish's in longer runs (above 1: Cuttlefish ends first). Fixed
 seconds, plus steps of each kind times what one took; the switch comes at the same share of the run. A row "eager / ..." counts for Cuttlefish what
 compilation spares dense training as well; rows of one mode show what the pairs add:"""
+HOST_PARTS = """Milliseconds of the host. The device is waited for before each step, so that nothing within a step waits for it; in a run the
+host is quicker where it never stops. "Trainer" is `model.train()` and the count of parameters for `total_flos`
+(records `end_to_end_large_h100`, `end_to_end_host_h100`):"""
 TRIALS = """What `objective="speed"` found on a GPU (record `end_to_end_large_speed_h100`):"""
 
 
@@ -162,11 +173,13 @@ def write_gpu_page() -> None:
     other = results / "steps_ratios_h100.json"
     ratios = json.loads(other.read_text("utf-8"))["records"] if other.exists() else []
     large = [r for path in sorted(results.glob("end_to_end_large_*.json")) for r in json.loads(path.read_text("utf-8"))]
+    host = json.loads((results / "end_to_end_host_h100.json").read_text("utf-8"))
     for what, intro, text in (
         ("ratios", RATIOS, ratios_table(ratios)),
         ("gain", GAIN, gain_table(large)),
         ("large runs", LARGE_RUNS, large_table(large)),
         ("shares", SHARES, shares_table(large)),
+        ("host's parts", HOST_PARTS, host_parts_table([*large, *host])),
         ("longer runs", LONGER_RUNS, computed_table(large)),
         ("trials", TRIALS, trial_table(large)),
     ):

@@ -6,8 +6,10 @@ import cProfile
 import itertools
 import os
 import pstats
+import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +24,12 @@ from ..speed.clock import gpu_time
 from .cases import CASES, Case, Rows
 from .phases import SETTLE, split
 
-METHODS: dict[str, dict[str, Any] | None] = {"dense": None, "cuttlefish": {}, "speed": {"objective": "speed"}}
+METHODS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "cuttlefish": {},
+    "speed": {"objective": "speed"},
+    "statistics on the CPU": {"statistics_memory": 0.0},
+}
 """Method -> settings of CuttlefishConfig beside the size."""
 UNWAITED: dict[str, Any] = {"logging_nan_inf_filter": False, "accelerator_config": {"non_blocking": True}}
 """The recipe of docs/fast-on-a-gpu.md: Trainer waits for the device neither to read the loss nor to send a batch."""
@@ -172,7 +179,39 @@ def bare(trainer: Trainer, steps: int = 10) -> dict[str, Any]:
     torch.cuda.synchronize()
     took = time.perf_counter() - began
     found = {"bare_ms": 1000 * took / steps, "bare_host_ms": 1000 * launched / steps}
-    return found | gpu_time(lambda: [step() for _ in range(4)], 4)
+    found |= gpu_time(lambda: [step() for _ in range(4)], 4)
+    return found | {"tensors": len(list(model.parameters())), "host_parts": host_parts(trainer, batch)}
+
+
+def host_parts(trainer: Trainer, batch: Any, steps: int = 15) -> dict[str, float]:
+    """Milliseconds that the host needs for each part of the Trainer's step, medians.
+
+    The device is waited for before each step, so that the host never waits for it within one: what is left is the host's own work.
+    """
+    model, optimizer, accelerator = trainer.model_wrapped, trainer.optimizer, trainer.accelerator
+    loss: list[torch.Tensor] = []
+
+    def forward() -> None:
+        with trainer.compute_loss_context_manager():
+            loss[:] = [model(**batch).loss]
+
+    parts: dict[str, Callable[[], Any]] = {
+        "train": model.train,
+        "forward": forward,
+        "backward": lambda: accelerator.backward(loss.pop()),
+        "clip": lambda: accelerator.clip_grad_norm_(model.parameters(), 1.0),
+        "optimizer": optimizer.step,
+        "zero_grad": model.zero_grad,
+        "count": lambda: trainer.floating_point_ops(batch),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        for name, part in parts.items():
+            began = time.perf_counter()
+            part()
+            taken[name].append(1000 * (time.perf_counter() - began))
+    return {name: round(statistics.median(values), 3) for name, values in taken.items()}
 
 
 def measured(clock: Clock, seconds: float, asked: int) -> dict[str, Any]:

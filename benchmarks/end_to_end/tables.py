@@ -147,6 +147,22 @@ def shares_table(records: Iterable[Record]) -> str:
     return markdown_table(header, rows) if rows else ""
 
 
+def host_parts_table(records: Iterable[Record]) -> str:
+    """Milliseconds that the host needs for each part of a step, and microseconds for each parameter tensor. "" for none."""
+    rows = []
+    for r in sorted((r for r in records if "host_parts" in r), key=_order):
+        parts = r["host_parts"]
+        rest = parts["train"] + parts["count"]
+        own = [parts[name] for name in ("forward", "backward", "clip", "optimizer", "zero_grad")]
+        total = sum(parts.values())
+        each = f"{1000 * total / r['tensors']:.0f}"
+        layers = METHODS[r["method"]] + ("" if r["method"] == "dense" else ", after")
+        cells = [_name(r), layers, _mode(r), str(r["tensors"]), *(f"{ms:.1f}" for ms in (*own, rest, total))]
+        rows.append([*cells, each, f"{r['gpu_ms']:.1f}"])
+    header = ["model", "layers", "mode", "tensors", "forward", "backward", "clipping", "optimizer", "zero_grad"]
+    return markdown_table([*header, "Trainer", "all", "us a tensor", "the device"], rows) if rows else ""
+
+
 def gain_table(records: Iterable[Record]) -> str:
     """What the recipe gives: a step before and after, and when a run ends first; one row a model. "" for none."""
     rows = []

@@ -2,6 +2,9 @@
 
     python -m benchmarks.steps --cases bert-base llama-8b --modes eager graphs infer --time-limit 480 --out runs/steps.json
 
+`--compile-first 8` compiles all of them beforehand, 8 processes at a time, into a folder that the timed process reads from: so a lent
+machine's cores are all at work. Seconds of first steps are then those of a filled cache.
+
 A case has as many blocks as it says: where only the ratio counts, few, for compilation takes long. The optimizer is fused AdamW,
 the precision bf16 autocast, gradients are clipped as by the Trainer, shapes are static. `parts` are milliseconds of forward,
 backward, clipping and the optimizer, each waited for by itself.
@@ -13,9 +16,14 @@ import argparse
 import contextlib
 import gc
 import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +47,8 @@ COMPILED: dict[str, str | None] = {
     "infer-graphs": "reduce-overhead",
 }
 """Mode here -> mode of torch.compile."""
+CHECKPOINTED = " checkpointed"
+"""End of a variant's name: its blocks are run again in backward."""
 
 
 def main() -> None:
@@ -46,16 +56,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=["tiny"])
     parser.add_argument(
-        "--variants", nargs="+", default=["dense", "pairs 0.25", "multiplied 0.25"], help="'pairs 0.4', ..."
+        "--variants",
+        nargs="+",
+        default=["dense", "pairs 0.25", "multiplied 0.25"],
+        help="'pairs 0.4', 'dense checkpointed', ...",
     )
     parser.add_argument("--modes", nargs="+", choices=["eager", "infer", *COMPILED], default=["eager"])
     parser.add_argument("--infer-rows", nargs="+", type=int, default=[1, 64])
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of 8 steps each, all variants in turn")
+    parser.add_argument("--compile-first", type=int, default=0, metavar="N", help="compile by N processes at a time")
     parser.add_argument("--time-limit", type=float, default=540.0, help="seconds after which nothing more is begun")
     parser.add_argument("--out", type=Path, default=Path("runs/steps.json"))
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     began = time.time()
+    if arguments.compile_first:
+        compile_first(arguments.cases, arguments.modes, arguments.variants, arguments.compile_first)
     records: list[dict[str, Any]] = []
     for case in arguments.cases:
         for mode in arguments.modes:
@@ -63,14 +80,32 @@ def main() -> None:
             for rows in rows_of:
                 if time.time() - began > arguments.time_limit:
                     break
-                records += run(case, mode, rows, arguments.variants, device, began + arguments.time_limit)
+                until = began + arguments.time_limit
+                records += run(case, mode, rows, arguments.variants, device, until, arguments.rounds)
                 arguments.out.parent.mkdir(parents=True, exist_ok=True)
                 found = {"environment": environment(device), "records": records, "seconds": time.time() - began}
                 arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
+def compile_first(cases: list[str], modes: list[str], variants: list[str], together: int) -> None:
+    """Run each case, compiled mode and variant for some steps in a process of its own; what fails there fails again when timed."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp())
+    jobs = [(c, m, v) for c in cases for m in modes if m in COMPILED for v in variants]
+
+    def one(job: tuple[str, str, str]) -> int:
+        case, mode, variant = job
+        words = ["--cases", case, "--modes", mode, "--variants", variant, "--rounds", "2", "--out", os.devnull]
+        command = [sys.executable, "-m", "benchmarks.steps", *words]
+        return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode
+
+    began = time.time()
+    with ThreadPoolExecutor(together) as pool:
+        failed = [job for job, code in zip(jobs, pool.map(one, jobs), strict=True) if code]
+    print(f"compiled {len(jobs)} in {time.time() - began:.0f} s; ended with an error: {failed or 'none'}", flush=True)
+
+
 def run(
-    case: str, mode: str, rows: int, variants: list[str], device: torch.device, until: float
+    case: str, mode: str, rows: int, variants: list[str], device: torch.device, until: float, rounds: int = ROUNDS
 ) -> list[dict[str, Any]]:
     """All variants of a case in one mode, in turn; a line of each is printed."""
     jobs: dict[str, Job] = {}
@@ -89,7 +124,7 @@ def run(
             print(case, mode, variant, repr(error)[:300], flush=True)
         first[variant] = time.perf_counter() - began
     times: dict[str, list[float]] = {variant: [] for variant in jobs}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for variant, job in jobs.items():
             times[variant] += job.time(STEPS)
     records = []
@@ -123,8 +158,10 @@ class Job:
         torch.manual_seed(0)
         self.model = build(kind, sizes).to(device).train(not mode.startswith("infer"))
         self.batch = make_batch(kind, self.model.config, rows, length, device)
-        form, _, ratio = variant.partition(" ")
+        form, _, ratio = variant.removesuffix(CHECKPOINTED).partition(" ")
         self.form: RunMultiplied | None = None
+        if variant.endswith(CHECKPOINTED):
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if form == "lora":
             self.model = use_lora(self.model, list(find_targets(self.model))).to(device)
         elif form != "dense":

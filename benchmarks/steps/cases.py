@@ -22,6 +22,13 @@ CASES: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "bert-large-24": ("bert", LARGE | {"num_hidden_layers": 24}, 64, 128),
     "vit-large": ("vit", LARGE | {"num_hidden_layers": 6}, 64, 0),
     "llama-1b": ("llama", LLAMA | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4}, 8, 1024),
+    # Its vocabulary is so small that its blocks alone are timed.
+    "llama-8b-blocks": (
+        "llama",
+        LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2, "vocab_size": 128},
+        4,
+        1024,
+    ),
     "llama-8b": ("llama", LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2}, 4, 1024),
 }
 """Case -> class, sizes, rows of a batch, tokens of a row."""

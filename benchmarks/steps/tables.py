@@ -13,6 +13,7 @@ NAMES = {
     "vit-large": "ViT-large shapes, 6 blocks, 64 images",
     "llama-1b": "Llama-1B shapes, 4 blocks, 8 x 1024",
     "llama-8b": "Llama-8B shapes, 2 blocks, 4 x 1024",
+    "llama-8b-blocks": "Llama-8B shapes, 2 blocks alone, 4 x 1024",
 }
 FORMS = {
     "dense": "dense",
@@ -58,7 +59,7 @@ def steps_table(records: Iterable[Record], modes: Sequence[str]) -> str:
 
 
 def ratios_table(records: Iterable[Record]) -> str:
-    """One row a model and mode: a dense step, and those of pairs at each size as its shares. "" where there is none."""
+    """One row a model and mode: a dense step, and those of pairs at each size and of LoRA as its shares. "" where there is none."""
     rows: dict[tuple[str, str], dict[str, Record]] = {}
     for r in records:
         rows.setdefault((r["case"], r["mode"]), {})[r["variant"]] = r
@@ -69,10 +70,11 @@ def ratios_table(records: Iterable[Record]) -> str:
             NAMES[case],
             MODES[mode],
             f"{row['dense']['ms']:.1f} ({row['dense']['gpu_ms']:.1f})",
-            *(f"{row[size]['of_dense']:.2f} ({row[size]['gpu_ms']:.1f})" if size in row else "" for size in sizes),
+            *(f"{row[v]['of_dense']:.2f} ({row[v]['gpu_ms']:.1f})" if v in row else "" for v in (*sizes, "lora")),
         ]
         for (case, mode), row in rows.items()
         if "dense" in row
     ]
     header = ["model", "mode", "dense, ms (GPU ms)", *(f"{size.split()[1]} kept (GPU ms)" for size in sizes)]
+    header.append(f"{FORMS['lora']} (GPU ms)")
     return markdown_table(header, cells) if cells else ""

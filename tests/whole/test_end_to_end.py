@@ -13,7 +13,14 @@ from benchmarks.end_to_end import __main__ as command
 from benchmarks.end_to_end.cases import CASES, Rows
 from benchmarks.end_to_end.phases import computed, even_after, fixed, split
 from benchmarks.end_to_end.run import measured, run
-from benchmarks.end_to_end.tables import computed_table, gain_table, large_table, runs_table, trial_table
+from benchmarks.end_to_end.tables import (
+    computed_table,
+    gain_table,
+    host_parts_table,
+    large_table,
+    runs_table,
+    trial_table,
+)
 from benchmarks.steps import __main__ as steps
 from benchmarks.steps.tables import ratios_table
 from benchmarks.write_docs import write_gpu_page
@@ -111,6 +118,19 @@ def test_tables_have_what_was_measured_and_leave_out_the_rest():
         "eager / CUDA graphs",
         "CUDA graphs / CUDA graphs",
     ]
+    parts = {
+        "train": 0.5,
+        "forward": 2.0,
+        "backward": 4.0,
+        "clip": 3.0,
+        "optimizer": 2.0,
+        "zero_grad": 1.0,
+        "count": 1.5,
+    }
+    timed = record(host_parts=parts, tensors=200, gpu_ms=8.0)
+    assert host_parts_table([timed, record("dense")]).endswith(
+        "| 200 | 2.0 | 4.0 | 3.0 | 2.0 | 1.0 | 2.0 | 14.0 | 70 | 8.0 |"
+    )
     told = "a step takes 48.1 ms dense, 37.3 ms as planned"
     assert told.removeprefix("a step takes ") in trial_table([record("speed", notes=[told])])
     nothing = record("speed", told=[f"Cuttlefish: no switch: {told}; nothing is"], switch_seconds=None, ms_after=None)
@@ -150,8 +170,10 @@ def test_ratios_stand_in_one_row():
     rows = [step | {"variant": "dense", "ms": 12.0, "of_dense": 1.0}]
     rows += [step | {"variant": f"pairs {r}", "ms": 12 * r, "of_dense": r} for r in (0.125, 0.5)]
     head, _, row = ratios_table(rows).splitlines()
-    assert "0.5 kept (GPU ms) | 0.125 kept" in head
-    assert row.endswith("| 12.0 (11.8) | 0.50 (11.8) | 0.12 (11.8) |")
+    assert "0.5 kept (GPU ms) | 0.125 kept (GPU ms) | LoRA, rank 16 (GPU ms)" in head
+    assert row.endswith("| 12.0 (11.8) | 0.50 (11.8) | 0.12 (11.8) |  |")
+    *_, row = ratios_table([*rows, step | {"variant": "lora", "ms": 11.0, "of_dense": 0.92}]).splitlines()
+    assert row.endswith("| 0.92 (11.8) |")
 
 
 def test_the_page_has_the_tables_of_the_records(monkeypatch, tmp_path):
@@ -239,8 +261,33 @@ def test_a_case_that_is_not_there_is_refused(wrong):
 
 @pytest.mark.parametrize("mode", ["max-autotune-no-cudagraphs"])
 def test_steps_take_other_sizes_and_modes(nothing_compiled, monkeypatch, mode):
-    monkeypatch.setattr(steps, "ROUNDS", 2)
     monkeypatch.setattr(steps, "STEPS", 2)
-    found = steps.run("tiny", mode, 2, ["dense", "pairs 0.5", "pairs 0.125"], torch.device("cpu"), float("inf"))
-    assert [r["variant"] for r in found] == ["dense", "pairs 0.5", "pairs 0.125"]
-    assert found[1]["parameters"] > found[2]["parameters"]
+    variants = ["dense", "pairs 0.5", "pairs 0.125", "pairs 0.125 checkpointed"]
+    found = steps.run("tiny", mode, 2, variants, torch.device("cpu"), float("inf"), rounds=2)
+    assert [r["variant"] for r in found] == variants
+    assert found[1]["parameters"] > found[2]["parameters"] == found[3]["parameters"]
+
+
+def test_a_checkpointed_variant_runs_its_blocks_again_in_backward():
+    plain, again = (steps.Job("tiny", f"dense{end}", "eager", 2, torch.device("cpu")) for end in ("", " checkpointed"))
+    calls = []
+    for job in (plain, again):
+        calls.append(0)
+        at = len(calls) - 1
+        layer = job.model.bert.encoder.layer[0].intermediate
+        layer.register_forward_hook(lambda *_, at=at: calls.__setitem__(at, calls[at] + 1))
+        job.step()
+    assert calls == [1, 2]
+
+
+def test_all_is_compiled_before_the_first_is_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(
+        steps.subprocess,
+        "run",
+        lambda command, **_: asked.append(command) or SimpleNamespace(returncode="lora" in command),
+    )
+    steps.compile_first(["tiny"], ["eager", "graphs"], ["dense", "lora"], 2)
+    assert sorted(command[command.index("--variants") + 1] for command in asked) == ["dense", "lora"]
+    assert "('tiny', 'graphs', 'lora')" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from benchmarks.accuracy.language_tables import chats_table
 from benchmarks.accuracy.rates_page import rates_page
 from benchmarks.accuracy.rates_tables import SIXTH, THIRD, mean_of
 from benchmarks.eight_bits.tables import eight_bits_table
+from benchmarks.end_to_end.phases import per_step
 from benchmarks.two_gpus.tables import launches_table, scaling_table
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +103,30 @@ def test_the_step_of_a_llama_is_the_recorded_one():
     of = {r["method"]: r for r in runs if (r["case"], r["mode"]) == ("llama-1b", "blocks-graphs")}
     found = [f"{ms:.1f} ms" for ms in (of["dense"]["ms_before"], of["cuttlefish"]["ms_after"])]
     assert cells("Llama-1B shapes, a quarter kept, H100") == found
+
+
+def test_the_steps_as_graphs_are_the_recorded_ones():
+    """Shares of a dense step that stand in the prose of the README, docs/speed.md and docs/fast-on-a-gpu.md."""
+    runs = json.loads((RESULTS / "end_to_end_large_h100.json").read_text("utf-8"))
+    base = {(r["mode"], r["method"]): r for r in runs if r["case"] == "bert-base" and not r["loader_workers"]}
+    dense, ours = base["graphs", "dense"], base["graphs", "cuttlefish"]
+    times = 1000 * per_step(dense, "before"), 1000 * per_step(ours, "after")
+    share, device = times[1] / times[0], ours["gpu_ms"] / dense["gpu_ms"]
+    pages = {name: (ROOT / "docs" / name).read_text("utf-8") for name in ("speed.md", "fast-on-a-gpu.md")}
+    assert f"as CUDA graphs its step takes {share:.1f} times a dense one" in " ".join(README.split())
+    assert f"| BERT-base, 32 x 128 | {share:.2f}; the device alone {device:.2f} |" in pages["speed.md"]
+    eager = base["eager", "dense"]["ms_before"] / times[0]
+    assert (
+        f"{eager:.1f} times as fast as eager; after the switch\nthe step takes {share:.1f}" in pages["fast-on-a-gpu.md"]
+    )
+    steps = json.loads((RESULTS / "steps_ratios_h100.json").read_text("utf-8"))["records"]
+    of = {(r["case"], r["variant"]): f"{r['of_dense']:.2f}" for r in steps}
+    large, llama = (
+        [of[case, way] for way in ("pairs 0.5", "pairs 0.25", "pairs 0.125", "lora")]
+        for case in ("bert-large", "llama-1b")
+    )
+    said = f"{large[0]} (a half kept), {large[1]} (a quarter) and {large[2]} (an eighth) of dense, 4 blocks of Llama-1B"
+    assert f"{said}\n{llama[0]}, {llama[1]} and {llama[2]}; LoRA {large[3]} and {llama[3]}" in pages["speed.md"]
 
 
 def test_what_a_model_of_base_size_loses_is_recorded():
