@@ -66,6 +66,10 @@ class Engine:
         """The engine of this kind that trains the model, or None."""
         return None
 
+    def forget_compiled(self) -> None:
+        """Drop what torch.compile has made of the model, and the memory of its CUDA graphs; it compiles anew when it runs."""
+        forget_compiled(self.model)
+
     # --- before the first step ---
 
     @property

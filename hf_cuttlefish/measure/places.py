@@ -30,6 +30,21 @@ def room(device: torch.device) -> int | None:
     return max(0, free + unused - SPARE)
 
 
+def lacks_room_beside_graphs(device: torch.device) -> bool:
+    """Whether a step that runs uncompiled may not fit on a CUDA device beside what CUDA graphs hold there; False on others.
+
+    Graphs keep the memory of their steps in pools of their own, which nothing else can use.
+    """
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    step = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    if free - SPARE >= step:
+        return False
+    of_graphs = [s for s in torch.cuda.memory_snapshot() if s.get("segment_pool_id", (0, 0)) != (0, 0)]
+    return any(s["device"] == device.index for s in of_graphs)
+
+
 def far_layers(layers: Mapping[str, nn.Module], budget: float | None) -> frozenset[str]:
     """Names of the layers whose statistics are to be kept on the CPU, so that those of the others fit into a budget.
 

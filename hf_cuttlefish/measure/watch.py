@@ -17,7 +17,7 @@ from .history import StableRankHistory
 from .kept import KeptBatches
 from .moments import MomentCollector
 from .pace import BEFORE, Pace
-from .places import far_layers
+from .places import far_layers, lacks_room_beside_graphs
 from .shapes import FlowRecorder
 from .tracker import StableRankTracker
 
@@ -39,6 +39,7 @@ class Source(Protocol):
     def whole_flow(self, name: str, tensor: torch.Tensor, side: str) -> torch.Tensor: ...
     def loss_scale(self, scaler: Any = None) -> float: ...
     def from_main(self, layers: Layers, function: Callable[[Layers], T]) -> T: ...
+    def forget_compiled(self) -> None: ...
 
 
 class Watch:
@@ -171,6 +172,9 @@ class Watch:
     def start_gathering(self) -> None:
         """Gather statistics from the next step on; nothing to do if that has begun."""
         if self.moments is None:
+            # These steps run uncompiled; the switch would drop the graphs of the dense model anyway.
+            if any(map(lacks_room_beside_graphs, {p.device for p in self.model.parameters()})):
+                self.engine.forget_compiled()
             taps, flow = self.engine.taps(self.layers), self.engine.whole_flow
             # Layers that are not trained have been named by hand, else they would be left as they are.
             frozen = [n for n, la in self.layers.items() if not la.weight.requires_grad]

@@ -45,6 +45,22 @@ def test_without_a_limit_what_the_largest_step_leaves_free_counts(monkeypatch: p
     assert far_layers(LAYERS, None) == {"b", "d"}
 
 
+def test_graphs_make_room_only_where_a_step_may_not_fit_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    pools: list[dict[str, Any]] = [{"device": 0, "segment_pool_id": (0, 0)}, {"device": 1, "segment_pool_id": (0, 3)}]
+    found: dict[str, Any] = {"mem_get_info": (9 * GIB, 80 * GIB), "max_memory_allocated": 30 * GIB}
+    found |= {"memory_allocated": 20 * GIB}
+    for name, value in found.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: pools)
+    assert not places.lacks_room_beside_graphs(torch.device("cpu"))
+    assert not places.lacks_room_beside_graphs(device)  # a step takes 10 GiB of 9, but no graph holds any here
+    pools.append({"device": 0, "segment_pool_id": (0, 3)})
+    assert places.lacks_room_beside_graphs(device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (12 * GIB, 80 * GIB))
+    assert not places.lacks_room_beside_graphs(device)
+
+
 def test_tables_of_tokens_and_what_has_their_shape_stay() -> None:
     sizes = {"of its shape": (64, 8), "other": (8, 8)}
     layers = {name: nn.Linear(*size, device=THERE) for name, size in sizes.items()}

@@ -16,6 +16,7 @@ from hf_cuttlefish import Cuttlefish, CuttlefishConfig
 from hf_cuttlefish.decide.even import PARTS
 from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.engines.around import compiles_blocks
+from hf_cuttlefish.engines.base import Engine
 from hf_cuttlefish.layers.low_rank import low_rank_layers
 from hf_cuttlefish.measure.eager import said_of_shapes
 from tiny_trainer import CONFIG, SWITCH, assert_same_run, run, tiny_bert
@@ -82,6 +83,21 @@ def test_the_losses_are_the_same_with_dropout_and_graphs_of_the_dense_model_go(t
     factorized = low_rank_layers(compiled.model)
     gc.collect()
     assert sum(ref() is None for ref in weights) == len(factorized) > 0
+
+
+def test_graphs_that_leave_no_room_go_before_statistics_are_gathered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that gather run uncompiled, and what CUDA graphs hold cannot be used by them: a run that had filled its GPU failed."""
+    plain, _ = train(tmp_path)
+    forgotten = []
+    forget = Engine.forget_compiled
+    monkeypatch.setattr(Engine, "forget_compiled", lambda self: (forgotten.append(self.model), forget(self)))
+    monkeypatch.setattr("hf_cuttlefish.measure.watch.lacks_room_beside_graphs", lambda device: True)
+    compiled, callback = train(tmp_path, **COMPILED)
+    assert forgotten == [compiled.model] and callback.switch_step == SWITCH
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 1
 
 
 def test_the_recipe_for_gpus_compiles_block_by_block_and_resumes(

@@ -172,6 +172,26 @@ def test_a_compiled_model_goes_on_compiled(mode: str, precision: str) -> None:
     check_in_step(loop)
 
 
+def test_graphs_that_leave_no_room_are_gone_while_statistics_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_graphs() -> int:
+        gc.collect()
+        torch.cuda.empty_cache()
+        pools = [s for s in torch.cuda.memory_snapshot() if s.get("segment_pool_id", (0, 0)) != (0, 0)]
+        return sum(s["total_size"] for s in pools)
+
+    torch._dynamo.reset()
+    assert of_graphs() == 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (0, 0))
+    loop, eager = Loop(build(), compile_mode="reduce-overhead"), Loop(build())
+    loop.run(2)
+    assert of_graphs() > 0
+    loop.run(1)  # the next step gathers
+    assert loop.cuttlefish.watch.is_gathering and of_graphs() == 0
+    loop.run(11)
+    assert loop.cuttlefish.switch_step == 6 and of_graphs() > 0
+    assert loop.losses == pytest.approx(eager.run(14).losses, rel=0.2, abs=0.05)
+
+
 def test_a_whole_low_rank_step_can_be_captured_as_a_graph() -> None:
     model, batch = build(), make_batch()
     factorize(model, dict.fromkeys(find_targets(model), 16))
