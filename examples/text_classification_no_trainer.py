@@ -75,7 +75,8 @@ def main() -> None:
     scheduler = get_linear_schedule_with_warmup(optimizer, 0, total_steps * accelerator.num_processes)
     scheduler = accelerator.prepare(scheduler)
     config = CuttlefishConfig(switch_step=args.switch_step)
-    cuttlefish = Cuttlefish(model, optimizer, config, total_steps=total_steps)  # the first line of Cuttlefish
+    # The first line of Cuttlefish. It takes the schedule to scale the learning rate after the switch.
+    cuttlefish = Cuttlefish(model, optimizer, config, total_steps=total_steps, scheduler=scheduler)
 
     while cuttlefish.global_step < total_steps:
         model.train()

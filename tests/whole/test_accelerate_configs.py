@@ -25,6 +25,7 @@ def test_the_loop_without_a_trainer_runs_on_two_processes(tmp_path):
         pytest.skip("the packages with the bundled model and data are not installed (examples/requirements-data.txt)")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "2 process(es), MULTI_CPU: switched at step 3" in done.stdout and "step 6 of 6: test accuracy" in done.stdout
+    assert "learning rate times" in done.stdout + done.stderr  # the schedule was not handed over, and the rate stayed
     ranks = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]["ranks"]
     assert len(ranks) > 20 and (tmp_path / "model" / "model.safetensors").stat().st_size < 70e6 < 22.7e6 * 4
 

@@ -90,6 +90,12 @@ def test_a_block_of_python_runs(text, folder, monkeypatch):
     exec(code, given)
 
 
+def test_a_loop_with_a_schedule_hands_it_over():
+    """Without it the learning rate stays as it is at the switch, which Trainer's runs and our measurements do not."""
+    loops = [p.values[0] for p in blocks("python") if "scheduler.step()" in p.values[0]]
+    assert loops and all("scheduler=scheduler" in text for text in loops)
+
+
 @pytest.mark.parametrize("text", blocks("sh"))
 def test_commands_of_ours_parse(text):
     parser = make_parser()
