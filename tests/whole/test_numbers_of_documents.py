@@ -87,8 +87,11 @@ def test_the_steps_on_a_cpu_are_the_recorded_ones():
         }
         return f"{found[0.25] / found[None]:.2f}"
 
-    assert cells("BERT-base, a quarter kept, 2 CPU threads")[1] == relative("eager", 16)
-    assert {relative("infer", batch) for batch in (1, 64)} == {cells("the same model, inference")[1]}
+    # A quarter of the full rank is more than a quarter of the weights, which is what the README calls kept.
+    size = {r["variant"]: r["parameters"] for r in rows if r["mode"] == "eager" and r["ratio"] in (None, 0.25)}
+    kept = 1 - (size["dense"] - size["pairs"]) / (12 * 12 * 768**2)
+    assert cells(f"BERT-base, {kept:.0%} kept, 2 CPU threads")[1] == relative("eager", 16)
+    assert {relative("infer", batch) for batch in (1, 64)} == {cells("the same model, time of inference")[1]}
 
 
 def test_the_steps_on_a_gpu_are_the_recorded_ones():
