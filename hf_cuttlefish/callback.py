@@ -32,7 +32,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
 
     Attributes:
         plan, switch_step, history, report, reason: as of `Cuttlefish`; they can be read during and after training.
-        restart_from: with switch="restart", the checkpoint folder from which a new Trainer goes on; None once it has.
+        restart_from: where the switch is made in a checkpoint (by the engine, or switch="restart"), the folder from which a new
+            Trainer goes on; None once it has.
 
     Raises:
         TypeError: config is something else. At the start of training: as `Cuttlefish`.
@@ -111,7 +112,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
                 self._stop_to_restart(args, state, control)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Add to the Trainer's log: mean stable rank of each kind of projection, parameters, step of the switch."""
+        """Add to the Trainer's log: mean stable rank of the target layers, parameters, step of the switch."""
         if self.cuttlefish is not None and logs is not None and "loss" in logs:
             trainer.add_to_logs(logs, state, self.cuttlefish.logs())
 

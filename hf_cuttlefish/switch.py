@@ -49,7 +49,7 @@ def factorize(
     factors: Mapping[str, Factors] | None = None,
     optimizer_state: str = "carry",
 ) -> FactorizationReport:
-    """Replace each layer of `plan` by a LowRankLinear, in place, all or nothing.
+    """Replace each layer of `plan` by a pair of its kind (a LowRankLinear for an nn.Linear), in place, all or nothing.
 
         report = factorize(model, estimate_ranks(model), optimizer)
         print(report)
@@ -70,7 +70,7 @@ def factorize(
         A report with parameter counts; `str(report)` is a table.
 
     Raises:
-        TypeError: the plan is no mapping, a rank no whole number, or a named module no nn.Linear or Conv1D.
+        TypeError: the plan is no mapping, a rank no whole number, or a named module of no kind that can be factorized.
         ValueError: an unknown, already factorized, tied, quantized or meta layer; a rank out of range; a plan or
             factors made for another shape; weights that are not finite; an optimizer that does not hold the weights; a
             model whose config says that it is quantized; a model inside DDP or another engine.
@@ -84,7 +84,7 @@ def factorize(
 
 
 def merge(model: nn.Module, where: str = "all", example_inputs: Any = None) -> nn.Module:
-    """Turn LowRankLinears back into the dense class they came from, in place; returns the model.
+    """Turn factorized layers back into the dense classes they came from, in place; returns the model.
 
         merge(model)
         merge(model, where="slower", example_inputs=batch)

@@ -39,10 +39,11 @@ def estimate_ranks(
         print(plan.summary())
 
     Args:
-        model: a model with weights (or on the meta device with rank_rule="ratio", which needs none).
+        model: a model with weights; on the meta device where none are needed: rule "ratio", and "loss" without statistics.
         config: rule, targets and limits; the default config if None.
-        statistics: moments of the layers (`MomentCollector.moments()`); rule "loss" falls back to "ratio" without them.
-        initial_stable_ranks: of the weights the run started from, for xi as the paper has it.
+        statistics: moments of the layers, as `gather_statistics` gives them. Without them rule "loss" treats all layers alike:
+            each keeps target_ratio of its parameters or, if that is None, rank_ratio of its full rank.
+        initial_stable_ranks: of the weights the run started from, for the scaled stable ranks as the paper has them.
         training_loss: current loss per example, the unit of `max_loss_increase`.
 
     Returns:

@@ -30,6 +30,8 @@ def gather_statistics(
 ) -> dict[str, Moments]:
     """Moments of layers over the batches, for `estimate_ranks` and `factorize`; the model does not change.
 
+        from hf_cuttlefish.decide.targets import find_targets
+
         statistics = gather_statistics(model, batches, find_targets(model))
         factorize(model, estimate_ranks(model, statistics=statistics), statistics=statistics)
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,15 @@ def test_the_troubleshooting_page_lists_no_message_that_is_gone():
     assert len(texts) > 100
     stale = [entry for entry, pattern in entries().items() if not any(pattern.search(text) for text in texts)]
     assert not stale, f"no message of the package has these words: {stale}"
+
+
+def test_the_api_page_names_members_that_there_are():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^::: (\S+)\n    options: \{members: \[(.+)\]\}$", page, re.MULTILINE)
+    assert len(listed) > 2
+    for path, members in listed:
+        missing = [name for name in members.split(", ") if not hasattr(pkgutil.resolve_name(path), name)]
+        assert not missing, f"{path} has no {missing}"
 
 
 def test_choosing_settings_lists_every_field_as_the_code_has_it():
