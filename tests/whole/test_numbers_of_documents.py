@@ -15,6 +15,7 @@ from benchmarks.accuracy.rates_tables import SIXTH, THIRD, mean_of
 from benchmarks.eight_bits.tables import eight_bits_table
 from benchmarks.end_to_end.phases import per_step
 from benchmarks.two_gpus.tables import launches_table, scaling_table
+from hf_cuttlefish.decide.tables import short_count
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,6 +47,20 @@ def test_the_demo_is_the_recorded_one():
         f"{ours['switch_step']} of {ours['train_steps']}",
     ):
         assert number in README
+
+
+def test_the_line_of_the_log_is_that_of_the_demo():
+    """It stood there from a run of an older default."""
+    dense, ours = json.loads((RESULTS / "demo_cpu.json").read_text("utf-8"))["runs"]
+    counts = {}
+    for part in ("total", "encoder"):
+        before, after = (r[f"{part}_parameters"] for r in (dense, ours))
+        counts[part] = f"{short_count(before)} -> {short_count(after)}", f"({after / before:.0%})"
+    line = (
+        f"Cuttlefish factorized {len(ours['ranks'])} of 36 target layers at step {ours['switch_step']}: {counts['total'][0]} "
+        f"parameters {counts['total'][1]}, encoder {' '.join(counts['encoder'])} (stable ranks have converged)"
+    )
+    assert line in (ROOT / "docs" / "getting-started.md").read_text("utf-8")
 
 
 def lines(path: str) -> list[dict]:

@@ -5,6 +5,7 @@ import json
 import os
 import statistics
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -116,6 +117,8 @@ def test_a_plan_for_seven_billion_parameters_needs_no_weights(seven, config):
     assert kept == sum(d.rank * (d.in_features + d.out_features) for d in plan.decisions.values())
     if config.get("target_ratio"):
         assert 0.39 < kept / dense <= 0.4
+        page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text("utf-8")
+        assert f"{dense / 1e9:.2f} -> {kept / 1e9:.2f} billion target parameters" in page
 
 
 @pytest.mark.parametrize("rule", ["stable_rank", "scaled_stable_rank", "accumulative", "paper", "energy"])
