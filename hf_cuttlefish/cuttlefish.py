@@ -52,8 +52,8 @@ class Cuttlefish:
         config: choices; none are needed.
         total_steps: optimizer steps of the whole run.
         scaler: a GradScaler, if fp16 is used without Accelerate's optimizer wrapper.
-        scheduler: the scheduler that drives the optimizer, if there is one. Without it the learning rate stays as it is at the
-            switch, and the report says so; a learning_rate_scale is then an error.
+        scheduler: the one that drives the optimizer, if any. If it is not given, the learning rate stays as it is at the
+            switch, and the report says so; a learning_rate_scale is an error then.
         loss_factor: what the loss is multiplied by before backward where batches say `num_items_in_batch` (the Trainer with
             average_tokens_across_devices: the number of processes, or of GPUs under nn.DataParallel).
         can_restart: whether the caller saves when `restarts` and `step` says so, calls `switch_in_checkpoint`, and trains on
