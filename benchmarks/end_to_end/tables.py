@@ -173,7 +173,7 @@ def gain_table(records: Iterable[Record]) -> str:
         after = f"{ours['ms_after']:.0f} (mean {1000 * per_step(ours, 'after'):.0f})"
         longer = f"{computed(dense, 10000, first) / computed(ours, 10000, first):.2f}"
         rows.append([_name(ours), f"{dense['ms_before']:.0f}", after, "never" if even is None else f"{even:,}", longer])
-    header = ["model", "a step, dense, ms", "after the switch, ms", "ends first in runs from, steps", "in 10,000 steps"]
+    header = ["model", "a step, dense, ms", "after the switch, ms", "ends first, from", "dense / ours, 10,000 steps"]
     return markdown_table(header, sorted(rows, key=lambda row: -float(row[-1]))) if rows else ""
 
 

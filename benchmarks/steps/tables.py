@@ -75,6 +75,6 @@ def ratios_table(records: Iterable[Record]) -> str:
         for (case, mode), row in rows.items()
         if "dense" in row
     ]
-    header = ["model", "mode", "dense, ms (GPU ms)", *(f"{size.split()[1]} kept (GPU ms)" for size in sizes)]
+    header = ["model", "mode", "dense, ms (GPU ms)", *(f"rank {size.split()[1]} (GPU ms)" for size in sizes)]
     header.append(f"{FORMS['lora']} (GPU ms)")
     return markdown_table(header, cells) if cells else ""

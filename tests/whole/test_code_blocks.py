@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers as hf
 from accelerate import Accelerator
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Trainer, TrainingArguments
 
 import hf_cuttlefish
@@ -24,7 +26,6 @@ NOT_RUN = {
     "AutoModelForX": "a sketch of several processes",
     "...,": "arguments of a larger call",
     "reduce-overhead": "CUDA graphs need a GPU",
-    "group_into_blocks": "lines of three scripts",
 }
 """What a block holds that cannot run here -> why; it is compiled all the same."""
 
@@ -59,6 +60,8 @@ def namespace(folder):
     args = TrainingArguments(
         output_dir=str(folder / "run"), max_steps=12, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
     )
+    inner = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "good": 2}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
     given = {
         name: getattr(hf, name) for name in ("AutoModelForSequenceClassification", "AutoModelForCausalLM", "Trainer")
     }
@@ -70,6 +73,8 @@ def namespace(folder):
         "scheduler": torch.optim.lr_scheduler.LinearLR(optimizer), "train": Rows(), "folder": str(folder / "folder"),
         "trainer": Trainer(model, args, train_dataset=Rows(), callbacks=[hf_cuttlefish.CuttlefishCallback()]),
         "batch": next(iter(loader)), "config": BY_NAME["llama"].build().config, "dense_folder": str(folder / "dense"),
+        "data": Dataset.from_dict({"text": ["good", "good " * 300], "label": [0, 1]}),
+        "tokenizer": hf.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]"),
     }  # fmt: skip
 
 
@@ -88,6 +93,14 @@ def test_a_block_of_python_runs(text, folder, monkeypatch):
         given["cuttlefish"].close()
         hf_cuttlefish.factorize(given["model"], hf_cuttlefish.estimate_ranks(given["model"]))
     exec(code, given)
+
+
+def test_the_recipe_for_gpus_gives_every_row_one_length(folder):
+    """The collator that stood there padded, and cut nothing: one long row was an error."""
+    (text,) = [p.values[0] for p in blocks("python") if "padding=" in p.values[0]]
+    given = namespace(folder)
+    exec(text, given)
+    assert {len(row) for row in given["data"]["input_ids"]} == {128}
 
 
 def test_a_loop_with_a_schedule_hands_it_over():

@@ -170,7 +170,7 @@ def test_ratios_stand_in_one_row():
     rows = [step | {"variant": "dense", "ms": 12.0, "of_dense": 1.0}]
     rows += [step | {"variant": f"pairs {r}", "ms": 12 * r, "of_dense": r} for r in (0.125, 0.5)]
     head, _, row = ratios_table(rows).splitlines()
-    assert "0.5 kept (GPU ms) | 0.125 kept (GPU ms) | LoRA, rank 16 (GPU ms)" in head
+    assert "rank 0.5 (GPU ms) | rank 0.125 (GPU ms) | LoRA, rank 16 (GPU ms)" in head
     assert row.endswith("| 12.0 (11.8) | 0.50 (11.8) | 0.12 (11.8) |  |")
     *_, row = ratios_table([*rows, step | {"variant": "lora", "ms": 11.0, "of_dense": 0.92}]).splitlines()
     assert row.endswith("| 0.92 (11.8) |")

@@ -143,8 +143,12 @@ def test_the_steps_as_graphs_are_the_recorded_ones():
         [of[case, way] for way in ("pairs 0.5", "pairs 0.25", "pairs 0.125", "lora")]
         for case in ("bert-large", "llama-1b")
     )
-    said = f"{large[0]} (a half kept), {large[1]} (a quarter) and {large[2]} (an eighth) of dense, 4 blocks of Llama-1B"
-    assert f"{said}\n{llama[0]}, {llama[1]} and {llama[2]}; LoRA {large[3]} and {llama[3]}" in pages["speed.md"]
+    said = (
+        f"{large[0]} (half of the full rank), {large[1]} (a quarter) and {large[2]} (an eighth) of dense, 4 blocks of"
+    )
+    assert (
+        f"{said}\nLlama-1B {llama[0]}, {llama[1]} and {llama[2]}; LoRA {large[3]} and {llama[3]}" in pages["speed.md"]
+    )
 
 
 def test_what_a_model_of_base_size_loses_is_recorded():
