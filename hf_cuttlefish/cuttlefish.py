@@ -377,6 +377,7 @@ class Cuttlefish:
         self.plan, self.report, self.finished = plan, report, True
         report.step = self.switch_step = self.global_step
         self._verify_at = None if self.restarts else self.global_step + 1
+        self.phase.note_replaced(self.watch.layers)
         self.watch.layers = {}
         self.watch.pace.mark()
 

@@ -17,11 +17,14 @@ from ..layers.low_rank import low_rank_layers
 from ..measure.eager import has_compiled
 from ..measure.pace import BEFORE
 from ..measure.watch import Watch
+from .left_behind import LeftBehind
 from .report import FactorizationReport
 from .running import RunMultiplied
 
 WARM, TRIED = 3, 6
 """Steps in each form of running: first ones that do not count, and those that are timed."""
+SETTLED = 2
+"""Steps after which what held the graph of the last dense step has been given another."""
 LEAST = 4 * 2 * (WARM + TRIED)
 """With fewer steps to come nothing is tried."""
 BACKLOG = 0.3
@@ -89,11 +92,20 @@ class LowRankPhase:
         self._section: _Section | None = None
         self._has_begun = self._is_resumed = self._is_dense = False
         self._slower: tuple[float, float] | None = None
+        self._left: LeftBehind | None = None
+
+    def note_replaced(self, layers: Mapping[str, nn.Module]) -> None:
+        """At the switch: see later whether somebody still holds the weights that have given way. layers: the dense ones."""
+        self._left = LeftBehind(layers, low_rank_layers(self.watch.model))
 
     def step(self, run: Run) -> Found | None:
         """A step has ended in which no switch was to come any more; what there is to say."""
         if run.switch_step is None:
             return None
+        if self._left is not None and run.global_step >= run.switch_step + SETTLED:
+            left, self._left = self._left, None
+            if run.engine.processes.is_main:
+                left.say()
         if not self._has_begun:
             self._has_begun = True
             self.watch.forget_batches()
