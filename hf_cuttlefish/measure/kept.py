@@ -15,7 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.kinds import kind_of
 from ..maths.factors import Factors
+from .as_before import as_before
 from .eager import eagerly
+from .random_states import random_states_kept
 from .scores import Scores, scores_of
 
 _NOT_KEPT = ("num_items_in_batch", "fused_lm_head")
@@ -134,20 +136,20 @@ class KeptBatches:
 
     @torch.no_grad()
     def _forward(self) -> Generator[Scores, None, None]:
-        """What the model says of each batch, one after the other: only one is held."""
-        modes = [(module, module.training) for module in self.model.modules()]
+        """What the model says of each batch, one after the other: only one is held.
+
+        Every pass begins at the random states of this moment: a model that draws in evaluation too (ViTMAE masks patches) draws
+        the same for each cut.
+        """
         kind = next(self.model.parameters()).device.type
-        self.model.eval()
-        try:
-            with eagerly(), _norms_of_the_batch(self.model):
+        with random_states_kept(), as_before(self.model), eagerly():
+            self.model.eval()
+            with _norms_of_the_batch(self.model):
                 for batch in self._kept:
                     enabled, dtype = batch.autocast
                     with torch.autocast(kind, dtype=dtype, enabled=enabled):
                         scores = scores_of(self.model, batch.given)
                     yield scores
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The batches as a flat dictionary of tensors on the CPU; a batch that holds anything else is left out."""

@@ -6,17 +6,17 @@ falls with the parameters, so that low rank is a little quicker than measured he
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from .as_before import as_before
 from .kept import Batch
 from .random_states import random_states_kept
 
@@ -130,7 +130,7 @@ def measure_steps(
     timer, found = timer or time_steps, dict[Candidate, float]()
     if step.is_compiled:
         _make_room_for_graphs(step.model, len(candidates))
-    with random_states_kept(), _as_before(step.model), torch.enable_grad():
+    with random_states_kept(), as_before(step.model), torch.enable_grad():
         if not step.model.training:
             step.model.train()
         for turn in range(ROUNDS):
@@ -175,37 +175,6 @@ def check_room(step: Step, more: int) -> None:
             raise UnableError(
                 f"{device} has {free / GIB:.2f} GiB free, and a step with other layers may need {needed / GIB:.2f}"
             )
-
-
-@contextlib.contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
-    """Buffers, plain attributes and modes of all modules are afterwards what they were; hooks of parameters are away meanwhile."""
-    modules = list(model.modules())
-    attributes = [(m, {k: v for k, v in vars(m).items() if v is None or isinstance(v, _PLAIN)}) for m in modules]
-    buffers = [
-        (m, name, buffer, buffer.detach().clone())
-        for m in modules
-        for name, buffer in m._buffers.items()
-        if buffer is not None and not buffer.is_meta
-    ]
-    hooks = [(p, p._backward_hooks) for p in model.parameters() if p._backward_hooks]
-    try:
-        for parameter, _ in hooks:
-            parameter._backward_hooks = None
-        yield
-    finally:
-        for parameter, table in hooks:
-            parameter._backward_hooks = table
-        for module, known in attributes:
-            vars(module).update(known)
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-
-
-_PLAIN = (bool, int, float, str, torch.Tensor)
 
 
 def _make_room_for_graphs(model: nn.Module, candidates: int) -> None:

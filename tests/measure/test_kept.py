@@ -100,6 +100,41 @@ def test_the_model_is_as_it_was(model):
     assert all(p.grad is None for p in model.parameters())
 
 
+class Drawing(nn.Module):
+    """Draws in evaluation too, as models that mask patches do, and counts its forwards."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(2))
+        self.register_buffer("seen", torch.zeros(()))
+        self.calls = 0
+
+    def forward(self, x, labels):
+        self.seen += 1
+        self.calls += 1
+        for layer in self.layers:
+            x = x + nn.functional.dropout(layer(x), 0.5)
+        return {"loss": nn.functional.cross_entropy(x, labels), "logits": x}
+
+
+def test_a_model_that_draws_in_evaluation_draws_the_same_for_each_cut():
+    """The divergence of a cut that changes nothing was that of two draws, and decided the size; training drew on from there."""
+    model, generator = Drawing(), torch.Generator().manual_seed(1)
+    layers = {"layers.0.0": model.layers[0][0], "layers.1.0": model.layers[1][0]}
+    kept = KeptBatches(model)
+    kept.start()
+    for _ in range(BATCHES):
+        model(torch.randn(8, 32, generator=generator), torch.randint(0, 32, (8,), generator=generator))
+    kept.stop()
+    whole = {name: Factors(layer.weight.detach().clone(), torch.eye(32)) for name, layer in layers.items()}
+    state = torch.get_rng_state()
+    before, effect = kept.effect(layers, {}), kept.effect(layers, whole)
+    assert effect.loss == pytest.approx(before.loss, rel=1e-6) and abs(effect.divergence) < 1e-6
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.seen.item() == model.calls == BATCHES
+
+
 def test_hooks_go_even_when_a_forward_fails(model):
     kept, layers = KeptBatches(model), find_targets(model)
     train(model, kept)
