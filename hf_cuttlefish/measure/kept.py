@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import Cache
 
 from ..layers.kinds import kind_of
 from ..maths.factors import Factors
@@ -95,6 +96,8 @@ class KeptBatches:
 
     def _keep(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         named = _by_name(module, args)
+        if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+            return  # each forward makes it longer, so that no two would see the same
         if torch.is_grad_enabled() and named is not None and not getattr(module, "_is_replica", False):
             kind = next(module.parameters()).device.type
             given = {name: _own(value) for name, value in {**named, **kwargs}.items()}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import DynamicCache
 
 from hf_cuttlefish import factorize
 from hf_cuttlefish.decide.targets import find_targets
@@ -110,7 +111,7 @@ class Drawing(nn.Module):
         self.register_buffer("seen", torch.zeros(()))
         self.calls = 0
 
-    def forward(self, x, labels):
+    def forward(self, x, labels, cache=None):
         self.seen += 1
         self.calls += 1
         for layer in self.layers:
@@ -133,6 +134,17 @@ def test_a_model_that_draws_in_evaluation_draws_the_same_for_each_cut():
     assert effect.loss == pytest.approx(before.loss, rel=1e-6) and abs(effect.divergence) < 1e-6
     assert torch.equal(torch.get_rng_state(), state)
     assert model.seen.item() == model.calls == BATCHES
+
+
+def test_a_batch_that_comes_with_a_cache_is_left_out():
+    """The forwards of the trial would make it longer one after the other, and see other texts each."""
+    model = Drawing()
+    kept = KeptBatches(model)
+    kept.start()
+    for cache in (None, DynamicCache(), None):
+        model(torch.randn(8, 32), torch.zeros(8, dtype=torch.long), cache=cache)
+    kept.stop()
+    assert len(kept) == 2
 
 
 def test_hooks_go_even_when_a_forward_fails(model):
