@@ -86,6 +86,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         if previous is not None:
             previous.close()  # an exception or Ctrl-C may have left its hooks
         self.cuttlefish = run = trainer.begin(model, args, state, self.config, **kwargs)
+        if previous is not None:
+            trainer.check_again(previous, run)
         # Go on where the checkpoint was taken, or join the run where it is.
         if saved:
             run.load_state_dict(saved, trainer.load_statistics(args, state) if state.is_world_process_zero else None)

@@ -26,6 +26,7 @@ from .patch.low_rank_phase import LowRankPhase
 from .patch.report import FactorizationReport
 from .processes import Processes, ProcessLostError
 from .report import lines
+from .saving.following import note_optimizer
 from .saving.run_state import RunState
 from .switch import Record, choose, switch_in_place
 
@@ -83,14 +84,15 @@ class Cuttlefish:
         self.config = CuttlefishConfig.coerce(config)
         self.schedule = Schedule(self.config, total_steps)
         self.scaler, self.scheduler, self.loss_factor = scaler, scheduler, loss_factor
-        self.global_step, self.finished, self._can_restart = 0, False, can_restart
+        self.global_step, self._can_restart = 0, can_restart
         self.plan: RankPlan | None = None
         self.switch_step: int | None = None
         self.report: FactorizationReport | None = None
         self._checkpoint: LowRankCheckpoint | None = None
         self._verify_at: int | None = None
-        self._looked_again = self._saw_state = False
+        self.finished = self._looked_again = self._saw_state = False
         self.engine, layers = start(model, optimizer, self.config, total_steps, scheduler, can_restart)
+        note_optimizer(self.engine)
         self.watch = Watch(self.engine.model, layers, self.engine, self.config)
         self.phase, self.decay = LowRankPhase(self.watch), FrobeniusDecay(self)
         if not layers:
@@ -174,8 +176,7 @@ class Cuttlefish:
     def end(self) -> None:
         """Call when training ends: removes the hooks, says what came of it, and warns if the model in hand is not factorized."""
         self.close()
-        level, line = lines.end(self)
-        self._say(level, "%s", line)
+        self._say(*lines.end(self))
 
     def keep_results(self, previous: Cuttlefish) -> None:
         """Keep what an earlier run on this model found out, if the model still has the structure of its plan."""
@@ -360,7 +361,6 @@ class Cuttlefish:
         else:
             record = _Record(self, plan)
             report = switch_in_place(self.engine, plan, factors, self.config, self.scheduler, record, alignment)
-        # Say what was done.
         report.seconds = {"statistics": gathered - started, "ranks": planned - gathered, **self.watch.seconds_before()}
         report.seconds["total"] = time.perf_counter() - started
         self._say(logging.INFO, "%s (%s)\n%s", report.headline(), self.reason, "\n".join(str(report).splitlines()[1:]))
@@ -377,8 +377,7 @@ class Cuttlefish:
         self.plan, self.report, self.finished = plan, report, True
         report.step = self.switch_step = self.global_step
         self._verify_at = None if self.restarts else self.global_step + 1
-        self.phase.note_replaced(self.watch.layers)
-        self.watch.layers = {}
+        self.phase.begin()
         self.watch.pace.mark()
 
     def _say(self, level: int, message: str, *values: Any) -> None:

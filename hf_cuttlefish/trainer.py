@@ -101,6 +101,16 @@ def begin(
     return run
 
 
+def check_again(previous: Cuttlefish, run: Cuttlefish) -> None:
+    """Raises ValueError where this run would switch once more with an optimizer whose rate the last switch has scaled."""
+    is_same = previous.engine.optimizer is run.engine.optimizer
+    if run.layers and is_same and previous.switch_step is not None and previous.config.learning_rate_scale != 1:
+        raise ValueError(
+            "the model is dense again (load_best_model_at_end), and this Trainer's optimizer has the learning rate of the low-rank "
+            "phase: make a new Trainer to train once more"
+        )
+
+
 def follow(model: nn.Module, args: TrainingArguments, name: str, optimizer: Any = None) -> None:
     """Before weights are loaded: let them choose the structure, or shape the model where it will be fixed by then."""
     follow_checkpoints(model, optimizer)

@@ -94,9 +94,10 @@ class LowRankPhase:
         self._slower: tuple[float, float] | None = None
         self._left: LeftBehind | None = None
 
-    def note_replaced(self, layers: Mapping[str, nn.Module]) -> None:
-        """At the switch: see later whether somebody still holds the weights that have given way. layers: the dense ones."""
-        self._left = LeftBehind(layers, low_rank_layers(self.watch.model))
+    def begin(self) -> None:
+        """At the switch: there are no target layers any more, and two steps later nobody should hold their weights."""
+        self._left = LeftBehind(self.watch.layers, low_rank_layers(self.watch.model))
+        self.watch.layers = {}
 
     def step(self, run: Run) -> Found | None:
         """A step has ended in which no switch was to come any more; what there is to say."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Mapping
 from typing import Any, cast
@@ -9,12 +10,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..engines.base import Engine
 from ..engines.find import follow_in_optimizer, has_fixed, restructure_under_engines, shard_loaded, takes_as_it_is
 from ..layers.kinds import kind_of, layer_at
 from ..layers.low_rank import LowRankLayer
 from ..layers.vocabulary import follower_names
+from ..patch.optimizer import unwrapped
 from ..patch.structure import write_structure
 from .names import is_layer, rank_of, rename_biases, rename_keys
+
+logger = logging.getLogger(__name__)
 
 _OPTIMIZERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
@@ -34,6 +39,12 @@ def follow_checkpoints(model: nn.Module, optimizer: Any = None) -> None:
         model.register_load_state_dict_pre_hook(_follow)
         model._cuttlefish_follows = True  # type: ignore[assignment]
     write_structure(model)  # a dense model made from a factorized one's config must not be saved with its note
+
+
+def note_optimizer(engine: Engine) -> None:
+    """The optimizer of a run: where weights of another structure are loaded on the way (an average, a rollback), it follows too."""
+    if engine.holds_whole_weights and not engine.fixed and engine.optimizer is not None:
+        _OPTIMIZERS[engine.model] = weakref.ref(engine.optimizer)
 
 
 def _follow(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
@@ -64,8 +75,23 @@ def _follow(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str,
     rename_biases(module, state_dict, prefix)
     optimizer = _OPTIMIZERS[module]() if module in _OPTIMIZERS else None
     if changes and optimizer is not None:
+        _say_anew(optimizer, changes)
         follow_in_optimizer(optimizer, changes.values())
     shard_loaded(module, state_dict, prefix)
+
+
+def _say_anew(optimizer: Any, changes: Mapping[str, tuple[nn.Module, nn.Module]]) -> None:
+    """In the middle of a run, as from an average of the weights or by a rollback: which layers lose their optimizer state."""
+    state = getattr(unwrapped(optimizer), "state", None) or {}
+    names = [name for name, (old, _) in changes.items() if any(p in state for p in old.parameters())]
+    if names:
+        logger.warning(
+            "Cuttlefish: weights of another structure were loaded into a model in training (saved on the other side of the switch): "
+            "%s and %d more are %s now, and their optimizer state starts anew.",
+            names[0],
+            len(names) - 1,
+            "low rank" if isinstance(changes[names[0]][1], LowRankLayer) else "dense",
+        )
 
 
 def _split(module: nn.Module, key: str) -> tuple[str | None, str]:
