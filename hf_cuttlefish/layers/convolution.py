@@ -156,7 +156,7 @@ class Conv2dKind(Kind):
         (m, n), groups = self.size, self.conv.groups
         if min(m, n) == 1 and groups > 1:
             return "a depthwise convolution has one filter for each channel, and a pair would be larger"
-        return ""
+        return super().why_dense()
 
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         pair, groups = isinstance(self.layer, LowRankConv2d), self.conv.groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -34,6 +35,27 @@ def is_quantized(weight: torch.Tensor) -> bool:
 def bias_of(layer: nn.Module) -> nn.Parameter | None:
     """The bias of a layer, or None."""
     return cast("nn.Parameter | None", getattr(layer, "bias", None))
+
+
+def said_of_more(layer: nn.Module) -> str:
+    """What somebody has put on this very layer, which its low-rank stand-in would be without; "" for nothing."""
+    tables: tuple[Mapping[str, object], ...] = (layer._parameters, layer._buffers, layer._modules)
+    more = [name for table in tables for name, held in table.items() if held is not None]
+    if layer._parameters.get("weight") is not None and (more := [n for n in more if n not in ("weight", "bias")]):
+        return f"somebody has put {', '.join(more)} on it, which would be lost"
+    if (forward := vars(layer).get("forward")) is not None and not _is_of_engine(layer, forward):
+        return "somebody has replaced its forward, which would be lost"
+    return ""
+
+
+def _is_of_engine(layer: nn.Module, forward: object) -> bool:
+    """Whether a forward moves or gathers tensors around the class's own (tensor parallelism, Accelerate's hooks), or is that one.
+
+    Accelerate leaves the class's own behind when it takes its hooks away.
+    """
+    is_own = getattr(forward, "__func__", None) is type(layer).forward
+    maker = str(getattr(forward, "__module__", "")).partition(".")[0]
+    return is_own or hasattr(layer, "_hf_hook") or maker in ("transformers", "accelerate")
 
 
 def is_meta(module: nn.Module) -> bool:

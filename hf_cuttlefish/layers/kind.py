@@ -11,7 +11,7 @@ from torch import nn
 
 from ..maths.factors import Factors, LayerMoments
 from ..maths.projection import Layout
-from .dense import bias_of
+from .dense import bias_of, said_of_more
 from .low_rank import LowRankLayer
 from .parts import shape_of
 
@@ -85,7 +85,7 @@ class Kind(Layout):
 
     def why_dense(self) -> str:
         """Why this layer cannot be factorized although its class can; "" where it can."""
-        return ""
+        return said_of_more(self.layer)
 
     # --- the weight (see `Layout` for how it lies in its parameter) ---
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from accelerate import hooks
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -352,3 +353,42 @@ def test_other_convolutions_stay_dense_and_the_plan_says_why():
         ValueError, match=r"inside a repeated block of Sequential: 2 layers stay dense .* Conv1d is no kind"
     ):
         find_targets(nn.Sequential(*(nn.Sequential(nn.Conv1d(4, 4, 3), nn.ReLU()) for _ in range(2))))
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)) for _ in range(2))
+
+
+def test_a_layer_that_somebody_has_put_more_on_stays_dense_and_the_plan_says_why():
+    """A pair has no parameter, buffer, child or forward that was put on the dense layer: they were gone, or the next step failed."""
+    model = Blocks()
+    (scaled, watched), (adapted, patched) = model.blocks
+    scaled.scale = nn.Parameter(torch.ones(16))
+    watched.register_buffer("seen", torch.zeros(()))
+    adapted.adapter = nn.PReLU()
+    patched.forward = lambda x: 2 * nn.Linear.forward(patched, x)
+    with pytest.raises(ValueError, match="inside a repeated block"):
+        find_targets(model)
+    del scaled.scale
+    plan = estimate_ranks(model, CuttlefishConfig(rank_rule="ratio", rank_multiple=1))
+    assert list(plan.decisions) == ["blocks.0.0"]
+    said = {note.partition(": ")[2]: note.partition(": ")[0] for note in plan.notes}
+    for name, why in (
+        ("blocks.0.1", "somebody has put seen on it, which would be lost"),
+        ("blocks.1.0", "somebody has put adapter on it, which would be lost"),
+        ("blocks.1.1", "somebody has replaced its forward, which would be lost"),
+    ):
+        assert said[why] == f"1 layers stay dense ({name})"
+        with pytest.raises(ValueError, match=f"{name} cannot be factorized: {why}"):
+            factorize(model, {name: 4})
+
+
+def test_hooks_of_accelerate_are_no_forward_of_somebodys():
+    model = Blocks()
+    layer = model.blocks[0][0]
+    hooks.add_hook_to_module(layer, hooks.AlignDevicesHook())
+    assert len(find_targets(model)) == 4
+    hooks.remove_hook_from_module(layer)
+    assert "forward" in vars(layer) and len(find_targets(model)) == 4
