@@ -175,7 +175,8 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if id(module) in banned or id(module) in inner:
             continue
         weight = module._parameters.get("weight")  # None where weight_norm or pruning computes it
-        if weight is None or owners[id(weight)] > 1 or f"{name}{kind_of(module).weight_key}" in tied:
+        shared = any(owners[id(module._parameters.get(part))] > 1 for part in ("weight", "bias"))
+        if weight is None or shared or f"{name}{kind_of(module).weight_key}" in tied:
             continue
         if name and (not prefix or name.startswith(prefix + ".")):
             yield name, module

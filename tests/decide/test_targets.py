@@ -230,6 +230,13 @@ def test_tied_weights_are_never_taken():
         names(model, target_modules=["first"])
 
 
+def test_layers_that_share_a_bias_are_never_taken():
+    """They were found at the switch alone, which then failed for all layers."""
+    model = Plain()
+    model.blocks[1].first.bias = model.blocks[0].first.bias
+    assert names(model) == ["blocks.0.second", "blocks.1.second"]
+
+
 @pytest.mark.parametrize("compute", [prune.identity, nn.utils.weight_norm, parametrizations.weight_norm])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated.*")
 def test_weights_computed_from_others_are_never_taken(compute):
