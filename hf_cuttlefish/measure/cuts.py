@@ -12,6 +12,7 @@ from torch import nn
 
 from ..maths.factors import Factors
 from .kept import standing_in
+from .random_states import random_states_kept
 from .scores import Scores, scores_of
 
 
@@ -58,7 +59,7 @@ def measure_cuts(
             labels = here.get("labels")
             reference = None
             for tally, factors in zip(tallies, [{}, *cuts], strict=True):
-                with standing_in(model, layers, factors):
+                with random_states_kept(), standing_in(model, layers, factors):  # the same draws for each cut
                     scores = scores_of(model, here)
                 reference = reference if factors else scores.log_probabilities
                 tally.add(scores, reference, labels)

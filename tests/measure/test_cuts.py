@@ -42,6 +42,15 @@ def test_each_cut_is_the_factorized_model(name):
             assert measured.perplexity == pytest.approx(2.718281828**expected, rel=1e-4) and measured.accuracy is None
 
 
+def test_a_model_that_draws_in_evaluation_draws_the_same_for_each_cut():
+    """A dropout without training=: a cut that changes nothing was as far from the model as two draws of it."""
+    model = BY_NAME["bert"].build().eval()
+    model.dropout.forward = lambda x: torch.nn.functional.dropout(x, 0.5)
+    layers, batch = find_targets(model), BY_NAME["bert"].inputs()
+    dense, same = measure_cuts(model, layers, cuts_of(layers, 32), [batch])
+    assert same.loss == pytest.approx(dense.loss, rel=1e-4) and same.divergence == pytest.approx(0, abs=1e-6)
+
+
 def test_accuracy_is_the_share_of_right_classes():
     model = BY_NAME["bert"].build().eval()
     batch = BY_NAME["bert"].inputs()
