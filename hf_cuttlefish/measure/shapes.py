@@ -124,7 +124,7 @@ class FlowRecorder:
                 self.compiled = self._forced
                 self.stop()
             elif not self._forced:
-                run_eagerly(True)
+                run_eagerly(self, True)
                 self._forced = True
             else:  # no layer runs at all
                 self.compiled = True
@@ -135,7 +135,7 @@ class FlowRecorder:
     def stop(self) -> None:
         """Remove the hooks; what was seen stays."""
         if self._forced and self._handles:
-            run_eagerly(False)
+            run_eagerly(self, False)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
