@@ -33,11 +33,20 @@ def swap(model: nn.Module, new: Mapping[int, nn.Module | nn.Parameter]) -> None:
                 replacement = new[id(child)]
                 if isinstance(replacement, nn.Parameter) == (table is parent._parameters):
                     table[name] = replacement  # type: ignore[assignment]
+                    _compile_anew(parent, name)
                     continue
                 order = vars(parent).setdefault("_order_of_parameters", list(parent._parameters))
                 del table[name]
                 setattr(parent, name, replacement)
                 _sort(parent._parameters, order)
+
+
+def _compile_anew(parent: nn.Module, name: str) -> None:
+    """The wrapper that torch.compile has put around a single layer calls what it was made of, not what is its child now."""
+    if name == "_orig_mod" and hasattr(parent, "dynamo_ctx"):
+        wrapper: Any = parent
+        vars(wrapper)["_torchdynamo_orig_callable"] = wrapper._orig_mod.forward
+        wrapper._initialize()
 
 
 def _exchanged(value: Any, new: Mapping[int, nn.Module | nn.Parameter]) -> Any:

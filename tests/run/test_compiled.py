@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import compile_regions
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
-from hf_cuttlefish import Cuttlefish, CuttlefishConfig
+from hf_cuttlefish import Cuttlefish, CuttlefishConfig, factorize, merge
 from hf_cuttlefish.decide.even import PARTS
 from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.engines.around import compiles_blocks
@@ -233,3 +233,24 @@ def test_a_config_of_a_compiled_run_may_ask_for_speed() -> None:
     loop.cuttlefish = Cuttlefish(loop.model, loop.optimizer, CuttlefishConfig(objective="speed"), total_steps=20)
     loop.run()
     assert loop.cuttlefish.watch.flow is not None
+
+
+def test_a_layer_that_is_compiled_by_itself_runs_as_what_stands_for_it() -> None:
+    """torch's wrapper called the dense layer on, whose weight nobody trained any more."""
+    model = tiny_bert().eval()
+    output = model.bert.encoder.layer[0].output
+    output.dense = wrapper = torch.compile(output.dense, backend="eager")
+    dense, x = wrapper._orig_mod, torch.randn(3, 64)
+    before = wrapper(x)
+    factorize(model, {"bert.encoder.layer.0.output.dense._orig_mod": 4})
+    pair = low_rank_layers(model)["bert.encoder.layer.0.output.dense._orig_mod"]
+    after = wrapper(x)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, pair(x))
+    forgotten = weakref.ref(dense)
+    merge(model)
+    torch._dynamo.reset()
+    del dense, before
+    gc.collect()
+    assert forgotten() is None
+    torch.testing.assert_close(wrapper(x), after, rtol=1e-4, atol=1e-5)
