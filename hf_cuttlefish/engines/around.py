@@ -150,10 +150,9 @@ def forget_compiled(model: nn.Module) -> None:
     Blocks that are compiled one by one share their code, and torch gives up after `recompile_limit` (8) versions of it
     and runs the rest uncompiled. Blocks of different ranks are different versions, so the limit is raised to their number.
     """
-    utils: Any = sys.modules.get("torch._dynamo.utils")
-    if utils is None:  # nothing has been compiled before this is imported, which takes seconds
+    if "torch._dynamo.utils" not in sys.modules:  # nothing is compiled before it is imported, which takes seconds
         return
-    if not utils.counters["frames"] and not any(map(_is_block, model.modules())):
+    if not has_compiled() and not any(map(_is_block, model.modules())):
         return  # a reset of nothing takes seconds on a GPU, and to look at all modules a tenth
     blocks = sum(map(_is_block, live_modules()))
     torch.compiler.reset()

@@ -59,19 +59,30 @@ def _let_go(key: int) -> None:
 def has_compiled() -> bool:
     """Whether torch has compiled anything in this process."""
     utils = sys.modules.get("torch._dynamo.utils")
-    return utils is not None and bool(utils.counters["frames"])
+    if utils is None:
+        return False
+    counts = utils.counters  # with fullgraph=True no frames are counted
+    return bool(counts["frames"] or counts["stats"]["unique_graphs"])
 
 
 def said_of_shapes() -> str | None:
     """What to say where torch has compiled so many graphs that shapes must have changed; None where it has not."""
     utils = sys.modules.get("torch._dynamo.utils")
-    graphs = 0 if utils is None else int(utils.counters["stats"]["unique_graphs"])
-    if graphs <= MANY_GRAPHS:
+    if utils is None:
         return None
+    graphs = int(utils.counters["stats"]["unique_graphs"])
+    gave_up = any(word in why for why in utils.counters["unimplemented"] for word in _GAVE_UP)
+    if graphs <= MANY_GRAPHS and not gave_up:
+        return None
+    slow = ", and runs what it has no more room for uncompiled (recompile_limit)" if gave_up else ""
     return (
-        f"torch has compiled {graphs} graphs so far: where batches have many shapes, pad to one length, or to a few "
+        f"torch has compiled {graphs} graphs so far{slow}: where batches have many shapes, pad to one length, or to a few "
         "(pad_to_multiple_of=64 of the collator), and set dataloader_drop_last=True"
     )
+
+
+_GAVE_UP = ("recompile limit exceeded", "recompile_limit", "cache_size_limit")
+"""Of the reasons that torch counts for not compiling, in its own words."""
 
 
 class _Block:
