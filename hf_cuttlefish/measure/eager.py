@@ -65,6 +65,16 @@ def has_compiled() -> bool:
     return bool(counts["frames"] or counts["stats"]["unique_graphs"])
 
 
+def has_cuda_graphs() -> bool:
+    """Whether torch's compiler runs anything as CUDA graphs in this process; False where torch does not tell any more."""
+    trees: Any = sys.modules.get("torch._inductor.cudagraph_trees")
+    try:
+        found = {} if trees is None else trees.get_obj(trees.local, "tree_manager_containers")
+        return any(container.tree_manager is not None for container in found.values())
+    except AttributeError:
+        return False
+
+
 def said_of_shapes() -> str | None:
     """What to say where torch has compiled so many graphs that shapes must have changed; None where it has not."""
     utils = sys.modules.get("torch._dynamo.utils")

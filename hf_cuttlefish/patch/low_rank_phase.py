@@ -14,7 +14,7 @@ from torch import nn
 from ..config import CuttlefishConfig
 from ..decide.schedule import Schedule
 from ..layers.low_rank import low_rank_layers
-from ..measure.eager import has_compiled
+from ..measure.eager import has_compiled, has_cuda_graphs
 from ..measure.pace import BEFORE
 from ..measure.watch import Watch
 from .left_behind import LeftBehind
@@ -57,7 +57,8 @@ class Found:
         waits_for_host: whether the host sets the pace; None where it is not known. device: "cuda", "cpu", ...
         tried: form of running -> milliseconds a step, where one was chosen: `form`.
         times: seconds a step before the switch and after it. is_slower: whether that is more than 5% longer.
-        objective: of the config. is_compiled: whether anything is compiled. is_resumed: whether the time before is another run's.
+        objective: of the config. is_compiled: whether anything is compiled. has_graphs: whether it runs as CUDA graphs.
+        is_resumed: whether the time before is another run's.
     """
 
     waits_for_host: bool | None
@@ -67,6 +68,7 @@ class Found:
     is_slower: bool = False
     objective: str = "size"
     is_compiled: bool = False
+    has_graphs: bool = False
     is_resumed: bool = False
     form: str | None = None
 
@@ -151,6 +153,7 @@ class LowRankPhase:
             is_slower=is_slower,
             objective=run.config.objective,
             is_compiled=has_compiled(),
+            has_graphs=has_cuda_graphs(),
             is_resumed=self._is_resumed,
         )
 

@@ -136,19 +136,19 @@ def low_rank_phase(found: Found) -> tuple[int, str]:
         return logging.WARNING, f"{told}At these shapes pairs take longer than dense layers here. {instead}"
     if found.waits_for_host is False:
         return logging.WARNING, f"{told}The device sets the pace: at these shapes pairs take it longer. {instead}"
+    if found.has_graphs:
+        why = "The host sets the pace: as CUDA graphs, too, it works for each parameter tensor, and pairs have more of them."
+        return logging.WARNING, f"{told}{why} Under Trainer, {UNWAITED}. {instead}"
     why = "The host launches kernels one by one, and the device waits for it."
-    faster = f"If {GRAPHS} is not set, set it, and pad to fixed lengths; {UNWAITED}" if found.is_compiled else FASTER
+    faster = f"{FASTER}; under Trainer, {UNWAITED}" if found.is_compiled else FASTER
     return logging.WARNING, f"{told}{why} {faster}. {instead}"
 
 
-GRAPHS = "torch_compile_mode='reduce-overhead'"
 FASTER = (
-    f"torch_compile=True with {GRAPHS} and fixed lengths takes the host out, for dense training as well "
-    "(docs/fast-on-a-gpu.md)"
+    "torch_compile=True with torch_compile_mode='reduce-overhead' and fixed lengths launches them all at once, in dense "
+    "training as well (docs/fast-on-a-gpu.md)"
 )
-UNWAITED = (
-    "under Trainer, logging_nan_inf_filter=False and accelerator_config={'non_blocking': True} let the host run ahead"
-)
+UNWAITED = "logging_nan_inf_filter=False and accelerator_config={'non_blocking': True} let the host run ahead"
 
 
 def _form(tried: Mapping[str, float], form: str, waits_for_host: bool) -> str:
@@ -157,7 +157,8 @@ def _form(tried: Mapping[str, float], form: str, waits_for_host: bool) -> str:
     is_quicker = tried[form] == min(tried.values())
     so = ", so" if is_quicker else ". The host's times scatter by more than that, so what launches less is kept:"
     told = f"Cuttlefish: a step takes {times}{so} the low-rank layers run {words[form]} from here on"
-    return f"{told}: the host, not the device, sets the pace. {FASTER}." if waits_for_host else f"{told}."
+    why = "the host, which launches kernels one by one, sets the pace, not the device"
+    return f"{told}: {why}. {FASTER}." if waits_for_host else f"{told}."
 
 
 def statistics_lost(step: int) -> str:

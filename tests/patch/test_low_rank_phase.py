@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hf_cuttlefish import CuttlefishConfig, factorize
 from hf_cuttlefish.decide.targets import find_targets
+from hf_cuttlefish.measure.eager import has_cuda_graphs
 from hf_cuttlefish.measure.pace import BEFORE, LEAST, STEPS, UNCOUNTED, Pace
 from hf_cuttlefish.measure.watch import Watch
 from hf_cuttlefish.patch import low_rank_phase
@@ -255,19 +257,48 @@ def test_speed_is_held_against_whole_steps(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("device", "waits", "compiled", "words"),
+    ("device", "waits", "how", "words"),
     [
-        ("cuda", True, False, "The host launches kernels one by one, and the device waits for it. torch_compile=True"),
-        ("cuda", True, True, "If torch_compile_mode='reduce-overhead' is not set, set it"),
-        ("cuda", True, True, "logging_nan_inf_filter=False and accelerator_config={'non_blocking': True}"),
-        ("cuda", False, False, "The device sets the pace"),
-        ("cpu", None, False, "pairs take longer than dense layers here. Use larger batches"),
+        ("cuda", True, "", "The host launches kernels one by one, and the device waits for it. torch_compile=True"),
+        ("cuda", True, "compiled", "torch_compile_mode='reduce-overhead' and fixed lengths launches them all at once"),
+        ("cuda", True, "compiled", "logging_nan_inf_filter=False and accelerator_config={'non_blocking': True}"),
+        (
+            "cuda",
+            True,
+            "graphs",
+            "as CUDA graphs, too, it works for each parameter tensor, and pairs have more of them",
+        ),
+        ("cuda", True, "graphs", "logging_nan_inf_filter=False and accelerator_config={'non_blocking': True}"),
+        ("cuda", False, "", "The device sets the pace"),
+        ("cuda", False, "graphs", "The device sets the pace"),
+        ("cpu", None, "", "pairs take longer than dense layers here. Use larger batches"),
     ],
 )
-def test_the_line_says_why_and_what_to_do(device: str, waits: bool | None, compiled: bool, words: str) -> None:
-    found = Found(waits, device, times=(0.04, 0.05), is_slower=True, is_compiled=compiled)
+def test_the_line_says_why_and_what_to_do(device: str, waits: bool | None, how: str, words: str) -> None:
+    times = (0.04, 0.05)
+    found = Found(waits, device, None, times, is_slower=True, is_compiled=bool(how), has_graphs=how == "graphs")
     level, line = lines.low_rank_phase(found)
-    assert level == logging.WARNING and words in line and "objective='speed'" in line
+    assert level == logging.WARNING and words in line and "objective='speed'" in line and "larger batches" in line
+    if how == "graphs":
+        assert "one by one" not in line and "reduce-overhead" not in line
+
+
+def test_graphs_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps a container for each device; one without a manager holds no graph."""
+    container = SimpleNamespace(tree_manager=None)
+    trees = SimpleNamespace(local=None, get_obj=lambda local, name: {0: container})
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)  # type: ignore[arg-type]
+    assert not has_cuda_graphs()
+    container.tree_manager = object()
+    assert has_cuda_graphs()
+    monkeypatch.delattr(trees, "get_obj")
+    assert not has_cuda_graphs()
+
+
+def test_torch_keeps_its_graphs_where_they_are_looked_for() -> None:
+    trees = pytest.importorskip("torch._inductor.cudagraph_trees")
+    assert isinstance(trees.get_obj(trees.local, "tree_manager_containers"), dict)
+    assert trees.TreeManagerContainer(0).tree_manager is None
 
 
 def test_short_runs_and_full_rank_ones_try_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
