@@ -85,9 +85,14 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         previous, self.cuttlefish, self._saved = self.cuttlefish, None, None
         if previous is not None:
             previous.close()  # an exception or Ctrl-C may have left its hooks
-        self.cuttlefish = run = trainer.begin(model, args, state, self.config, **kwargs)
-        if previous is not None:
+        run = trainer.begin(model, args, state, self.config, **kwargs)
+        try:
             trainer.check_again(previous, run)
+        except ValueError:
+            run.close()
+            self.cuttlefish = previous  # to be asked again
+            raise
+        self.cuttlefish = run
         # Go on where the checkpoint was taken, or join the run where it is.
         if saved:
             run.load_state_dict(saved, trainer.load_statistics(args, state) if state.is_world_process_zero else None)

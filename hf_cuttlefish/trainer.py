@@ -101,10 +101,11 @@ def begin(
     return run
 
 
-def check_again(previous: Cuttlefish, run: Cuttlefish) -> None:
+def check_again(previous: Cuttlefish | None, run: Cuttlefish) -> None:
     """Raises ValueError where this run would switch once more with an optimizer whose rate the last switch has scaled."""
-    is_same = previous.engine.optimizer is run.engine.optimizer
-    if run.layers and is_same and previous.switch_step is not None and previous.config.learning_rate_scale != 1:
+    if previous is None or previous.switch_step is None or previous.config.learning_rate_scale == 1:
+        return
+    if run.layers and previous.engine.optimizer is run.engine.optimizer:
         raise ValueError(
             "the model is dense again (load_best_model_at_end), and this Trainer's optimizer has the learning rate of the low-rank "
             "phase: make a new Trainer to train once more"

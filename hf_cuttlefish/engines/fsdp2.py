@@ -224,6 +224,8 @@ class PlaceShards(Edit):
         for group, entry, new, _, _ in self._made:
             del self._places[id(entry.sharded_param)]
             self._places.update({id(made.sharded_param): (group, made) for made in new})
+        for group in {id(g): g for g, *_ in self._made}.values():
+            _register_anew(group)
         self._clear()
 
     def _clear(self) -> None:
@@ -241,7 +243,7 @@ def _groups(module: nn.Module) -> list[Any]:
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:
         groups = [g for g in [getattr(state, "_fsdp_param_group", None)] if g is not None]
-    needed = ("fsdp_params", "mesh_info", "mp_policy", "offload_policy", "post_forward_mesh_info", "_init_mp_dtypes")
+    needed = ("fsdp_params", "mesh_info", "mp_policy", "offload_policy", "post_forward_mesh_info", *_CALLED)
     for group in groups:
         missing = [name for name in needed if not hasattr(group, name)]
         for entry in getattr(group, "fsdp_params", [])[:1]:
@@ -254,6 +256,19 @@ def _groups(module: nn.Module) -> list[Any]:
     return list(groups)
 
 
+def _register_anew(group: Any) -> None:
+    """A group's hooks for state dicts stand on the modules of its parameters, by module: on the old layers, and not on the pairs."""
+    tables = [getattr(group, f"_module_to_pre_{what}_state_dict_hook_handle", {}) for what in ("save", "load")]
+    if not any(tables):
+        return  # they come with the first forward
+    for table in tables:
+        for handle in table.values():
+            handle.remove()
+        table.clear()
+    group._register_state_dict_hooks()
+
+
+_CALLED = ("_init_mp_dtypes", "_register_state_dict_hooks")
 _OF_ENTRIES = ("sharded_param", "_module_info", "_post_load_hook_handle", "fsdp_placement", "is_dtensor", "_param_fqn")
 
 

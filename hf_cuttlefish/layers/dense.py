@@ -53,6 +53,7 @@ def _is_of_engine(layer: nn.Module, forward: object) -> bool:
 
     Accelerate leaves the class's own behind when it takes its hooks away.
     """
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)  # compiled by itself: the pair runs uncompiled
     is_own = getattr(forward, "__func__", None) is type(layer).forward
     maker = str(getattr(forward, "__module__", "")).partition(".")[0]
     return is_own or hasattr(layer, "_hf_hook") or maker in ("transformers", "accelerate")

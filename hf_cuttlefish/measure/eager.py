@@ -40,9 +40,10 @@ def run_eagerly(who: object, on: bool) -> None:
         if not on:
             _let_go(id(who))
         elif id(who) not in _ASKING.who:
+            gone = weakref.finalize(who, _let_go, id(who))  # first: this may free another who asks
             if not _ASKING.who:
                 _ASKING.before = torch.compiler.set_stance("force_eager")
-            _ASKING.who[id(who)] = weakref.finalize(who, _let_go, id(who))
+            _ASKING.who[id(who)] = gone
 
 
 @contextlib.contextmanager
@@ -68,7 +69,8 @@ def _let_go(key: int) -> None:
         known.detach()
         if not _ASKING.who:
             before, _ASKING.before = _ASKING.before, None
-            before.__exit__(None, None, None)
+            if before is not None:
+                before.__exit__(None, None, None)
 
 
 def has_compiled() -> bool:
@@ -86,7 +88,7 @@ def has_cuda_graphs() -> bool:
     try:
         found = {} if trees is None else trees.get_obj(trees.local, "tree_manager_containers")
         return any(container.tree_manager is not None for container in found.values())
-    except AttributeError:
+    except (AttributeError, AssertionError):  # older torch asserts that this thread has imported it
         return False
 
 

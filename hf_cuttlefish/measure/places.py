@@ -41,7 +41,11 @@ def lacks_room_beside_graphs(device: torch.device) -> bool:
     step = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
     if free - SPARE >= step:
         return False
-    of_graphs = [s for s in torch.cuda.memory_snapshot() if s.get("segment_pool_id", (0, 0)) != (0, 0)]
+    try:
+        segments = torch.cuda.memory_snapshot()
+    except RuntimeError:  # cudaMallocAsync has none
+        return False
+    of_graphs = [s for s in segments if s.get("segment_pool_id", (0, 0)) != (0, 0)]
     return any(s["device"] == device.index for s in of_graphs)
 
 

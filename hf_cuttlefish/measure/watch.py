@@ -210,9 +210,10 @@ class Watch:
         self.kept.stop()
 
     def forget_batches(self) -> None:
-        """After the switch: the batches that were kept are not needed any more."""
+        """After the switch: the batches that were kept are not needed any more, nor is what was seen to flow through dense layers."""
         self.kept.forget()
         self.early.forget()
+        self.flow = None
 
     # --- both ---
 

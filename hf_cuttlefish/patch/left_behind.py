@@ -6,12 +6,13 @@ import gc
 import logging
 import weakref
 from collections.abc import Collection, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ..layers.low_rank import LowRankLayer
+from ..layers.parts import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +29,20 @@ class LeftBehind:
     def __init__(self, layers: Mapping[str, nn.Module], pairs: Mapping[str, LowRankLayer]) -> None:
         weights = {n: cast(torch.Tensor, layers[n].weight) for n in layers if n in pairs}
         self._weights = {n: weakref.ref(weight) for n, weight in weights.items()}
-        self._factors = [(weakref.ref(f), f._version) for pair in pairs.values() for f in pair.factors]
+        self._factors = [(weakref.ref(f), _few_of(f)) for pair in pairs.values() for f in pair.factors]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Copied and pickled without its references, which cannot be."""
+        return type(self), ({}, {})
 
     @property
     def factors_rest(self) -> bool:
-        """Whether no factor has been written since the switch, so that whatever steps does not know them."""
-        now = [(ref(), version) for ref, version in self._factors]
-        return all(factor is not None and factor._version == version for factor, version in now)
+        """Whether no factor has moved since the switch, so that whatever steps does not know them.
+
+        By some of their numbers: an optimizer that writes through `p.data` leaves no other trace.
+        """
+        now = [(ref(), few) for ref, few in self._factors]
+        return all(factor is not None and torch.equal(_few_of(factor), few) for factor, few in now)
 
     def held(self) -> dict[str, torch.Tensor]:
         """Name -> weight that is still held, once what only waits to be freed is gone."""
@@ -72,6 +80,13 @@ class LeftBehind:
                 if strangers
                 else "something (an output kept with its graph, a list)",
             )
+
+
+def _few_of(factor: torch.Tensor) -> torch.Tensor:
+    """Some of its numbers, spread over it; of a sharded one of this process's part."""
+    here = cast(Any, factor).to_local() if is_sharded(factor) else factor
+    flat = here.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 64)].clone()
 
 
 def _optimizers_with(ids: Collection[int]) -> list[str]:

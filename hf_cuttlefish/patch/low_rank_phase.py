@@ -161,7 +161,7 @@ class LowRankPhase:
         """Pairs again: the run has ended."""
         if self.multiplied is not None:
             self.multiplied.stop()
-        self._section = None
+        self._section = self._left = None
 
     def _begin(self, run: Run) -> None:
         if not self.watch.pace.is_after:  # the run goes on from a checkpoint after the switch

@@ -137,7 +137,7 @@ def low_rank_phase(found: Found) -> tuple[int, str]:
     if found.waits_for_host is False:
         return logging.WARNING, f"{told}The device sets the pace: at these shapes pairs take it longer. {instead}"
     if found.has_graphs:
-        why = "The host sets the pace: as CUDA graphs, too, it works for each parameter tensor, and pairs have more of them."
+        why = "The host sets the pace: with CUDA graphs, too, it works for each parameter tensor, and pairs have more of them."
         return logging.WARNING, f"{told}{why} Under Trainer, {UNWAITED}. {instead}"
     why = "The host launches kernels one by one, and the device waits for it."
     faster = f"{FASTER}; under Trainer, {UNWAITED}" if found.is_compiled else FASTER

@@ -62,6 +62,26 @@ def test_who_is_gone_asks_no_more() -> None:
     assert stance() == "default"
 
 
+def test_who_is_freed_while_another_begins_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making the reference may free the last who asked; then the other one was entered without a stance to give back."""
+    gone, asking = Asking(), Asking()
+    run_eagerly(gone, True)
+    held = [gone]
+    del gone
+    finalize = weakref.finalize
+
+    def freeing(*given: Any) -> Any:
+        made = finalize(*given)
+        held.clear()
+        return made
+
+    monkeypatch.setattr(weakref, "finalize", freeing)
+    run_eagerly(asking, True)
+    assert stance() == "force_eager"
+    run_eagerly(asking, False)
+    assert stance() == "default"
+
+
 def test_blocks_in_two_threads_that_end_in_the_order_they_began() -> None:
     began, entered, ended = threading.Event(), threading.Event(), threading.Event()
 

@@ -1,10 +1,15 @@
 """What the switch leaves behind: whoever still holds dense weights is named, and nobody else is."""
 
+import gc
 import logging
+import pickle
+import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig
 
@@ -121,3 +126,79 @@ def test_a_list_of_parameters_from_before_the_switch_is_said(caplog):
     parameters = list(model.parameters())
     (said,) = train(model, caplog, around=lambda _: nn.utils.clip_grad_norm_(parameters, 1.0))
     assert "are still held by something" in said and "take model.parameters() anew" in said
+
+
+class ThroughData(torch.optim.Optimizer):
+    """Writes past torch's count of versions, as many optimizers from elsewhere do."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 1e-3})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data.add_(p.grad, alpha=-group["lr"])
+
+
+def switched(model, optimizer, steps=STEPS, **settings):
+    """A run through its switch."""
+    settings = {"switch_step": SWITCH, "rank_multiple": 4, "target_ratio": 0.4} | settings
+    cuttlefish = Cuttlefish(model, optimizer, CuttlefishConfig(**settings), total_steps=STEPS)
+    for _ in range(steps):
+        model(torch.randn(8, 32)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cuttlefish.step()
+    assert cuttlefish.switch_step == settings["switch_step"]
+    return cuttlefish
+
+
+def test_an_optimizer_that_writes_past_the_count_of_versions_is_not_said_to_be_idle(caplog):
+    model = Net()
+    unused = torch.optim.SGD(model.parameters(), lr=0.1)
+    with caplog.at_level(logging.WARNING):
+        switched(model, ThroughData(model.parameters()), optimizer_state="reset")
+    assert "no factor has changed" not in caplog.text and len(unused.param_groups) == 1
+
+
+def test_a_run_that_chose_by_speed_holds_no_dense_layer_afterwards(caplog, monkeypatch):
+    """It kept what it had seen to flow, and told the user to look for who holds it."""
+    monkeypatch.setattr(
+        "hf_cuttlefish.measure.whole_steps.time_steps", lambda candidate, step, warm: 1.0 if candidate.layers else 2.0
+    )
+    model = Net()
+    weights = [weakref.ref(block.up.weight) for block in model.blocks]
+    with caplog.at_level(logging.WARNING):
+        switched(model, torch.optim.AdamW(model.parameters()), objective="speed", min_speedup=1.0)
+    gc.collect()
+    assert "which the switch has replaced" not in caplog.text
+    assert all(ref() is None for ref in weights)
+
+
+def test_a_run_can_be_pickled_right_after_its_switch():
+    model = Net()
+    run = switched(model, torch.optim.AdamW(model.parameters()), steps=SWITCH)
+    assert pickle.loads(pickle.dumps(run.phase._left)).held() == {}
+
+
+def test_fully_shard_holds_no_dense_layer_afterwards_and_knows_the_pairs(caplog, tmp_path):
+    """Its hooks for state dicts stood on the old layers: these stayed in memory, and a state dict after an evaluation held whole factors."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = Net()
+        for block in model.blocks:
+            fully_shard(block, reshard_after_forward=False)
+        fully_shard(model)
+        with caplog.at_level(logging.WARNING):
+            run = switched(model, torch.optim.AdamW(model.parameters()))
+        assert "which the switch has replaced" not in caplog.text
+        with torch.no_grad():
+            model(torch.randn(8, 32))
+        state = model.state_dict()
+        assert {type(value).__name__ for value in state.values()} == {"DTensor"} and len(run.plan) == 4
+        with torch.no_grad():
+            model(torch.randn(8, 32))
+        model.load_state_dict(state)
+    finally:
+        dist.destroy_process_group()

@@ -266,7 +266,7 @@ def test_speed_is_held_against_whole_steps(monkeypatch: pytest.MonkeyPatch) -> N
             "cuda",
             True,
             "graphs",
-            "as CUDA graphs, too, it works for each parameter tensor, and pairs have more of them",
+            "with CUDA graphs, too, it works for each parameter tensor, and pairs have more of them",
         ),
         ("cuda", True, "graphs", "logging_nan_inf_filter=False and accelerator_config={'non_blocking': True}"),
         ("cuda", False, "", "The device sets the pace"),
