@@ -46,21 +46,6 @@ def run_eagerly(who: object, on: bool) -> None:
             _ASKING.who[id(who)] = gone
 
 
-@contextlib.contextmanager
-def as_training_runs() -> Iterator[None]:
-    """Inside, compiled code runs as its user has it, although another run may ask for the opposite."""
-    with _ASKING.lock:
-        before = _ASKING.before
-        if before is not None:
-            before.__exit__(None, None, None)
-    try:
-        yield
-    finally:
-        with _ASKING.lock:
-            if before is not None and before is _ASKING.before:
-                before.__enter__()
-
-
 def _let_go(key: int) -> None:
     with _ASKING.lock:
         known = _ASKING.who.pop(key, None)

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from .as_before import as_before
-from .eager import as_training_runs
 from .kept import Batch
 from .random_states import random_states_kept
 
@@ -131,7 +130,7 @@ def measure_steps(
     timer, found = timer or time_steps, dict[Candidate, float]()
     if step.is_compiled:
         _make_room_for_graphs(step.model, len(candidates))
-    with random_states_kept(), as_before(step.model), torch.enable_grad(), as_training_runs():
+    with random_states_kept(), as_before(step.model), torch.enable_grad():
         if not step.model.training:
             step.model.train()
         for turn in range(ROUNDS):

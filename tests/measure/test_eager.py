@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-import pickle
 import threading
 import weakref
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +15,6 @@ import torch
 from hf_cuttlefish import Cuttlefish, CuttlefishConfig
 from hf_cuttlefish.engines.around import forget_compiled
 from hf_cuttlefish.measure.eager import MANY_GRAPHS, eagerly, has_compiled, run_eagerly, said_of_shapes
-from hf_cuttlefish.measure.kept import Batch
-from hf_cuttlefish.measure.whole_steps import Candidate, Step, measure_steps
 from tiny_trainer import CONFIG, SWITCH, tiny_bert
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
@@ -166,28 +162,3 @@ def test_shapes_for_which_torch_has_no_more_room_are_said() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == MANY_GRAPHS
     told = said_of_shapes()
     assert told is not None and "8 graphs so far, and runs" in told and "pad_to_multiple_of" in told
-
-
-def test_a_run_can_be_pickled() -> None:
-    """Whoever saves a Trainer or its callbacks whole saves the run with them."""
-    model = tiny_bert()
-    cuttlefish = Cuttlefish(model, torch.optim.AdamW(model.parameters(), lr=1e-3), CONFIG, total_steps=20)
-    cuttlefish.step()
-    assert pickle.loads(pickle.dumps(cuttlefish)).global_step == 1
-
-
-def test_whole_steps_are_measured_compiled_while_another_run_gathers() -> None:
-    model, other, seen = torch.nn.Linear(2, 2), Asking(), []
-    step = Step(
-        model, torch.compile(model, backend="eager"), Batch({"input": torch.ones(1, 2)}, (False, torch.bfloat16))
-    )
-    places = SimpleNamespace(put=lambda candidate: None, take_back=lambda: None)
-
-    def timer(candidate: Candidate, step: Step, warm_up: int) -> float:
-        seen.append(stance())
-        return 1.0
-
-    run_eagerly(other, True)
-    measure_steps([Candidate("dense")], step, places, timer)
-    assert set(seen) == {"default"} and stance() == "force_eager"
-    run_eagerly(other, False)
