@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,47 +13,14 @@ MANY_GRAPHS = 8
 """More than that are said: a model has one for training and one for evaluation, and some where its code breaks."""
 
 
-class _Asking:
-    """Who asks for compiled code to run uncompiled, and what torch's stance was before the first of them did."""
+def run_eagerly(on: bool) -> None:
+    """Let compiled models run uncompiled, or compiled again.
 
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.who: dict[int, weakref.finalize[..., Any]] = {}
-        self.before: Any = None
-
-
-_ASKING = _Asking()
-
-
-def run_eagerly(who: object, on: bool) -> None:
-    """Let compiled models run uncompiled for `who`, or compiled again as soon as nobody asks for it any more.
-
-    The stance is the process's, so that several runs may ask at once; what its user has set comes back. Who is freed without a
-    word (a run that an exception has ended) asks no more. Nothing is done where nothing has been compiled: torch's compiler takes
-    seconds to import, and the switch would drop what it then finds.
+    Nothing is done where nothing has been compiled: torch's compiler takes seconds to import, and the switch would drop what it
+    then finds.
     """
-    if "torch._dynamo" not in sys.modules:
-        return
-    with _ASKING.lock:
-        if not on:
-            _let_go(id(who))
-        elif id(who) not in _ASKING.who:
-            gone = weakref.finalize(who, _let_go, id(who))  # first: this may free another who asks
-            if not _ASKING.who:
-                _ASKING.before = torch.compiler.set_stance("force_eager")
-            _ASKING.who[id(who)] = gone
-
-
-def _let_go(key: int) -> None:
-    with _ASKING.lock:
-        known = _ASKING.who.pop(key, None)
-        if known is None:
-            return
-        known.detach()
-        if not _ASKING.who:
-            before, _ASKING.before = _ASKING.before, None
-            if before is not None:
-                before.__exit__(None, None, None)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.set_stance("force_eager" if on else "default")
 
 
 def has_compiled() -> bool:
@@ -97,16 +62,11 @@ _GAVE_UP = ("recompile limit exceeded", "recompile_limit", "cache_size_limit")
 """Of the reasons that torch counts for not compiling, in its own words."""
 
 
-class _Block:
-    """A block that asks: `object()` cannot be referred to weakly."""
-
-
 @contextlib.contextmanager
 def eagerly() -> Iterator[None]:
     """Compiled models run uncompiled inside."""
-    who = _Block()
-    run_eagerly(who, True)
-    try:
+    if "torch._dynamo" not in sys.modules:
         yield
-    finally:
-        run_eagerly(who, False)
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -102,7 +102,7 @@ class MomentCollector:
         """Install the hooks. A compiled model runs eagerly until `stop`: hooks set after compilation are not seen by it."""
         if self.running:
             return
-        run_eagerly(self, True)
+        run_eagerly(True)
         self._handles += self.batches.hooks(self.model, self._is_here)
         self._handles.append(self.model.register_forward_pre_hook(self._drop_waiting))
         for module in self.model.modules():
@@ -131,7 +131,7 @@ class MomentCollector:
     def stop(self) -> None:
         """Remove the hooks; the sums stay."""
         if self.running:
-            run_eagerly(self, False)
+            run_eagerly(False)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

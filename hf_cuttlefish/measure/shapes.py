@@ -124,7 +124,7 @@ class FlowRecorder:
                 self.compiled = self._forced
                 self.stop()
             elif not self._forced:
-                run_eagerly(self, True)
+                run_eagerly(True)
                 self._forced = True
             else:  # no layer runs at all
                 self.compiled = True
@@ -135,7 +135,7 @@ class FlowRecorder:
     def stop(self) -> None:
         """Remove the hooks; what was seen stays."""
         if self._forced and self._handles:
-            run_eagerly(self, False)
+            run_eagerly(False)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

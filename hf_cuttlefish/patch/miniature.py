@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..measure.eager import eagerly
 from ..measure.random_states import random_states_kept
 from .optimizer_parts import groups_in, optimizers_in, owners, parts_of, plain, states_in
 
@@ -206,5 +205,5 @@ def words(error: Exception) -> str:
 @contextlib.contextmanager
 def aside() -> Iterator[None]:
     """What is done here leaves all random states as they were, compiles nothing, and builds no graph."""
-    with random_states_kept(), torch.no_grad(), eagerly():
+    with random_states_kept(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         yield
