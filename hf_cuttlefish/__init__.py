@@ -10,7 +10,7 @@ In the order in which data flows, and in which packages may import each other:
     engines    what trains the model; one file an engine
     saving     folders that load, checkpoints that resume
     report     lines, tables, cards and plots
-    switch, cuttlefish, trainer, callback    the switch, the run, what Trainer knows, its door
+    switch, cuttlefish, trainer, callback    the switch, the run, what Trainer knows and runs, its door
     cli        the command
 """
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .decide.plan import RankPlan
     from .decide.ranks import estimate_ranks
     from .layers.low_rank import LowRankLinear
+    from .patch.graphed_step import GraphedStep
     from .report.model_card import write_model_card
     from .saving.checkpoints import last_whole_checkpoint
     from .saving.following import follow_checkpoints
@@ -42,6 +43,7 @@ __all__ = [
     "Cuttlefish",
     "CuttlefishCallback",
     "CuttlefishConfig",
+    "GraphedStep",
     "LowRankLinear",
     "RankPlan",
     "estimate_ranks",
@@ -57,6 +59,7 @@ _PLACES = {
     "Cuttlefish": "cuttlefish",
     "CuttlefishCallback": "callback",
     "CuttlefishConfig": "config",
+    "GraphedStep": "patch.graphed_step",
     "LowRankLinear": "layers.low_rank",
     "RankPlan": "decide.plan",
     "estimate_ranks": "decide.ranks",
@@ -106,7 +109,7 @@ def load() -> None:
     from .saving.companions import keep_companions
     from .saving.doors import open_doors
     from .saving.loading import register
-    from .trainer import complete_created_cards
+    from .trainer.known import complete_created_cards
 
     register()
     complete_created_cards()

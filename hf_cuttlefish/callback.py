@@ -8,12 +8,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from . import trainer
 from .config import CuttlefishConfig
 from .cuttlefish import Cuttlefish
 from .decide.plan import RankPlan
 from .patch.report import FactorizationReport
 from .saving.companions import remember
+from .trainer import known as trainer
+from .trainer.graphs import GraphedTrainer
 
 
 def _of_run(name: str, otherwise: Any = None) -> Any:
@@ -29,6 +30,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
 
     Args:
         config: a CuttlefishConfig (or its dictionary); None for the defaults.
+        cuda_graphs: whether forward, backward and clipping of each step run as one CUDA graph for each shape of batch, before the switch
+            and after it: on one GPU the host then launches once and not a thousand times (docs/fast-on-a-gpu.md).
 
     Attributes:
         plan, switch_step, history, report, reason: as of `Cuttlefish`; they can be read during and after training.
@@ -36,17 +39,20 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             Trainer goes on; None once it has.
 
     Raises:
-        TypeError: config is something else. At the start of training: as `Cuttlefish`.
+        TypeError: config or cuda_graphs is something else. At the start of training: as `Cuttlefish`, and as `GraphedTrainer`.
     """
 
-    def __init__(self, config: CuttlefishConfig | dict[str, Any] | None = None) -> None:
-        self.config = CuttlefishConfig.coerce(config)
+    def __init__(self, config: CuttlefishConfig | dict[str, Any] | None = None, *, cuda_graphs: bool = False) -> None:
+        if not isinstance(cuda_graphs, bool):
+            raise TypeError(f"cuda_graphs must be True or False, got {cuda_graphs!r:.80}")
+        self.config, self.cuda_graphs = CuttlefishConfig.coerce(config), cuda_graphs
         self.cuttlefish: Cuttlefish | None = None
         self.restart_from: str | None = None
         self._saved: dict[str, Any] | None = None
         self._full_rank: dict[str, Any] | None = None
         self._trainer: tuple[TrainingArguments, TrainerState] | None = None
         self._is_due = self._follows = False
+        self._graphs: GraphedTrainer | None = None
 
     plan: RankPlan | None = _of_run("plan")
     switch_step: int | None = _of_run("switch_step")
@@ -85,6 +91,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         previous, self.cuttlefish, self._saved = self.cuttlefish, None, None
         if previous is not None:
             previous.close()  # an exception or Ctrl-C may have left its hooks
+        self._stop_graphs()
+        graphs = trainer.graphed_trainer() if self.cuda_graphs else None
         run = trainer.begin(model, args, state, self.config, **kwargs)
         try:
             trainer.check_again(previous, run)
@@ -103,6 +111,9 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         if isinstance(state.stateful_callbacks, dict):  # a run without this callback has left no place for its state
             state.stateful_callbacks.setdefault(name, self.state())
         self._trainer = args, state
+        if graphs is not None:
+            self._graphs = graphs
+            graphs.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The batches are there: the loader's time is not the step's."""
@@ -159,6 +170,12 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         if self.cuttlefish is not None:
             self.cuttlefish.end()
             remember(self.cuttlefish.model, report=self.report)
+        self._stop_graphs()
+
+    def _stop_graphs(self) -> None:
+        if self._graphs is not None:
+            self._graphs.stop()
+            self._graphs = None
 
     def _stop_to_restart(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         control.should_training_stop = True
@@ -180,4 +197,5 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         return self._entry(self._full_rank or (run.state_dict() if run is not None else self._saved))
 
     def _entry(self, run: dict[str, Any] | None) -> dict[str, Any]:
-        return {"args": {"config": self.config.to_dict()}, "attributes": {"_saved": run}}
+        args = {"config": self.config.to_dict(), **({"cuda_graphs": True} if self.cuda_graphs else {})}
+        return {"args": args, "attributes": {"_saved": run}}

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..layers.low_rank import low_rank_layers
 from ..layers.parts import is_empty_between_uses, is_sharded
 from ..measure.eager import has_compiled
+from ..patch.graphed_step import drop_graphs
 from ..processes import Processes, is_distributed
 
 _REFUSED = {
@@ -145,11 +146,12 @@ def check_not_wrapped(model: nn.Module, sharded: bool = False) -> None:
 
 
 def forget_compiled(model: nn.Module) -> None:
-    """Drop what torch.compile has made of the old model, so that the next step compiles once and old graphs are freed.
+    """Drop what torch.compile and CUDA graphs have of the old model, so that the next step compiles once and old graphs are freed.
 
     Blocks that are compiled one by one share their code, and torch gives up after `recompile_limit` (8) versions of it
     and runs the rest uncompiled. Blocks of different ranks are different versions, so the limit is raised to their number.
     """
+    drop_graphs(model)
     if "torch._dynamo.utils" not in sys.modules:  # nothing is compiled before it is imported, which takes seconds
         return
     if not has_compiled() and not any(map(_is_block, model.modules())):

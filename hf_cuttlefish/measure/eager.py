@@ -13,14 +13,22 @@ MANY_GRAPHS = 8
 """More than that are said: a model has one for training and one for evaluation, and some where its code breaks."""
 
 
-def run_eagerly(on: bool) -> None:
-    """Let compiled models run uncompiled, or compiled again.
+_EAGER = {"on": False}
 
-    Nothing is done where nothing has been compiled: torch's compiler takes seconds to import, and the switch would drop what it
-    then finds.
+
+def run_eagerly(on: bool) -> None:
+    """Let compiled models and captured steps run uncompiled, or compiled again.
+
+    The compiler is told only where it has been imported: that takes seconds, and the switch would drop what it then finds.
     """
+    _EAGER["on"] = on
     if "torch._dynamo" in sys.modules:
         torch.compiler.set_stance("force_eager" if on else "default")
+
+
+def runs_eagerly() -> bool:
+    """Whether steps are to run with their hooks at the moment, neither compiled nor captured."""
+    return _EAGER["on"]
 
 
 def has_compiled() -> bool:

@@ -16,20 +16,21 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from .config import CuttlefishConfig
-from .cuttlefish import Cuttlefish
-from .decide.files import replaced
-from .decide.plan import RankPlan
-from .engines.find import will_fix_structure
-from .engines.restart import FULL_RANK_STATE
-from .layers.low_rank import low_rank_layers
-from .patch.report import FactorizationReport
-from .patch.structure import restructure
-from .report.model_card import auto_class, write_companion_card
-from .saving.checkpoints import STATISTICS_FILE
-from .saving.companions import remember
-from .saving.doors import put_beside
-from .saving.following import follow_checkpoints
+from ..config import CuttlefishConfig
+from ..cuttlefish import Cuttlefish
+from ..decide.files import replaced
+from ..decide.plan import RankPlan
+from ..engines.find import will_fix_structure
+from ..engines.restart import FULL_RANK_STATE
+from ..layers.low_rank import low_rank_layers
+from ..patch.report import FactorizationReport
+from ..patch.structure import restructure
+from ..report.model_card import auto_class, write_companion_card
+from ..saving.checkpoints import STATISTICS_FILE
+from ..saving.companions import remember
+from ..saving.doors import put_beside
+from ..saving.following import follow_checkpoints
+from .graphs import GraphedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +212,14 @@ def complete_cards_of_caller() -> None:
     caller = _who_calls(Trainer)
     if caller is not None:
         complete_created_cards(type(caller))
+
+
+def graphed_trainer() -> GraphedTrainer:
+    """Of the Trainer that calls the callback. Raises ValueError as `GraphedTrainer`, and where no Trainer calls."""
+    caller = _who_calls(Trainer)
+    if caller is None:
+        raise ValueError("cuda_graphs=True needs a transformers.Trainer: in a loop of your own use GraphedStep")
+    return GraphedTrainer(caller)
 
 
 def _who_calls(kind: type) -> Any:

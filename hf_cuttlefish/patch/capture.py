@@ -1,0 +1,121 @@
+"""Capture: record what a function launches on a CUDA device as a graph, and leave nothing broken where that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+class NotCapturedError(RuntimeError):
+    """What a function did could not be recorded. Nothing has run, and the device is as it was."""
+
+
+def capture(function: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, Any]:
+    """(graph, what the function returned); its launches are recorded and not run, so returned tensors have no values yet.
+
+        graph, loss = capture(lambda: step(batch), torch.cuda.Stream(), torch.cuda.graph_pool_handle())
+        graph.replay(); loss.item()
+
+    Args:
+        stream: that the function has run on before, at least once.
+        pool: handle of the memory, shared with graphs that never run at the same time; one whose graphs are all gone can't be used.
+
+    Raises NotCapturedError: the function waits for the device (`.item()`, printing), or does something else that no graph can hold.
+    """
+    graph = torch.cuda.CUDAGraph()
+    recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+    failed: Exception | None = None
+    broken = False
+    with _no_garbage_collected():
+        try:
+            with recording:
+                try:
+                    result = function()
+                except Exception as error:
+                    failed = error  # the reason; the end of the recording has another, of little use
+        except Exception as error:
+            failed, broken = failed or error, "captur" in str(error)
+    if failed is None:
+        return graph, result
+    if broken and not _has_ended(graph):
+        _clean_up(stream, pool)
+    raise NotCapturedError(f"{type(failed).__name__}: {str(failed).splitlines()[0] if str(failed) else ''}") from failed
+
+
+@contextlib.contextmanager
+def steady_masks(with_mask: bool, with_positions: bool) -> Iterator[None]:
+    """Let transformers make attention masks inside without a look at the device, so that a step runs, and compiles, the same code
+    before it is recorded and while it is.
+
+    Out of a recording it reads whether a mask masks anything, and drops it if not. In one, older versions (5.17) make a mask even
+    where none is given, which makes attention twice as slow.
+
+    Args:
+        with_mask: whether a batch may need a mask. with_positions: whether it has position_ids; without them no sequences are packed.
+    """
+    from transformers import masking_utils
+    from transformers.utils import import_utils
+
+    # The same functions each time: compiled code asks for them.
+    is_recording = _is_recording if with_mask else _is_not_recording
+    changed: list[tuple[Any, str, Callable[..., Any]]] = [(import_utils, "is_cuda_stream_capturing", is_recording)]
+    if not with_positions:
+        changed.append((masking_utils, "find_packed_sequence_indices", _not_packed))
+    changed = [(place, name, stand_in) for place, name, stand_in in changed if hasattr(place, name)]
+    before = [(place, name, getattr(place, name)) for place, name, _ in changed]
+    try:
+        for place, name, stand_in in changed:
+            setattr(place, name, stand_in)
+        yield
+    finally:
+        for place, name, value in before:
+            setattr(place, name, value)
+
+
+def _is_recording() -> bool:
+    return True
+
+
+def _is_not_recording() -> bool:
+    return False
+
+
+def _not_packed(position_ids: Any) -> None:
+    return None
+
+
+@contextlib.contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """What is collected during a recording may free CUDA objects, which ends it."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _has_ended(graph: Any) -> bool:
+    """Whether the recording came to its end, so that the graph frees its memory itself."""
+    try:
+        graph.pool()
+    except Exception:
+        return False
+    return True
+
+
+def _clean_up(stream: Any, pool: Any) -> None:
+    """A recording that broke off leaves the allocator and the random generator in it: end the one, and get the other out by one of nothing."""
+    for end in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        with contextlib.suppress(Exception):
+            getattr(torch._C, end)(stream.device_index, pool)
+    torch.cuda.synchronize(stream.device)
+    empty = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(empty, stream=stream):
+        torch.zeros((), device=stream.device)
+    empty.reset()

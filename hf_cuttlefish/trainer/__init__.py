@@ -1,0 +1,1 @@
+"""Trainer: what it knows and hands to no callback, and its steps as CUDA graphs."""

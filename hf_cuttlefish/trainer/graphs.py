@@ -1,0 +1,135 @@
+"""Steps of a Trainer as CUDA graphs: forward, backward and clipping are recorded once for each shape of batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from ..engines.around import unwrap
+from ..patch.graphed_step import GraphedStep
+
+logger = logging.getLogger(__name__)
+
+RECORDS = ("reduce-overhead", "max-autotune")
+"""Modes of torch.compile that record graphs themselves."""
+
+
+class GraphedTrainer:
+    """Let a Trainer run each step's forward, backward and clipping as one CUDA graph, from `start` to `stop`.
+
+        graphs = GraphedTrainer(trainer); graphs.start(); ...; graphs.stop()
+
+    Three methods of this one object are replaced: `training_step`, the accelerator's `clip_grad_norm_`, and `floating_point_ops`,
+    whose counts are kept for each shape. Steps are as in `GraphedStep`.
+
+    Raises ValueError: no CUDA device, several processes or GPUs, a setting that no graph goes with; it names the setting.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        check(trainer)
+        self.model: nn.Module = unwrap(trainer.model)
+        self.step = GraphedStep(self.model, self._run)
+        self._step_of_trainer: Callable[..., Any] = trainer.training_step
+        self._clip_of_accelerator: Callable[..., Any] = trainer.accelerator.clip_grad_norm_
+        self._count_of_trainer: Callable[..., Any] = trainer.floating_point_ops
+        self._norm: torch.Tensor | None = None
+        self._counts: dict[Any, Any] = {}
+
+    def start(self) -> None:
+        """Before the first step. Says what a Trainer of a class of its own does only while a step is recorded."""
+        trainer: Any = self.trainer
+        own = [n for n in ("compute_loss", "training_step") if getattr(type(trainer), n) is not getattr(Trainer, n)]
+        if own or trainer.compute_loss_func is not None:
+            logger.warning(
+                "Cuttlefish: with cuda_graphs, what %s of %s does beside computing the loss (counting, logging) happens only while a "
+                "step is recorded.",
+                " and ".join(own) or "compute_loss_func",
+                type(trainer).__name__,
+            )
+        trainer.training_step = self.training_step
+        trainer.floating_point_ops = self.floating_point_ops
+        trainer.accelerator.clip_grad_norm_ = self.clip_grad_norm_
+
+    def stop(self) -> None:
+        """The Trainer is as it was, and the graphs are freed."""
+        for owner, name in (
+            (self.trainer, "training_step"),
+            (self.trainer, "floating_point_ops"),
+            (self.trainer.accelerator, "clip_grad_norm_"),
+        ):
+            vars(owner).pop(name, None)
+        self.step.drop()
+
+    # --- in the place of the Trainer's own ---
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """The loss of a micro-batch; gradients are in the parameters, and clipped where the step is a whole one."""
+        self._norm = None
+        if num_items_in_batch is not None and not isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = torch.tensor(num_items_in_batch, device=self.trainer.args.device)
+        steps = getattr(
+            self.trainer, "current_gradient_accumulation_steps", self.trainer.args.gradient_accumulation_steps
+        )
+        batch = {"inputs": dict(inputs), "items": num_items_in_batch, "steps": steps}
+        loss, norm = self.step(batch)
+        self._norm = norm
+        return loss
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        """The norm that was found with the gradients; else as Accelerate does."""
+        norm, self._norm = self._norm, None
+        if norm is not None and max_norm == self.trainer.args.max_grad_norm and norm_type == 2:
+            return norm
+        return self._clip_of_accelerator(parameters, max_norm, norm_type)
+
+    def floating_point_ops(self, inputs: Any) -> Any:
+        """The Trainer's count, made once for each shape and number of parameters."""
+        shapes = tuple((n, v.shape) for n, v in inputs.items() if isinstance(v, torch.Tensor))
+        key = shapes, self.step.state
+        if key not in self._counts:
+            self._counts[key] = self._count_of_trainer(inputs)
+        return self._counts[key]
+
+    def _run(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is recorded: the Trainer's step, and clipping where nothing is added to these gradients later."""
+        trainer = self.trainer
+        loss = self._step_of_trainer(trainer.model_wrapped, batch["inputs"], batch["items"])
+        most = trainer.args.max_grad_norm
+        if batch["steps"] != 1 or trainer.accelerator.scaler is not None or not most or most < 0:
+            return loss, None
+        trained = [p for p in self.model.parameters() if p.grad is not None]
+        return loss, torch.nn.utils.clip_grad_norm_(trained, most)
+
+
+def check(trainer: Trainer) -> None:
+    """Raises ValueError for a Trainer whose steps can't be recorded."""
+    args = trainer.args
+    if args.device.type != "cuda":
+        raise ValueError(
+            f"cuda_graphs=True needs a CUDA device, and this Trainer is on {args.device}: leave it out here"
+        )
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise ValueError(
+            f"cuda_graphs=True records the steps of one process with one GPU, and here are {args.world_size} with {args.n_gpu} each: "
+            "leave it out, or set CUDA_VISIBLE_DEVICES=0"
+        )
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError("cuda_graphs=True does not go with DeepSpeed or FSDP: leave it out")
+    if args.torch_compile and args.torch_compile_mode in RECORDS:
+        raise ValueError(
+            f"cuda_graphs=True records whole steps, and torch_compile_mode={args.torch_compile_mode!r} records parts of them itself: "
+            "set torch_compile_mode='default'"
+        )
+    if args.torch_empty_cache_steps is not None:
+        raise ValueError(
+            f"torch_empty_cache_steps is {args.torch_empty_cache_steps}, which frees memory within a step, and no graph can hold that: "
+            "leave it out, or cuda_graphs=True"
+        )
+    if args.optim in ("lomo", "adalomo"):
+        raise ValueError(f"optim is {str(args.optim)!r}, which steps within backward: leave cuda_graphs=True out")
