@@ -6,10 +6,8 @@ import cProfile
 import itertools
 import os
 import pstats
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +17,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig
 from hf_cuttlefish.measure.pace import Moment
+from hf_cuttlefish.trainer.graphs import GraphedTrainer
 
-from ..speed.clock import gpu_time
+from .bare import bare
 from .cases import CASES, Case, Rows
 from .phases import SETTLE, split
 
@@ -45,7 +44,11 @@ MODES: dict[str, dict[str, Any]] = {
     },
     "graphs-waiting": {"torch_compile": True, "torch_compile_mode": "reduce-overhead"},
     "blocks-graphs": {"torch_compile": True, "torch_compile_mode": "reduce-overhead", **UNWAITED},
+    "step-graph": {**UNWAITED},
+    "blocks-step-graph": {"torch_compile": True, **UNWAITED},
 }
+STEP_GRAPHS = ("step-graph", "blocks-step-graph")
+"""Modes in which forward, backward and clipping are one CUDA graph, as cuda_graphs=True makes it."""
 
 
 BY_BLOCKS = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
@@ -106,10 +109,14 @@ def run(
     settings = METHODS[method]
     ours = None
     if settings is not None:
-        ours = CuttlefishCallback(CuttlefishConfig(target_ratio=ratio, on_error="raise", **settings))
+        config = CuttlefishConfig(target_ratio=ratio, on_error="raise", **settings)
+        ours = CuttlefishCallback(config, cuda_graphs=mode in STEP_GRAPHS)
     clock = Clock(ours, limit)
     trainer = make_trainer(model, mode, steps, [*([] if ours is None else [ours]), clock], workers)
+    graphs = GraphedTrainer(trainer) if mode in STEP_GRAPHS and ours is None else None
     clock.began = Moment()
+    if graphs is not None:
+        graphs.start()
     trainer.train()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -118,7 +125,9 @@ def run(
     job |= {"rows": model.rows, "length": model.length, "blocks": model.blocks, "of_blocks": model.of_blocks}
     job |= {"loader_workers": trainer.args.dataloader_num_workers}
     record = job | measured(clock, seconds, steps) | decided(ours) | where()
-    return record | (bare(trainer) if torch.cuda.is_available() and MODES[mode] else {})
+    if graphs is not None:
+        graphs.stop()
+    return record | (bare(trainer, mode in STEP_GRAPHS) if torch.cuda.is_available() and MODES[mode] else {})
 
 
 def make_trainer(
@@ -130,7 +139,7 @@ def make_trainer(
     os.environ[BY_BLOCKS] = str(mode.startswith("blocks"))
     if workers is None:
         workers = 4 if on_gpu and case.kind == "vit" else 0  # a batch of images is 39 MB
-    if how and not on_gpu:
+    if how and not on_gpu:  # of a step's graph nothing can be tried there
         how = {"torch_compile": True, "torch_compile_backend": "eager"}
     settings = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
@@ -151,67 +160,6 @@ def make_trainer(
     model = case.model(torch.device("cuda" if on_gpu else "cpu"))
     data = Rows(case, model.config, steps)
     return Trainer(model=model, args=settings, train_dataset=data, callbacks=callbacks)
-
-
-def bare(trainer: Trainer, steps: int = 10) -> dict[str, Any]:
-    """What a step of the trained model takes without the Trainer around it, and the device's own time of such a step.
-
-    The same forward, backward, clipping, optimizer and batch; milliseconds.
-    """
-    model, optimizer = trainer.model_wrapped.train(), trainer.optimizer
-    batch = next(iter(trainer.get_train_dataloader()))
-
-    def step() -> None:
-        with trainer.compute_loss_context_manager():
-            loss = model(**batch).loss
-        trainer.accelerator.backward(loss)
-        trainer.accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(steps):
-        step()
-    launched = time.perf_counter() - began
-    torch.cuda.synchronize()
-    took = time.perf_counter() - began
-    found = {"bare_ms": 1000 * took / steps, "bare_host_ms": 1000 * launched / steps}
-    found |= gpu_time(lambda: [step() for _ in range(4)], 4)
-    return found | {"tensors": len(list(model.parameters())), "host_parts": host_parts(trainer, batch)}
-
-
-def host_parts(trainer: Trainer, batch: Any, steps: int = 15) -> dict[str, float]:
-    """Milliseconds that the host needs for each part of the Trainer's step, medians.
-
-    The device is waited for before each step, so that the host never waits for it within one: what is left is the host's own work.
-    """
-    model, optimizer, accelerator = trainer.model_wrapped, trainer.optimizer, trainer.accelerator
-    loss: list[torch.Tensor] = []
-
-    def forward() -> None:
-        with trainer.compute_loss_context_manager():
-            loss[:] = [model(**batch).loss]
-
-    parts: dict[str, Callable[[], Any]] = {
-        "train": model.train,
-        "forward": forward,
-        "backward": lambda: accelerator.backward(loss.pop()),
-        "clip": lambda: accelerator.clip_grad_norm_(model.parameters(), 1.0),
-        "optimizer": optimizer.step,
-        "zero_grad": model.zero_grad,
-        "count": lambda: trainer.floating_point_ops(batch),
-    }
-    taken: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(steps):
-        torch.cuda.synchronize()
-        for name, part in parts.items():
-            began = time.perf_counter()
-            part()
-            taken[name].append(1000 * (time.perf_counter() - began))
-    return {name: round(statistics.median(values), 3) for name, values in taken.items()}
 
 
 def measured(clock: Clock, seconds: float, asked: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from hf_cuttlefish import GraphedStep
 from hf_cuttlefish.decide.targets import find_targets
 from hf_cuttlefish.layers.kinds import dense_weight
 from hf_cuttlefish.patch.running import RunMultiplied
@@ -45,8 +46,12 @@ COMPILED: dict[str, str | None] = {
     "max-autotune": "max-autotune",
     "max-autotune-no-cudagraphs": "max-autotune-no-cudagraphs",
     "infer-graphs": "reduce-overhead",
+    "compiled-step-graph": None,
+    "autotuned-step-graph": "max-autotune-no-cudagraphs",
 }
 """Mode here -> mode of torch.compile."""
+STEP_GRAPHS = ("step-graph", "compiled-step-graph", "autotuned-step-graph")
+"""Modes in which forward, backward and clipping are one CUDA graph (`GraphedStep`)."""
 CHECKPOINTED = " checkpointed"
 """End of a variant's name: its blocks are run again in backward."""
 
@@ -61,7 +66,7 @@ def main() -> None:
         default=["dense", "pairs 0.25", "multiplied 0.25"],
         help="'pairs 0.4', 'dense checkpointed', ...",
     )
-    parser.add_argument("--modes", nargs="+", choices=["eager", "infer", *COMPILED], default=["eager"])
+    parser.add_argument("--modes", nargs="+", choices=["eager", "infer", "step-graph", *COMPILED], default=["eager"])
     parser.add_argument("--infer-rows", nargs="+", type=int, default=[1, 64])
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of 8 steps each, all variants in turn")
     parser.add_argument("--compile-first", type=int, default=0, metavar="N", help="compile by N processes at a time")
@@ -116,7 +121,7 @@ def run(
         began = time.perf_counter()
         try:
             jobs[variant] = job = Job(case, variant, mode, rows, device)
-            for _ in range(3):
+            for _ in range(4):
                 job.step()
             job.wait()
         except Exception as error:
@@ -173,6 +178,8 @@ class Job:
             # Without a GPU the paths alone are tried.
             how: dict[str, Any] = {"mode": COMPILED[mode]} if device.type == "cuda" else {"backend": "eager"}
             self.call = torch.compile(self.model, dynamic=False, **how)
+        on_gpu = device.type == "cuda"  # elsewhere the paths alone are tried
+        self.graphed = GraphedStep(self.model, self.backward) if mode in STEP_GRAPHS and on_gpu else self.backward
 
     def _cut(self, form: str, ratio: float, kind: str) -> None:
         """Pairs at one share of the full rank in all layers, and the form that they run in."""
@@ -199,9 +206,20 @@ class Job:
             with torch.inference_mode(), self._autocast():
                 self.call(**self.batch)
             return
-        self.forward().backward()
-        self.clip()
+        if self.mode in STEP_GRAPHS:
+            self.graphed(self.batch)
+        else:
+            self.forward().backward()
+            self.clip()
         self.update()
+
+    def backward(self, batch: Any) -> torch.Tensor:
+        """Forward, backward and clipping of a batch: what one graph holds."""
+        with self._autocast():
+            loss = self.call(**batch).loss
+        loss.backward()
+        self.clip()
+        return loss.detach()  # type: ignore[no-any-return]
 
     def forward(self) -> torch.Tensor:
         if self.mode in ("graphs", "max-autotune"):
@@ -236,7 +254,7 @@ class Job:
 
     def parts(self) -> dict[str, Any]:
         """Milliseconds of the parts of a training step, medians."""
-        if self.mode.startswith("infer"):
+        if self.mode.startswith("infer") or self.mode in STEP_GRAPHS:
             return {}
         found: dict[str, list[float]] = {"forward": [], "backward": [], "clip": [], "optimizer": []}
 
