@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,11 +50,30 @@ def per_step(record: Record, phase: str) -> float:
     return found["seconds"] / found["steps"] if found["steps"] else 0.0
 
 
+def ordinary(record: Record) -> tuple[float, float]:
+    """Seconds of a step before the switch in which nothing is measured, and what measuring took in all of them together.
+
+    A run checks the stable ranks 30 times however long it is, and samples the weights about as often: seconds that do not grow.
+    """
+    before = record["phases"]["before"]
+    usual = per_step(record, "before")
+    if record["switch_step"] is None or "ms" not in record:
+        return usual, 0.0
+    schedule = Schedule(CuttlefishConfig(), record["steps_asked"])
+    steps = range(SETTLE + 1, record["switch_step"] - record["gathering_steps"] + 1)
+    seconds = dict(enumerate((float(ms) / 1000 for ms in record["ms"].split()), start=2))
+    plain = [seconds[n] for n in steps if not schedule.is_check(n) and n % schedule.stretch]
+    if not plain or schedule.stretch == 1:
+        return usual, 0.0
+    usual = statistics.fmean(plain)
+    return usual, before["seconds"] - before["steps"] * usual
+
+
 def compiling(record: Record) -> tuple[float, float]:
     """Seconds that the first steps and those after the switch took beyond ordinary ones: compilation, capture, warm-up."""
     first, again = record["phases"]["start"], record["phases"]["restart"]
     return (
-        first["seconds"] - first["steps"] * per_step(record, "before"),
+        first["seconds"] - first["steps"] * ordinary(record)[0],
         again["seconds"] - again["steps"] * per_step(record, "after"),
     )
 
@@ -70,7 +90,7 @@ def fixed(record: Record, first: float | None = None) -> float:
 
 
 def computed(record: Record, steps: int, first: float | None = None) -> float:
-    """Seconds that a run of so many steps would take: fixed seconds + steps of each kind x what one took.
+    """Seconds that a run of so many steps would take: fixed seconds + what measuring took + steps of each kind x what one took.
 
     It switches at the same share of the run, and gathers for as many steps as the schedule of such a run says. At the record's
     own number of steps it is what was measured, but for what scheduling rounds. `first` is as in `fixed`.
@@ -81,9 +101,11 @@ def computed(record: Record, steps: int, first: float | None = None) -> float:
     schedule.statistics_needed = record["statistics_needed"]
     switched = round(steps * record["switch_step"] / record["steps_asked"])
     gathered = min(schedule.statistics_steps, switched)
+    usual, measuring = ordinary(record)
     return (
         fixed(record, first)
-        + (switched - gathered) * per_step(record, "before")
+        + measuring
+        + (switched - gathered) * usual
         + gathered * per_step(record, "gathering")
         + (steps - switched) * per_step(record, "after")
     )

@@ -17,6 +17,7 @@ NAMES = {
     "llama-1b": "Llama-1B shapes",
 }
 METHODS = {"dense": "dense", "cuttlefish": "Cuttlefish", "speed": 'Cuttlefish, objective "speed"'}
+RECIPES = ("step-graph", "blocks-step-graph", "blocks-graphs")
 LENGTHS = (1000, 10000, 100000)
 Record = Mapping[str, Any]
 
@@ -120,7 +121,14 @@ def _pairs(records: Sequence[Record]) -> list[tuple[Record, Record]]:
     runs = sorted(records, key=_order)
     dense = [r for r in runs if r["method"] == "dense"]
     ours = [r for r in runs if r["method"] != "dense"]
-    return [(d, r) for r in ours for d in dense if _is_pair(d, r)]
+    found = [(d, r) for r in ours for d in dense if _is_pair(d, r)]
+    # Hosts differ: an eager run of the same call is the one to compare with, where there is one.
+    with_own = {id(r) for d, r in found if d["mode"] == "eager" and d.get("call") and d["call"] == r.get("call")}
+    return [
+        (d, r)
+        for d, r in found
+        if d["mode"] != "eager" or d.get("call") == (r.get("call") if id(r) in with_own else None)
+    ]
 
 
 def _is_pair(dense: Record, ours: Record) -> bool:
@@ -164,22 +172,30 @@ def host_parts_table(records: Iterable[Record]) -> str:
 
 
 def gain_table(records: Iterable[Record]) -> str:
-    """What the recipe gives: a step before and after, and when a run ends first; one row a model. "" for none."""
+    """What the recipe gives: a step before and after, and when a run ends first; one row a model and mode. "" for none."""
     rows = []
     for dense, ours in _pairs(_whole(records)):
-        if (_mode(dense), _mode(ours)) != (MODES["blocks-graphs"],) * 2:
+        if dense["mode"] != ours["mode"] or dense["mode"] not in RECIPES:
             continue
         even, first = even_after(dense, ours), shared_compilation(dense, ours)
         after = f"{ours['ms_after']:.0f} (mean {1000 * per_step(ours, 'after'):.0f})"
         longer = f"{computed(dense, 10000, first) / computed(ours, 10000, first):.2f}"
-        rows.append([_name(ours), f"{dense['ms_before']:.0f}", after, "never" if even is None else f"{even:,}", longer])
-    header = ["model", "a step, dense, ms", "after the switch, ms", "ends first, from", "dense / ours, 10,000 steps"]
+        ends = "never" if even is None else f"{even:,}"
+        rows.append([_name(ours), _mode(ours), f"{dense['ms_before']:.0f}", after, ends, longer])
+    header = [
+        "model",
+        "mode",
+        "a step, dense, ms",
+        "after the switch, ms",
+        "ends first, from",
+        "dense / ours, 10,000 steps",
+    ]
     return markdown_table(header, sorted(rows, key=lambda row: -float(row[-1]))) if rows else ""
 
 
-def _order(r: Record) -> tuple[int, int, int, int]:
+def _order(r: Record) -> tuple[Any, ...]:
     by_name = [list(known).index(r[name]) for name, known in (("case", NAMES), ("mode", MODES), ("method", METHODS))]
-    return by_name[0], by_name[1], r.get("loader_workers", 0), by_name[2]
+    return by_name[0], by_name[1], r.get("loader_workers", 0), by_name[2], r.get("call", "")
 
 
 def _name(r: Record) -> str:

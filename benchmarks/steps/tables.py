@@ -29,6 +29,10 @@ MODES = {
     "graphs": "CUDA graphs",
     "graphs-waiting": "CUDA graphs, Trainer waits",
     "blocks-graphs": "blocks as CUDA graphs",
+    "step-graph": "a graph a step",
+    "blocks-step-graph": "compiled blocks, a graph a step",
+    "compiled-step-graph": "compiled, a graph a step",
+    "autotuned-step-graph": "max-autotune, a graph a step",
     "max-autotune": "max-autotune",
     "max-autotune-no-cudagraphs": "max-autotune without graphs",
 }

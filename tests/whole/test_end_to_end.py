@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.end_to_end import __main__ as command
 from benchmarks.end_to_end.cases import CASES, Rows
-from benchmarks.end_to_end.phases import computed, even_after, fixed, split
+from benchmarks.end_to_end.phases import computed, even_after, fixed, ordinary, split
 from benchmarks.end_to_end.run import measured, run
 from benchmarks.end_to_end.tables import (
     computed_table,
@@ -24,6 +24,8 @@ from benchmarks.end_to_end.tables import (
 from benchmarks.steps import __main__ as steps
 from benchmarks.steps.tables import ratios_table
 from benchmarks.write_docs import write_gpu_page
+from hf_cuttlefish.config import CuttlefishConfig
+from hf_cuttlefish.decide.schedule import Schedule
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,11 +100,37 @@ def test_what_is_fixed_and_what_is_not():
     assert even_after(dense, slower) is None
 
 
+def test_checks_cost_a_long_run_no_more_than_a_short_one():
+    """A step that measures takes 50 ms more; in a run of 10,000 there are as many of them as in one of 100."""
+    checks = [n for n in range(2, 31) if Schedule(CuttlefishConfig(), 100).is_check(n) or n % 12 == 0]
+    took = [0.01 + 0.05 * (n in checks) for n in range(2, 22)] + [0.03] * 8 + [4.01] + [0.008] * 69
+    before = sum(took[7:20])
+    phases = record()["phases"] | {"before": {"steps": 13, "seconds": before}}
+    measured_too = record(phases=phases, gathering_steps=9, ms=" ".join(str(1000 * s) for s in took))
+    usual, measuring = ordinary(measured_too)
+    assert usual == pytest.approx(0.01)
+    assert measuring == pytest.approx(before - 13 * 0.01)
+    assert measuring > 0.1
+    assert computed(measured_too, 10000) == pytest.approx(computed(record(), 10000) + measuring)
+
+
+def test_an_eager_dense_run_of_the_same_call_is_the_one_to_compare_with():
+    eager, slow_host = record("dense", mode="eager"), record("dense", mode="eager", call="b")
+    ours, others = record(mode="step-graph", call="b"), record(mode="blocks-step-graph", call="c")
+    found = computed_table([eager, slow_host, ours, others]).splitlines()[2:]
+    assert [row.split(" | ")[1] for row in found] == [
+        "eager / a graph a step",
+        "eager / compiled blocks, a graph a step",
+    ]
+
+
 def test_tables_have_what_was_measured_and_leave_out_the_rest():
     assert large_table([]) == computed_table([]) == trial_table([]) == ratios_table([]) == gain_table([]) == ""
     blocks = [record(method, mode="blocks-graphs") for method in ("dense", "cuttlefish")]
     (row,) = gain_table([*blocks, record("dense", mode="eager"), record()]).splitlines()[2:]
-    assert row == "| Llama-1B shapes, 8 of 16 blocks, 8 x 1024 | 10 | 8 (mean 8) | 4,700 | 1.08 |"
+    assert (
+        row == "| Llama-1B shapes, 8 of 16 blocks, 8 x 1024 | blocks as CUDA graphs | 10 | 8 (mean 8) | 4,700 | 1.08 |"
+    )
     failed = {"case": "vit-large", "mode": "graphs", "method": "dense", "error": "no room"}
     early = record(switch_step=None, case="bert-large")
     assert large_table([failed, early]) == ""
