@@ -130,16 +130,18 @@ LARGE_RUNS = """Models through `Trainer` with all their blocks, `target_ratio=0.
 there what the one beside it had compiled. "Trainer waits": without the two settings above (`python -m benchmarks.end_to_end`, records `end_to_end_large_*`).
 BERT-large compiled as one model, without waiting, was timed by the host's clock, which ran ahead: its time before the switch is left out, and its
 other medians scatter with the host. Its means, in the next table, do not:"""
-GAIN = """What that gives with `target_ratio=0.25`, one H100, bf16, through `Trainer` ([all numbers](#a-whole-run)). "Ends first": a run of so many steps or
-more ends before a dense run. The last column is the dense run's time / ours. Both are computed from runs of 400 steps, everything counted:"""
+GAIN = """What pairs add to that with `target_ratio=0.25`, one H100, bf16, through `Trainer`: both runs in the same mode ([all numbers](#a-whole-run)). "A graph a
+step" is `cuda_graphs=True`. "Ends first": a run of so many steps or more ends before the dense run. The last column is the dense run's time / ours. Both are
+computed from runs of 300 to 1,000 steps, everything counted. "Blocks as CUDA graphs" is [the compiler's way](#or-let-the-compiler-make-the-graphs):"""
 SHARES = """Milliseconds a step: dense, Cuttlefish after the switch, and their ratio. "Without Trainer" is the same forward, backward, clipping and
 optimizer in a bare loop. "The device alone" is what would be left if the host took no time:"""
 LONGER_RUNS = """**Computed from these parts, not measured**: dense seconds / Cuttlefish's in longer runs (above 1: Cuttlefish ends first). Fixed
-seconds, plus steps of each kind times what one took; the switch comes at the same share of the run. A row "eager / ..." counts for Cuttlefish what
-compilation spares dense training as well; rows of one mode show what the pairs add:"""
+seconds and what measuring took, plus steps of each kind times what one took; the switch comes at the same share of the run. A row "eager / ..." counts for
+Cuttlefish what graphs and compilation spare dense training as well; rows of one mode show what the pairs add. Eager dense runs are of the same call only
+beside "a graph a step":"""
 HOST_PARTS = """Milliseconds of the host. The device is waited for before each step, so that nothing within a step waits for it; in a run the
-host is quicker where it never stops. "Trainer" is `model.train()` and the count of parameters for `total_flos`
-(records `end_to_end_large_h100`, `end_to_end_host_h100`):"""
+host is quicker where it never stops. "Trainer" is `model.train()` and the count of parameters for `total_flos`. With a graph a step "forward" is all that it
+holds (records `end_to_end_large_*`, `end_to_end_host_h100`):"""
 TRIALS = """What `objective="speed"` found on a GPU (record `end_to_end_large_speed_h100`):"""
 
 

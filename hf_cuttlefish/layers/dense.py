@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -53,8 +53,11 @@ def _is_of_engine(layer: nn.Module, forward: object) -> bool:
 
     Accelerate leaves the class's own behind when it takes its hooks away.
     """
-    forward = getattr(forward, "_torchdynamo_orig_callable", forward)  # compiled by itself: the pair runs uncompiled
-    is_own = getattr(forward, "__func__", None) is type(layer).forward
+    own = type(layer).forward
+    held: Any = getattr(forward, "_torchdynamo_orig_callable", forward)  # compiled by itself: the pair runs uncompiled
+    if getattr(held, "__globals__", {}).get("__name__") == "torch._dynamo.external_utils":
+        held = getattr(held, "__wrapped__", held)  # torch's own methods are wrapped once more
+    is_own = getattr(held, "__func__", held) is own
     maker = str(getattr(forward, "__module__", "")).partition(".")[0]
     return is_own or hasattr(layer, "_hf_hook") or maker in ("transformers", "accelerate")
 

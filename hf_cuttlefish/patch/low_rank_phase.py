@@ -17,6 +17,7 @@ from ..layers.low_rank import low_rank_layers
 from ..measure.eager import has_compiled, has_cuda_graphs
 from ..measure.pace import BEFORE
 from ..measure.watch import Watch
+from .graphed_step import has_graphs
 from .left_behind import LeftBehind
 from .report import FactorizationReport
 from .running import RunMultiplied
@@ -57,7 +58,8 @@ class Found:
         waits_for_host: whether the host sets the pace; None where it is not known. device: "cuda", "cpu", ...
         tried: form of running -> milliseconds a step, where one was chosen: `form`.
         times: seconds a step before the switch and after it. is_slower: whether that is more than 5% longer.
-        objective: of the config. is_compiled: whether anything is compiled. has_graphs: whether it runs as CUDA graphs.
+        objective: of the config. is_compiled: whether anything is compiled. has_graphs: whether it runs as the compiler's CUDA graphs.
+        has_step_graphs: whether steps are CUDA graphs as `GraphedStep` records them.
         is_resumed: whether the time before is another run's.
     """
 
@@ -69,6 +71,7 @@ class Found:
     objective: str = "size"
     is_compiled: bool = False
     has_graphs: bool = False
+    has_step_graphs: bool = False
     is_resumed: bool = False
     form: str | None = None
 
@@ -154,6 +157,7 @@ class LowRankPhase:
             objective=run.config.objective,
             is_compiled=has_compiled(),
             has_graphs=has_cuda_graphs(),
+            has_step_graphs=has_graphs(),
             is_resumed=self._is_resumed,
         )
 

@@ -136,17 +136,23 @@ def low_rank_phase(found: Found) -> tuple[int, str]:
         return logging.WARNING, f"{told}At these shapes pairs take longer than dense layers here. {instead}"
     if found.waits_for_host is False:
         return logging.WARNING, f"{told}The device sets the pace: at these shapes pairs take it longer. {instead}"
-    if found.has_graphs:
-        why = "The host sets the pace: with CUDA graphs, too, it works for each parameter tensor, and pairs have more of them."
+    if found.has_step_graphs:
+        why = "The host sets the pace, although forward and backward are one CUDA graph: pairs have more tensors for the optimizer."
         return logging.WARNING, f"{told}{why} Under Trainer, {UNWAITED}. {instead}"
+    if found.has_graphs:
+        why = "The host sets the pace: with these CUDA graphs it works for each parameter tensor, and pairs have more of them."
+        return logging.WARNING, f"{told}{why} {WHOLE}. Under Trainer, {UNWAITED}. {instead}"
     why = "The host launches kernels one by one, and the device waits for it."
-    faster = f"{FASTER}; under Trainer, {UNWAITED}" if found.is_compiled else FASTER
-    return logging.WARNING, f"{told}{why} {faster}. {instead}"
+    return logging.WARNING, f"{told}{why} {FASTER}; under Trainer, {UNWAITED}. {instead}"
 
 
 FASTER = (
-    "torch_compile=True with torch_compile_mode='reduce-overhead' and fixed lengths launches them all at once, in dense "
-    "training as well (docs/fast-on-a-gpu.md)"
+    "CuttlefishCallback(cuda_graphs=True), or GraphedStep in a loop of your own, with fixed lengths launches them all at once, dense "
+    "steps as well (docs/fast-on-a-gpu.md)"
+)
+WHOLE = (
+    "torch_compile_mode='default' with CuttlefishCallback(cuda_graphs=True) makes forward, backward and clipping one graph "
+    "(docs/fast-on-a-gpu.md)"
 )
 UNWAITED = "logging_nan_inf_filter=False and accelerator_config={'non_blocking': True} let the host run ahead"
 

@@ -1,6 +1,7 @@
 """Where: patterns, what is never taken, and the errors of patterns that miss."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 from hf_cuttlefish import CuttlefishConfig, LowRankLinear, estimate_ranks, factorize
 from hf_cuttlefish.decide.targets import find_targets, matches, skipped_parameters
+from hf_cuttlefish.layers.dense import said_of_more
 from tiny_models import BY_NAME, LLAMA, LM
 
 
@@ -399,3 +401,16 @@ def test_hooks_of_accelerate_are_no_forward_of_somebodys():
     assert len(find_targets(model)) == 4
     hooks.remove_hook_from_module(layer)
     assert "forward" in vars(layer) and len(find_targets(model)) == 4
+
+
+def test_a_layer_whose_own_forward_is_compiled_is_taken_and_one_with_another_compiled_forward_is_not():
+    """torch.compile keeps a copy of the function, which was taken for somebody's own."""
+    model = Blocks()
+    own, other = model.blocks[0]
+    own.forward = torch.compile(own.forward, backend="eager")
+    other.forward = torch.compile(lambda x: 2 * nn.Linear.forward(other, x), backend="eager")
+    wrapped = model.blocks[1][0]
+    wrapped.forward = torch.compile(functools.wraps(wrapped.forward)(lambda x: 3 * x), backend="eager")
+    assert said_of_more(own) == ""
+    assert said_of_more(other) == said_of_more(wrapped) == "somebody has replaced its forward, which would be lost"
+    assert "blocks.0.0" in find_targets(model) and "blocks.0.1" not in find_targets(model)

@@ -89,7 +89,7 @@ def test_the_quicker_form_stays(monkeypatch: pytest.MonkeyPatch, multiplied: flo
     assert (run.phase.multiplied is not None and run.phase.multiplied.is_on) is (multiplied < pairs)
     level, line = lines.low_rank_phase(found)
     assert level == logging.INFO
-    assert "35 ms" in line and "50 ms" in line and "reduce-overhead" in line
+    assert "35 ms" in line and "50 ms" in line and "cuda_graphs=True" in line
     run.phase.stop()
     assert not run.model._forward_pre_hooks
 
@@ -259,15 +259,28 @@ def test_speed_is_held_against_whole_steps(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("device", "waits", "how", "words"),
     [
-        ("cuda", True, "", "The host launches kernels one by one, and the device waits for it. torch_compile=True"),
-        ("cuda", True, "compiled", "torch_compile_mode='reduce-overhead' and fixed lengths launches them all at once"),
+        (
+            "cuda",
+            True,
+            "",
+            "The host launches kernels one by one, and the device waits for it. CuttlefishCallback(cuda_graphs=True)",
+        ),
+        ("cuda", True, "compiled", "GraphedStep in a loop of your own, with fixed lengths launches them all at once"),
         ("cuda", True, "compiled", "logging_nan_inf_filter=False and accelerator_config={'non_blocking': True}"),
         (
             "cuda",
             True,
             "graphs",
-            "with CUDA graphs, too, it works for each parameter tensor, and pairs have more of them",
+            "with these CUDA graphs it works for each parameter tensor, and pairs have more of them",
         ),
+        (
+            "cuda",
+            True,
+            "graphs",
+            "torch_compile_mode='default' with CuttlefishCallback(cuda_graphs=True) makes forward, backward",
+        ),
+        ("cuda", True, "step graphs", "although forward and backward are one CUDA graph"),
+        ("cuda", False, "step graphs", "The device sets the pace"),
         ("cuda", True, "graphs", "logging_nan_inf_filter=False and accelerator_config={'non_blocking': True}"),
         ("cuda", False, "", "The device sets the pace"),
         ("cuda", False, "graphs", "The device sets the pace"),
@@ -276,11 +289,14 @@ def test_speed_is_held_against_whole_steps(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_the_line_says_why_and_what_to_do(device: str, waits: bool | None, how: str, words: str) -> None:
     times = (0.04, 0.05)
-    found = Found(waits, device, None, times, is_slower=True, is_compiled=bool(how), has_graphs=how == "graphs")
+    graphs = {"has_graphs": how == "graphs", "has_step_graphs": how == "step graphs"}
+    found = Found(waits, device, None, times, is_slower=True, is_compiled=bool(how), **graphs)
     level, line = lines.low_rank_phase(found)
     assert level == logging.WARNING and words in line and "objective='speed'" in line and "larger batches" in line
-    if how == "graphs":
-        assert "one by one" not in line and "reduce-overhead" not in line
+    if "graphs" in how:
+        assert "one by one" not in line
+    if how == "step graphs":
+        assert "cuda_graphs" not in line
 
 
 def test_graphs_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

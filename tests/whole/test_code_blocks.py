@@ -26,6 +26,8 @@ NOT_RUN = {
     "AutoModelForX": "a sketch of several processes",
     "...,": "arguments of a larger call",
     "reduce-overhead": "CUDA graphs need a GPU",
+    "cuda_graphs": "CUDA graphs need a GPU",
+    "GraphedStep": "CUDA graphs need a GPU",
 }
 """What a block holds that cannot run here -> why; it is compiled all the same."""
 
