@@ -87,12 +87,12 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         self.restart_from, self._full_rank, self._is_due = None, None, False
         trainer.move_to_front(self)
         name = type(self).__name__
+        self._stop_graphs()
+        graphs = trainer.graphed_trainer() if self.cuda_graphs else None  # refused before anything is forgotten
         saved = self._saved or trainer.callback_state(state, name) if state.global_step else None
         previous, self.cuttlefish, self._saved = self.cuttlefish, None, None
         if previous is not None:
             previous.close()  # an exception or Ctrl-C may have left its hooks
-        self._stop_graphs()
-        graphs = trainer.graphed_trainer() if self.cuda_graphs else None
         run = trainer.begin(model, args, state, self.config, **kwargs)
         try:
             trainer.check_again(previous, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,15 @@ import torch
 
 
 class NotCapturedError(RuntimeError):
-    """What a function did could not be recorded. Nothing has run, and the device is as it was."""
+    """What a function did could not be recorded. Nothing has run, and the device is as it was.
+
+    Attributes:
+        no_room: whether the device had no memory for it.
+    """
+
+    def __init__(self, why: str, no_room: bool = False) -> None:
+        super().__init__(why)
+        self.no_room = no_room
 
 
 def capture(function: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, Any]:
@@ -28,22 +37,31 @@ def capture(function: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, A
     """
     graph = torch.cuda.CUDAGraph()
     recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-    failed: Exception | None = None
+    current = torch.cuda.current_stream(stream.device)
+    failed: BaseException | None = None
     broken = False
+    torch.clear_autocast_cache()  # casts made before would be taken for constants
     with _no_garbage_collected():
         try:
             with recording:
                 try:
                     result = function()
-                except Exception as error:
+                except BaseException as error:
                     failed = error  # the reason; the end of the recording has another, of little use
         except Exception as error:
             failed, broken = failed or error, "captur" in str(error)
+    torch.clear_autocast_cache()  # and those made in the recording have no values outside of it
     if failed is None:
         return graph, result
+    torch.cuda.set_stream(current)  # torch stays on the other one where a recording breaks off
     if broken and not _has_ended(graph):
         _clean_up(stream, pool)
-    raise NotCapturedError(f"{type(failed).__name__}: {str(failed).splitlines()[0] if str(failed) else ''}") from failed
+    traceback.clear_frames(failed.__traceback__)  # they hold the memory of the step
+    if not isinstance(failed, Exception):
+        raise failed
+    lines = str(failed).splitlines()
+    no_room = isinstance(failed, torch.OutOfMemoryError)
+    raise NotCapturedError(f"{type(failed).__name__}: {lines[0] if lines else ''}", no_room)
 
 
 @contextlib.contextmanager

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ..measure.eager import runs_eagerly
 from .capture import NotCapturedError, capture, steady_masks
+from .graph_stamp import stamp
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,8 @@ WARM = 2
 """Steps of each shape that run as they are before one is recorded: memory is found, and something may be compiled."""
 MOST = 8
 """Graphs that are kept; each holds the gradients of the model."""
+MANY = 100
+"""Batches of so many kinds, none of which came three times, are said."""
 PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 """What a batch may hold beside tensors: a graph is recorded for each value."""
 
@@ -44,64 +48,65 @@ class _Graph:
     parameters: list[nn.Parameter]
     gradients: list[torch.Tensor]
 
-    def run(self, tensors: list[torch.Tensor]) -> Any:
-        """Replay with other inputs; gradients are added to those that are there, as backward does."""
+    def run(self, tensors: list[torch.Tensor], recorded: set[int]) -> Any:
+        """Replay with other inputs; gradients are added to those that are there, as backward does.
+
+        Args:
+            recorded: ids of the gradients of all graphs, which share their memory.
+        """
         for mine, given in zip(self.inputs, tensors, strict=True):
             mine.copy_(given, non_blocking=True)
         held = [p.grad for p in self.parameters]
-        # Those of the last micro-batch may lie where this one writes.
-        kept = [h.clone() if h is g else h for h, g in zip(held, self.gradients, strict=True)] if any(
-            h is not None for h in held
-        ) else None  # fmt: skip
+        # Those of the last micro-batch lie where this one may write.
+        kept = [g.clone() if g is not None and id(g) in recorded else g for g in held]
         self.graph.replay()
-        if kept is None:
-            for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-                parameter.grad = gradient
-        else:
-            for parameter, before, gradient in zip(self.parameters, kept, self.gradients, strict=True):
-                parameter.grad = gradient if before is None else before.add_(gradient)
+        for parameter, before, gradient in zip(self.parameters, kept, self.gradients, strict=True):
+            parameter.grad = gradient if before is None else before.add_(gradient)
         return tree_map_only(torch.Tensor, torch.clone, self.result)
 
 
 class GraphedStep:
     """Run a training step as one CUDA graph for each shape of batch: the host launches once, not a thousand times.
 
-        step = GraphedStep(model, lambda batch: backward(model(**batch).loss))
+        step = GraphedStep(model, forward_and_backward)
         loss = step(batch); optimizer.step(); optimizer.zero_grad(); cuttlefish.step()
 
-    The first two steps of a shape run as they are, the third is recorded, and then replayed: the numbers are the same. What the function does
-    beside launching kernels (counting, printing) happens while it is recorded, and no more. The graphs are dropped, and recorded anew, where
-    parameters, buffers, modules, hooks or training flags have changed, so at the switch. Steps that gather statistics run as they are.
-    With torch.compile take a mode without CUDA graphs ("default").
+    The first two steps of a shape run as they are, the third is recorded, and then replayed: the numbers are the same. What the
+    function does beside launching kernels (counting, printing) happens while it is recorded, and no more; numbers that it takes from
+    Python (a weight that a schedule changes) stay as they were then: put them into the batch. Graphs are dropped, and recorded anew,
+    where parameters, buffers, modules, hooks, dropout rates or training flags of the model have changed, so at the switch.
+    Steps that gather statistics run as they are. A gradient lives until the next step: clone what you keep. With torch.compile take
+    a mode without CUDA graphs ("default").
 
     Args:
-        model: bare, on one CUDA device. function: takes the batch, runs forward and backward, and returns tensors that have no graph
-            (`loss.detach()`). It must not wait for the device (`.item()`).
+        model: bare, on one CUDA device. function: takes the batch (a mapping, best), runs forward and backward, and returns tensors
+            that have no graph (`loss.detach()`). It must not wait for the device (`.item()`). position_ids of packed sequences must be
+            in the batch by this name, or `packs` be set.
+        also: gives parameters outside of the model that get gradients, such as those of a loss.
 
     Attributes:
         refused: why steps are not recorded; None while they are. state: how many states of the model have been seen.
+        packs: whether the function may pack sequences with position_ids of its own.
 
-    Raises ValueError: the model is not on one CUDA device.
+    Raises ValueError: the model is not on one CUDA device. When called: the function returns a tensor that has a graph.
     """
 
-    def __init__(self, model: nn.Module, function: Callable[[Any], Any]) -> None:
-        devices = {p.device for p in model.parameters()}
-        if len(devices) != 1 or next(iter(devices)).type != "cuda":
-            where = ", ".join(sorted(map(str, devices))) or "no device"
-            raise ValueError(
-                f"CUDA graphs need a model that is on one CUDA device, and this one is on {where}: run without them"
-            )
-        self.model, self.function = model, function
+    def __init__(
+        self, model: nn.Module, function: Callable[[Any], Any], also: Callable[[], Iterable[nn.Parameter]] = tuple
+    ) -> None:
+        self._device = only_device(model)
+        self.model, self.function, self.also = model, function, also
         self.refused: str | None = None
-        self.state = 0
-        self._device = next(iter(devices))
+        self.state, self.packs = 0, False
         self._stream = torch.cuda.Stream(self._device)
         self._graphs: dict[Hashable, _Graph] = {}
+        self._recorded: set[int] = set()
         self._pool: Any = None
         self._seen: Counter[Hashable] = Counter()
         self._modules: list[nn.Module] = []
         self._stamped: Hashable = None
-        self._has_said = self._has_told = self._makes_masks = False
+        self._told: set[str] = set()
+        self._makes_masks = self._is_full = False
         _ALIVE.add(self)
 
     def __call__(self, batch: Any) -> Any:
@@ -110,26 +115,24 @@ class GraphedStep:
             return self.function(batch)
         self._look_at_model()
         leaves, structure = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
-        key = _key(leaves, structure)
+        key = self._key(leaves, structure)
         if key is None:
             return self.function(batch)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if (found := self._graphs.get(key)) is None:
+        if (graph := self._graphs.get(key)) is None:
             self._seen[key] += 1
             if not self._has_room():
                 return self.function(batch)
             if self._seen[key] <= WARM:
                 return self._warm_up(batch, structure, looks=self._seen[key] == WARM)
-            try:
-                found = self._graphs[key] = self._record(leaves, structure)
-            except NotCapturedError as error:
-                if not self._makes_masks:  # it may have read whether a mask of its own masks anything
-                    self._makes_masks = True
-                    self._seen[key] = 0
-                    return self.function(batch)
-                self._refuse(f"what it does can't be recorded ({error})")
-                return self.function(batch)
-        return found.run(tensors)
+            graph = self._try_to_record(key, leaves, structure)
+        if graph is None:
+            return self.function(batch)
+        return graph.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], self._recorded)
+
+    @property
+    def trains(self) -> bool:
+        """Whether all modules are known to be in training mode."""
+        return bool(self._modules) and all(module.training for module in self._modules)
 
     def drop(self) -> None:
         """Free all graphs; steps are recorded anew."""
@@ -138,30 +141,64 @@ class GraphedStep:
         for graph in self._graphs.values():
             graph.graph.reset()
         self._graphs.clear()
+        self._recorded.clear()
         self._seen.clear()
+        self._modules, self._stamped = [], None
+        self._is_full = False
 
     # --- inside ---
 
     def _look_at_model(self) -> None:
         """Drop what was recorded of another state of the model than it has now."""
-        stamp = _stamp(self._modules)
-        if stamp != self._stamped or not self._modules:
+        if not self._modules or stamp(self._modules) != self._stamped:
             self.drop()
             self.state += 1
             self._modules = list(self.model.modules())
-            self._stamped = _stamp(self._modules)
+            self._stamped = stamp(self._modules)
+
+    def _key(self, leaves: list[Any], structure: Any) -> Hashable:
+        """What has to be alike for one graph to serve; None for a batch that holds what can't be compared."""
+        parts: list[Hashable] = [repr(structure)]
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided and not leaf.requires_grad:
+                parts.append((leaf.shape, leaf.dtype))
+            elif isinstance(leaf, PLAIN):
+                parts.append((type(leaf), leaf))
+            else:
+                if self._is_first("kind"):
+                    logger.warning(
+                        "Cuttlefish: a batch holds %s, which no graph can take: leave it out, or make it a plain tensor.",
+                        f"a tensor ({leaf.layout})" if isinstance(leaf, torch.Tensor) else type(leaf).__name__,
+                    )
+                return None
+        if len(self._seen) >= MANY:
+            if not self._graphs and self._is_first("many"):
+                logger.warning(
+                    "Cuttlefish: %d batches in a row differ in shape or in a value, so no step is recorded: pad to one length, and leave "
+                    "out what is no tensor.",
+                    MANY,
+                )
+            self._seen.clear()
+        return tuple(parts)
 
     def _has_room(self) -> bool:
-        if len(self._graphs) < MOST:
+        if len(self._graphs) < MOST and not self._is_full:
             return True
-        if not self._has_said:
-            self._has_said = True
+        if self._is_first("room"):
             logger.warning(
-                "Cuttlefish: batches have had more than %d shapes, and the others run without a CUDA graph: pad to one length, or "
-                "to a few (pad_to_multiple_of=64 of the collator), and set dataloader_drop_last=True",
-                MOST,
+                "Cuttlefish: %s, and the others run without a CUDA graph: pad to one length, or to a few (pad_to_multiple_of=64 of the "
+                "collator), and set dataloader_drop_last=True.",
+                "the device has no memory for more graphs"
+                if self._is_full
+                else f"batches have had more than {MOST} shapes",
             )
         return False
+
+    def _is_first(self, what: str) -> bool:
+        """Whether it is to be told: once."""
+        is_first = what not in self._told
+        self._told.add(what)
+        return is_first
 
     def _warm_up(self, batch: Any, structure: Any, looks: bool) -> Any:
         """A step as it is, on the stream that will be recorded. looks: whether to see if it draws random numbers on the host."""
@@ -171,6 +208,10 @@ class GraphedStep:
         with torch.cuda.stream(self._stream), self._masks(structure):
             result = self.function(batch)
         current.wait_stream(self._stream)
+        if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(result)):
+            raise ValueError(
+                "the function of a GraphedStep returns a tensor that has a graph: call backward() in it, and return loss.detach()"
+            )
         if looks and _host_random_state() != before:
             self._refuse("it draws random numbers on the host (layerdrop?), which a graph would repeat")
         return result
@@ -178,8 +219,26 @@ class GraphedStep:
     def _masks(self, structure: Any) -> Any:
         """How masks are made of a batch: always where it may have some, or where recording without has failed."""
         names = repr(structure)
-        packs = "position_ids" in names
+        packs = self.packs or "position_ids" in names or "dict" not in names
         return steady_masks(self._makes_masks or packs or "mask" in names, packs)
+
+    def _try_to_record(self, key: Hashable, leaves: list[Any], structure: Any) -> _Graph | None:
+        try:
+            graph = self._record(leaves, structure)
+        except NotCapturedError as error:
+            why, no_room = str(error), error.no_room
+        else:
+            self._graphs[key] = graph
+            self._recorded.update(map(id, graph.gradients))
+            return graph
+        if no_room and self._graphs:
+            self._is_full = True
+        elif not self._makes_masks:  # it may have read whether a mask of its own masks anything
+            self._makes_masks = True
+            self._seen[key] = 0
+        else:
+            self._refuse(f"what it does can't be recorded ({why})")
+        return None
 
     def _record(self, leaves: list[Any], structure: Any) -> _Graph:
         """Raises NotCapturedError. Gradients and parameters stay as they are."""
@@ -188,9 +247,10 @@ class GraphedStep:
         batch = tree_unflatten(
             [next(waiting) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure
         )
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = list({id(p): p for p in (*self.model.parameters(), *self.also()) if p.requires_grad}.values())
         if any(p._post_accumulate_grad_hooks for p in trained):
             raise NotCapturedError("parameters have hooks that run after backward")
+        others = _other_gradients(trained)
         before = [p.grad for p in trained]
         for parameter in trained:
             parameter.grad = None
@@ -203,17 +263,35 @@ class GraphedStep:
         finally:
             for parameter, gradient in zip(trained, before, strict=True):
                 parameter.grad = gradient
+        if changed := [p for p, gradient, version in others if _has_changed(p, gradient, version)]:
+            for parameter, gradient, _ in others:
+                parameter.grad = gradient
+            raise NotCapturedError(f"{len(changed)} parameters that are not in the model get gradients")
+        if not written:
+            raise NotCapturedError("no parameter gets a gradient in it")
         if any(gradient.layout != torch.strided for _, gradient in written):
             raise NotCapturedError("gradients are sparse")
-        if not self._has_told:
-            self._has_told = True
+        if self._is_first("recorded"):
             logger.info("Cuttlefish: forward and backward run as one CUDA graph from this step on.")
         return _Graph(graph, inputs, result, [p for p, _ in written], [g for _, g in written])
 
     def _refuse(self, why: str) -> None:
         self.refused = why
         self.drop()
-        logger.warning("Cuttlefish: steps run without CUDA graphs: %s.", why)
+        logger.warning(
+            "Cuttlefish: steps run without CUDA graphs: %s. Training is right, and as fast as without the setting.", why
+        )
+
+
+def only_device(model: nn.Module) -> torch.device:
+    """The CUDA device that a model is on. Raises ValueError where it is on another, or on several."""
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        where = ", ".join(sorted(map(str, devices))) or "no device"
+        raise ValueError(
+            f"CUDA graphs need a model that is on one CUDA device, and this one is on {where}: run without them"
+        )
+    return next(iter(devices))
 
 
 def drop_graphs(model: nn.Module) -> None:
@@ -223,44 +301,26 @@ def drop_graphs(model: nn.Module) -> None:
             step.drop()
 
 
+def is_graphed(model: nn.Module) -> bool:
+    """Whether steps of this model are recorded, or will be."""
+    return any(step.model is model and step.refused is None for step in _ALIVE)
+
+
 def has_graphs() -> bool:
     """Whether anything is recorded in this process."""
     return any(step._graphs for step in _ALIVE)
 
 
-def _key(leaves: list[Any], structure: Any) -> Hashable:
-    """What has to be alike for one graph to serve; None for a batch that holds what can't be compared."""
-    parts: list[Hashable] = [repr(structure)]
-    for leaf in leaves:
-        if isinstance(leaf, torch.Tensor):
-            if leaf.layout != torch.strided or leaf.requires_grad:
-                return None
-            parts.append((leaf.shape, leaf.dtype))
-        elif isinstance(leaf, PLAIN):
-            parts.append((type(leaf), leaf))
-        else:
-            return None
-    return tuple(parts)
+def _other_gradients(trained: list[nn.Parameter]) -> list[tuple[nn.Parameter, torch.Tensor | None, int]]:
+    """(parameter, gradient, its version) of all that are alive beside these: a graph would write to theirs unseen."""
+    mine = set(map(id, trained))
+    # By class: other objects may be stand-ins that warn when they are asked.
+    found = [o for o in gc.get_objects() if issubclass(type(o), nn.Parameter) and o.requires_grad and id(o) not in mine]
+    return [(p, p.grad, 0 if p.grad is None else p.grad._version) for p in found]
 
 
-def _stamp(modules: list[nn.Module]) -> Hashable:
-    """What a graph has fixed of a model: where its parameters lie, its buffers, modules, hooks, and which of them train."""
-    found: list[Any] = []
-    for module in modules:
-        found.append(module.training)
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                found += (parameter.data_ptr(), parameter.requires_grad)
-        found += map(id, module._buffers.values())
-        found += map(id, module._modules.values())
-        for hooks in (
-            module._forward_pre_hooks,
-            module._forward_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        ):
-            found += hooks
-    return tuple(found)
+def _has_changed(parameter: nn.Parameter, gradient: torch.Tensor | None, version: int) -> bool:
+    return parameter.grad is not gradient or (gradient is not None and gradient._version != version)
 
 
 def _host_random_state() -> Any:

@@ -17,13 +17,15 @@ from ..layers.low_rank import low_rank_layers
 from ..measure.eager import has_compiled, has_cuda_graphs
 from ..measure.pace import BEFORE
 from ..measure.watch import Watch
-from .graphed_step import has_graphs
+from .graphed_step import has_graphs, is_graphed
 from .left_behind import LeftBehind
 from .report import FactorizationReport
 from .running import RunMultiplied
 
 WARM, TRIED = 3, 6
 """Steps in each form of running: first ones that do not count, and those that are timed."""
+RECORDED = 3
+"""More steps that warm up where a step is recorded as a CUDA graph in each form."""
 SETTLED = 2
 """Steps after which what held the graph of the last dense step has been given another."""
 LEAST = 4 * 2 * (WARM + TRIED)
@@ -98,6 +100,7 @@ class LowRankPhase:
         self._has_begun = self._is_resumed = self._is_dense = False
         self._slower: tuple[float, float] | None = None
         self._left: LeftBehind | None = None
+        self._warm = WARM
 
     def begin(self) -> None:
         """At the switch: there are no target layers any more, and two steps later nobody should hold their weights."""
@@ -174,7 +177,8 @@ class LowRankPhase:
         if run.schedule.total_steps - run.global_step >= LEAST and can_try(run.engine):
             form = RunMultiplied(run.engine.model)
             if form.start():
-                self.multiplied, self._section = form, _Section()
+                self._warm = WARM + RECORDED if is_graphed(run.engine.model) else WARM
+                self.multiplied, self._section = form, _Section(self._warm)
 
     def _try(self) -> bool:
         """Time the form that is on; then try the next one, or choose. Whether that was done."""
@@ -184,7 +188,7 @@ class LowRankPhase:
         self.tried["multiplied" if form.is_on else "pairs"] = 1000 * section.seconds
         if form.is_on:
             form.stop()
-            self._section, self.waits_for_host = _Section(), section.waits_for_host
+            self._section, self.waits_for_host = _Section(self._warm), section.waits_for_host
             return False
         both_wait = bool(self.waits_for_host) and section.waits_for_host
         if quicker_form(self.tried, both_wait) == "multiplied":
@@ -216,7 +220,8 @@ def _is_checkpointed(model: nn.Module) -> bool:
 class _Section:
     """Some steps in one form: the first ones warm up, the others are timed from a synchronization to the next one."""
 
-    def __init__(self) -> None:
+    def __init__(self, warm: int = WARM) -> None:
+        self.warm = warm
         self._gaps: list[float] = []
         self._count = 0
         self._last = 0.0
@@ -225,9 +230,9 @@ class _Section:
     def step(self, seconds: float | None) -> bool:
         """A step has ended; whether it was the last one. seconds: that it took, where it is known when it began."""
         self._count += 1
-        if self._count == WARM:
+        if self._count == self.warm:
             _synchronize()
-        elif self._count > WARM:
+        elif self._count > self.warm:
             self._gaps.append(time.perf_counter() - self._last if seconds is None else seconds)
         if len(self._gaps) == TRIED:
             began = time.perf_counter()

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import BatchEncoding, Trainer
 
 from ..engines.around import unwrap
+from ..patch.capture import NotCapturedError
 from ..patch.graphed_step import GraphedStep
 
 logger = logging.getLogger(__name__)
@@ -34,77 +35,131 @@ class GraphedTrainer:
         self.trainer = trainer
         check(trainer)
         self.model: nn.Module = unwrap(trainer.model)
-        self.step = GraphedStep(self.model, self._run)
+        self.step = GraphedStep(self.model, self._run, self._of_optimizer)
         self._step_of_trainer: Callable[..., Any] = trainer.training_step
         self._clip_of_accelerator: Callable[..., Any] = trainer.accelerator.clip_grad_norm_
         self._count_of_trainer: Callable[..., Any] = trainer.floating_point_ops
-        self._norm: torch.Tensor | None = None
+        self._before: list[tuple[Any, str, Any]] = []
+        self._clipped: tuple[float, torch.Tensor] | None = None
+        self._kind: Callable[[dict[str, Any]], Any] = dict
         self._counts: dict[Any, Any] = {}
 
     def start(self) -> None:
         """Before the first step. Says what a Trainer of a class of its own does only while a step is recorded."""
         trainer: Any = self.trainer
         own = [n for n in ("compute_loss", "training_step") if getattr(type(trainer), n) is not getattr(Trainer, n)]
+        self.step.packs = "compute_loss" in own  # it may pack sequences itself
         if own or trainer.compute_loss_func is not None:
             logger.warning(
                 "Cuttlefish: with cuda_graphs, what %s of %s does beside computing the loss (counting, logging) happens only while a "
-                "step is recorded.",
+                "step is recorded, and numbers that it takes from Python stay as they were then.",
                 " and ".join(own) or "compute_loss_func",
                 type(trainer).__name__,
             )
-        trainer.training_step = self.training_step
-        trainer.floating_point_ops = self.floating_point_ops
-        trainer.accelerator.clip_grad_norm_ = self.clip_grad_norm_
+        for owner, name, method in (
+            (trainer, "training_step", self.training_step),
+            (trainer, "floating_point_ops", self.floating_point_ops),
+            (trainer.accelerator, "clip_grad_norm_", self.clip_grad_norm_),
+        ):
+            self._before.append((owner, name, vars(owner).get(name)))
+            setattr(owner, name, method)
 
     def stop(self) -> None:
         """The Trainer is as it was, and the graphs are freed."""
-        for owner, name in (
-            (self.trainer, "training_step"),
-            (self.trainer, "floating_point_ops"),
-            (self.trainer.accelerator, "clip_grad_norm_"),
-        ):
+        for owner, name, before in self._before:
             vars(owner).pop(name, None)
+            if before is not None:
+                setattr(owner, name, before)
+        self._before.clear()
         self.step.drop()
 
     # --- in the place of the Trainer's own ---
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """The loss of a micro-batch; gradients are in the parameters, and clipped where the step is a whole one."""
-        self._norm = None
+        trainer: Any = self.trainer
+        # As the Trainer does in each step; to walk all modules takes a millisecond.
+        if not self.step.trains:
+            model.train()
+        if callable(getattr(trainer.optimizer, "train", None)):
+            trainer.optimizer.train()
         if num_items_in_batch is not None and not isinstance(num_items_in_batch, torch.Tensor):
-            num_items_in_batch = torch.tensor(num_items_in_batch, device=self.trainer.args.device)
-        steps = getattr(
-            self.trainer, "current_gradient_accumulation_steps", self.trainer.args.gradient_accumulation_steps
+            num_items_in_batch = torch.tensor(num_items_in_batch, device=trainer.args.device)
+        micro_batches = getattr(
+            trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps
         )
-        batch = {"inputs": dict(inputs), "items": num_items_in_batch, "steps": steps}
+        self._kind = type(inputs) if isinstance(inputs, BatchEncoding) else dict
+        batch = {"inputs": dict(inputs), "items": num_items_in_batch, "micro_batches": micro_batches}
+        batch["most"] = self._most() if micro_batches == 1 else None
+        batch["smoothing"] = getattr(trainer.label_smoother, "epsilon", None)
+        self._clipped = None
         loss, norm = self.step(batch)
-        self._norm = norm
+        if norm is not None:
+            self._clipped = batch["most"], norm
         return loss
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         """The norm that was found with the gradients; else as Accelerate does."""
-        norm, self._norm = self._norm, None
-        if norm is not None and max_norm == self.trainer.args.max_grad_norm and norm_type == 2:
-            return norm
+        clipped, self._clipped = self._clipped, None
+        if clipped is not None and max_norm == clipped[0] and norm_type == 2:
+            return clipped[1]
         return self._clip_of_accelerator(parameters, max_norm, norm_type)
 
     def floating_point_ops(self, inputs: Any) -> Any:
         """The Trainer's count, made once for each shape and number of parameters."""
+        if self.step.refused is not None:
+            return self._count_of_trainer(inputs)
         shapes = tuple((n, v.shape) for n, v in inputs.items() if isinstance(v, torch.Tensor))
         key = shapes, self.step.state
         if key not in self._counts:
             self._counts[key] = self._count_of_trainer(inputs)
         return self._counts[key]
 
+    # --- inside ---
+
+    def _of_optimizer(self) -> list[nn.Parameter]:
+        """All that is trained: a loss may have parameters of its own."""
+        groups = getattr(self.trainer.optimizer, "param_groups", ())
+        return [p for group in groups for p in group["params"]]
+
+    def _most(self) -> float | None:
+        """What gradients are clipped at in the step; None where the Trainer does that itself, or not at all."""
+        trainer: Any = self.trainer
+        most, name = trainer.args.max_grad_norm, "_clip_grad_norm"
+        clips_itself = getattr(type(trainer), name, None) is not getattr(Trainer, name, None)
+        if not most or most < 0 or clips_itself or trainer.accelerator.scaler is not None:
+            return None
+        return float(most) if trainer.accelerator.sync_gradients else None
+
     def _run(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What is recorded: the Trainer's step, and clipping where nothing is added to these gradients later."""
-        trainer = self.trainer
-        loss = self._step_of_trainer(trainer.model_wrapped, batch["inputs"], batch["items"])
-        most = trainer.args.max_grad_norm
-        if batch["steps"] != 1 or trainer.accelerator.scaler is not None or not most or most < 0:
+        trainer: Any = self.trainer
+        state = trainer.state
+        if torch.cuda.is_current_stream_capturing():
+            trainer.state = _StateInRecording(state)
+        try:
+            loss = self._step_of_trainer(trainer.model_wrapped, self._kind(batch["inputs"]), batch["items"])
+        finally:
+            trainer.state = state
+        if batch["most"] is None:
             return loss, None
         trained = [p for p in self.model.parameters() if p.grad is not None]
-        return loss, torch.nn.utils.clip_grad_norm_(trained, most)
+        return loss, torch.nn.utils.clip_grad_norm_(trained, batch["most"])
+
+
+class _StateInRecording:
+    """The Trainer's state while a step is recorded: what changes with each step would stay as it is then."""
+
+    def __init__(self, state: Any) -> None:
+        self.__dict__["_state"] = state
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("global_step", "epoch"):
+            raise NotCapturedError(f"the loss reads state.{name}, which changes: put it into the batch as a tensor")
+        return getattr(self._state, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._state, name, value)
 
 
 def check(trainer: Trainer) -> None:
@@ -120,16 +175,27 @@ def check(trainer: Trainer) -> None:
             "leave it out, or set CUDA_VISIBLE_DEVICES=0"
         )
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError("cuda_graphs=True does not go with DeepSpeed or FSDP: leave it out")
+        raise ValueError(
+            "cuda_graphs=True does not go with DeepSpeed or FSDP (deepspeed, fsdp of the arguments): leave it out"
+        )
     if args.torch_compile and args.torch_compile_mode in RECORDS:
         raise ValueError(
             f"cuda_graphs=True records whole steps, and torch_compile_mode={args.torch_compile_mode!r} records parts of them itself: "
             "set torch_compile_mode='default'"
+        )
+    if args.torch_compile and args.torch_compile_backend == "cudagraphs":
+        raise ValueError(
+            "cuda_graphs=True records whole steps, and torch_compile_backend='cudagraphs' records parts of them itself: leave it out"
         )
     if args.torch_empty_cache_steps is not None:
         raise ValueError(
             f"torch_empty_cache_steps is {args.torch_empty_cache_steps}, which frees memory within a step, and no graph can hold that: "
             "leave it out, or cuda_graphs=True"
         )
-    if args.optim in ("lomo", "adalomo"):
-        raise ValueError(f"optim is {str(args.optim)!r}, which steps within backward: leave cuda_graphs=True out")
+    if getattr(args, "activation_offloading", False):
+        raise ValueError(
+            "activation_offloading=True moves tensors to the host within a step: leave it out, or cuda_graphs=True"
+        )
+    optim = getattr(args.optim, "value", args.optim)
+    if optim in ("lomo", "adalomo") or "layerwise" in str(optim):
+        raise ValueError(f"optim is {optim!r}, which steps within backward: leave cuda_graphs=True out")

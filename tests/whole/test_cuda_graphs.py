@@ -92,6 +92,27 @@ def test_gradients_that_are_set_to_zero_are_not_added_twice() -> None:
     torch.testing.assert_close(with_graphs[0], plain[0], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("order", [(16, 24), (24, 16)])
+def test_gradients_add_up_over_micro_batches_of_two_shapes(order: tuple[int, int]) -> None:
+    """The graphs share their memory."""
+    model = build(dropout=0.0).cuda().train()
+    step = GraphedStep(model, lambda batch: _backward(model, batch))
+    for length in order:
+        for batch in batches(4, length=length):
+            step(batch)
+            model.zero_grad()
+    assert len(step._graphs) == 2
+    micro = [batches(1, length=length)[0] for length in (16, 24, 16, 24, 24)]
+    for batch in micro:
+        step(batch)
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    for batch in micro:
+        _backward(model, batch)
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_compiled_code_is_recorded_before_and_after_the_switch() -> None:
     plain, with_graphs = train(False, compiled=True), train(True, compiled=True)
     assert with_graphs[2].refused is None
@@ -141,6 +162,7 @@ def test_a_step_that_waits_for_the_device_runs_as_it_is(caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         assert losses(step) == expected
     assert step.refused is not None and "can't be recorded" in caplog.text
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     good = GraphedStep(model, lambda batch: _backward(model, batch))
     torch.testing.assert_close(losses(good), expected)
     assert good.refused is None and good._graphs

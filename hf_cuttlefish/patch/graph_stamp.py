@@ -1,0 +1,34 @@
+"""Stamp: what a recorded step has fixed of a model, in a form that is compared before each step."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from torch import nn
+
+
+def stamp(modules: list[nn.Module]) -> Hashable:
+    """Where parameters and buffers lie, which train, modules, hooks, training flags, rates of dropout and scales of adapters.
+
+        before = stamp(list(model.modules())); ...; changed = stamp(list(model.modules())) != before
+
+    Other attributes that Python reads in forward are not in it.
+    """
+    found: list[Any] = []
+    for module in modules:
+        state = module.__dict__
+        found += (state.get("training"), state.get("p"))
+        if type(scaling := state.get("scaling")) is dict:  # of PEFT's layers
+            found += scaling.values()
+        for parameter in state.get("_parameters", {}).values():
+            if parameter is not None:
+                found += (id(parameter), parameter.data_ptr(), parameter.requires_grad)
+                found += parameter._backward_hooks or ()
+                found += parameter._post_accumulate_grad_hooks or ()
+        for buffer in state.get("_buffers", {}).values():
+            found += (id(buffer), None if buffer is None else buffer.data_ptr())
+        found += map(id, state.get("_modules", {}).values())
+        for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            found += state.get(hooks, ())
+    return tuple(found)

@@ -1,0 +1,399 @@
+"""What is decided around a recorded step. A stand-in records here, since there is no GPU: it replays by calling the function again, and
+writes the gradients into the tensors that were recorded, as a graph does. The real thing runs in tests/whole/test_cuda_graphs.py."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, GraphedStep
+from hf_cuttlefish.layers.low_rank import low_rank_layers
+from hf_cuttlefish.patch import graphed_step
+from hf_cuttlefish.patch.capture import NotCapturedError
+from hf_cuttlefish.trainer import graphs as trainer_graphs
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+
+
+class Replayed:
+    """In the place of a CUDA graph. Calling the function has written `parameters`' gradients, which stay its own memory."""
+
+    count = 0
+    every: ClassVar[weakref.WeakSet[Replayed]] = weakref.WeakSet()
+
+    def __init__(self, function: Any, parameters: list[nn.Parameter]) -> None:
+        self.function, self.parameters = function, parameters
+        self.result = function()
+        self.gradients = [p.grad for p in parameters]
+        Replayed.every.add(self)
+
+    def replay(self) -> None:
+        Replayed.count += 1
+        held = [p.grad for p in self.parameters]
+        for other in Replayed.every:  # their memory is shared
+            for gradient in other.gradients:
+                if gradient is not None:
+                    gradient.fill_(float("nan"))
+        for parameter in self.parameters:
+            parameter.grad = None
+        for mine, new in zip(self.result, self.function(), strict=True) if isinstance(self.result, tuple) else [
+            (self.result, self.function())
+        ]:  # fmt: skip
+            if mine is not None:
+                mine.copy_(new)
+        for parameter, mine, before in zip(self.parameters, self.gradients, held, strict=True):
+            if mine is not None:
+                mine.copy_(parameter.grad)
+            parameter.grad = before
+
+    def reset(self) -> None:
+        Replayed.every.discard(self)
+
+
+@pytest.fixture(autouse=True)
+def recording(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let GraphedStep run without CUDA; `fails` makes recordings fail."""
+    choice = SimpleNamespace(fails=None, records=False)
+
+    def capture(function: Any, stream: Any, pool: Any) -> Any:
+        if choice.fails is not None:
+            raise NotCapturedError(**choice.fails)
+        alive = [o for o in gc.get_objects() if issubclass(type(o), nn.Parameter) and o.requires_grad]
+        choice.records = True
+        try:
+            with torch.random.fork_rng(devices=[]):
+                graph = Replayed(function, [p for p in alive if p.grad is None])
+        finally:
+            choice.records = False
+        return graph, graph.result
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(graphed_step, "capture", capture)
+    monkeypatch.setattr(graphed_step, "only_device", lambda model: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: choice.records)
+    Replayed.count = 0
+    return choice
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+
+
+def stepper(model: nn.Module) -> GraphedStep:
+    def forward_and_backward(batch: Any) -> torch.Tensor:
+        loss = model(batch["x"]).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    return GraphedStep(model, forward_and_backward)
+
+
+def rows(*shape: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    return {"x": torch.randn(*shape, generator=torch.Generator().manual_seed(seed))}
+
+
+def recorded(step: GraphedStep, batch: Any) -> GraphedStep:
+    for _ in range(3):
+        step.model.zero_grad()
+        step(batch)
+    assert step._graphs, step.refused
+    step.model.zero_grad()
+    return step
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("order", [(3, 5), (5, 3)])
+def test_gradients_add_up_over_micro_batches_of_two_shapes(order: tuple[int, int]) -> None:
+    """Graphs share their memory: the gradient of one lies where the other writes."""
+    model = small()
+    step = stepper(model)
+    for length in order:
+        recorded(step, rows(length, 4))
+    micro = [rows(3, 4, seed=1), rows(5, 4, seed=2), rows(3, 4, seed=3)]
+    for batch in micro:
+        step(batch)
+    found = gradients(model)
+    model.zero_grad()
+    for batch in micro:
+        step.function(batch)
+    for mine, expected in zip(found, gradients(model), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+def test_a_new_parameter_with_the_old_memory_is_seen() -> None:
+    model = small()
+    step = recorded(stepper(model), rows(3, 4))
+    model[0].weight = nn.Parameter(model[0].weight.data)
+    step(rows(3, 4))
+    assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("change", ["hook", "dropout", "buffer", "frozen", "flag"])
+def test_a_change_of_the_model_is_recorded_anew(change: str) -> None:
+    model = small()
+    model.append(nn.Dropout(0.0))
+    model.register_buffer("seen", torch.zeros(2))
+    step = recorded(stepper(model), rows(3, 4))
+    count, state = Replayed.count, step.state
+    step(rows(3, 4))
+    assert Replayed.count == count + 1 and step.state == state
+    {
+        "hook": lambda: model[0].weight.register_hook(lambda gradient: gradient * 0),
+        "dropout": lambda: setattr(model[2], "p", 0.5),
+        "buffer": lambda: setattr(model, "seen", torch.ones(2)),
+        "frozen": lambda: model[0].weight.requires_grad_(False),
+        "flag": lambda: model[2].eval(),
+    }[change]()
+    model.zero_grad()
+    step(rows(3, 4))
+    assert Replayed.count == count + 1 and step.state == state + 1
+    if change == "hook":
+        assert model[0].weight.grad is not None and not model[0].weight.grad.any()
+
+
+def test_parameters_outside_of_the_model_are_trained_where_they_are_named_and_refused_where_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, head = small(), nn.Linear(2, 1)
+
+    def with_head(batch: Any) -> torch.Tensor:
+        loss = head(model(batch["x"])).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    named = recorded(GraphedStep(model, with_head, lambda: head.parameters()), rows(3, 4))
+    head.zero_grad()
+    named(rows(3, 4))
+    assert head.weight.grad is not None
+    unnamed = GraphedStep(model, with_head)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(8):
+            unnamed(rows(3, 4))
+    assert unnamed.refused is not None and "not in the model get gradients" in unnamed.refused
+    assert "steps run without CUDA graphs" in caplog.text
+
+
+def test_a_failed_recording_runs_the_step_and_keeps_nothing(recording: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = small()
+    step = stepper(model)
+    recording.fails = {"why": "it waits"}
+    held = weakref.ref(model[0].weight)
+    for _ in range(8):
+        model.zero_grad()
+        step(rows(3, 4))
+        assert all(p.grad is not None for p in model.parameters())
+    assert step.refused == "what it does can't be recorded (it waits)"
+    model[0] = nn.Linear(4, 8)  # as the switch does
+    model.zero_grad()
+    gc.collect()
+    assert held() is None
+
+
+def test_want_of_memory_keeps_what_is_recorded(recording: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = small()
+    step = recorded(stepper(model), rows(3, 4))
+    recording.fails = {"why": "no room", "no_room": True}
+    for _ in range(5):
+        step(rows(5, 4))
+    assert step.refused is None and len(step._graphs) == 1
+    assert caplog.text.count("no memory for more") == 1
+
+
+def test_a_batch_that_no_graph_can_take_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = small()
+    step = stepper(model)
+    with caplog.at_level(logging.WARNING):
+        for i in range(120):
+            step({**rows(3, 4), "step": i})
+        for _ in range(5):
+            step({**rows(3, 4), "of": object()})
+    assert caplog.text.count("batches in a row differ") == 1
+    assert caplog.text.count("a batch holds object") == 1
+    assert not step._graphs
+
+
+def test_a_function_that_leaves_backward_to_others_is_refused() -> None:
+    model = small()
+    step = GraphedStep(model, lambda batch: model(batch["x"]).sum())
+    with pytest.raises(ValueError, match=r"returns a tensor that has a graph: call backward\(\) in it"):
+        step(rows(3, 4))
+
+
+def test_a_loop_with_graphs_has_the_losses_of_one_without() -> None:
+    """Through the statistics and the switch; two shapes, two micro-batches."""
+
+    def run(graphed: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(BertConfig(**SIZES, problem_type="single_label_classification")).eval()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        config = CuttlefishConfig(
+            switch_step=8, statistics_steps=3, target_ratio=0.5, rank_multiple=1, on_error="raise"
+        )
+        cuttlefish = Cuttlefish(model, optimizer, config, total_steps=20)
+
+        def forward_and_backward(batch: Any) -> torch.Tensor:
+            loss = model(**batch).loss / 2
+            loss.backward()
+            return loss.detach()
+
+        step: Any = GraphedStep(model, forward_and_backward) if graphed else forward_and_backward
+        losses = []
+        for i in range(40):
+            ids = torch.randint(5, 50, (4, 6 + i % 2), generator=torch.Generator().manual_seed(i))
+            losses.append(float(step({"input_ids": ids, "labels": ids[:, 0] % 2})))
+            if i % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+                cuttlefish.step()
+        assert cuttlefish.switch_step == 8 and low_rank_layers(model)
+        return losses
+
+    assert run(True) == pytest.approx(run(False), rel=1e-5)
+    assert Replayed.count > 10
+
+
+class Rows(Dataset[dict[str, torch.Tensor]]):
+    def __len__(self) -> int:
+        return 96
+
+    def __getitem__(self, at: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(5, 50, (8,), generator=torch.Generator().manual_seed(at))
+        return {"input_ids": ids, "labels": ids[0] % 2}
+
+
+def trainer_of(
+    folder: Path, kind: type[Trainer] = Trainer, graphed: bool = True, also: Any = (), **settings: Any
+) -> Trainer:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = BertForSequenceClassification(BertConfig(**sizes, problem_type="single_label_classification"))
+    config = CuttlefishConfig(switch_step=10, statistics_steps=3, target_ratio=0.5, rank_multiple=1, on_error="raise")
+    how = {
+        "max_steps": 24,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "use_cpu": True,
+    } | settings
+    args = TrainingArguments(str(folder), report_to=[], save_strategy="no", disable_tqdm=True, **how)
+    callbacks = [CuttlefishCallback(config, cuda_graphs=graphed), *also]
+    return kind(model, args, train_dataset=Rows(), eval_dataset=Rows(), callbacks=callbacks)
+
+
+def logged(trainer: Trainer) -> list[tuple[float, ...]]:
+    trainer.train()
+    names = ("loss", "grad_norm", "learning_rate")
+    return [tuple(float(r[n]) for n in names if n in r) for r in trainer.state.log_history if "loss" in r]
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_graphs, "check", lambda trainer: None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "max_steps": 16},
+        {"eval_strategy": "steps", "eval_steps": 5},
+        {"max_grad_norm": 0.1},
+        {"max_grad_norm": 0.0},
+        {"label_smoothing_factor": 0.1},
+        {"gradient_accumulation_steps": 5, "max_steps": -1, "num_train_epochs": 4},
+    ],
+    ids=["plain", "accumulating", "evaluating", "clipped", "not clipped", "smoothed", "shorter last accumulation"],
+)
+def test_a_trainer_with_graphs_logs_what_one_without_logs(
+    tmp_path: Path, on_gpu: None, settings: dict[str, Any]
+) -> None:
+    expected = trainer_of(tmp_path, graphed=False, **settings)
+    trainer = trainer_of(tmp_path, **settings)
+    assert logged(trainer) == [pytest.approx(row, rel=1e-3) for row in logged(expected)]
+    assert trainer.state.total_flos == expected.state.total_flos
+    assert Replayed.count > 5
+    assert not {"training_step", "floating_point_ops"} & set(vars(trainer))
+
+
+def test_an_evaluation_costs_no_recording(tmp_path: Path, on_gpu: None) -> None:
+    trainer = trainer_of(tmp_path, eval_strategy="steps", eval_steps=3)
+    trainer.train()
+    assert Replayed.count >= 24 - 3 - 2 * (
+        2 + 1 + 2
+    )  # the steps that gather, and warming up before and after the switch
+
+
+class Raise(TrainerCallback):
+    """Another limit for the norm from step 6 on."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 6:
+            args.max_grad_norm = 0.01
+
+
+def test_another_limit_of_the_norm_is_followed(tmp_path: Path, on_gpu: None) -> None:
+    expected = logged(trainer_of(tmp_path, graphed=False, also=[Raise()]))
+    assert logged(trainer_of(tmp_path, also=[Raise()])) == [pytest.approx(row, rel=1e-3) for row in expected]
+
+
+class ReadsStep(Trainer):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return super().compute_loss(model, inputs) * min(1.0, self.state.global_step / 10)
+
+
+def test_a_loss_that_reads_the_step_is_not_frozen(
+    tmp_path: Path, on_gpu: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = logged(trainer_of(tmp_path, ReadsStep, graphed=False))
+    trainer = trainer_of(tmp_path, ReadsStep)
+    with caplog.at_level(logging.WARNING):
+        assert logged(trainer) == [pytest.approx(row, rel=1e-3) for row in expected]
+    assert "the loss reads state.global_step" in caplog.text
+    assert "numbers that it takes from Python stay" in caplog.text
+
+
+class ClipsItself(Trainer):
+    calls = 0
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        ClipsItself.calls += 1
+        torch.nn.utils.clip_grad_value_(model.parameters(), 0.01)
+        return torch.tensor(0.0)
+
+
+@pytest.mark.skipif(not hasattr(Trainer, "_clip_grad_norm"), reason="this transformers has no such method")
+def test_a_trainer_that_clips_itself_is_not_clipped_before(tmp_path: Path, on_gpu: None) -> None:
+    expected = logged(trainer_of(tmp_path, ClipsItself, graphed=False))
+    assert logged(trainer_of(tmp_path, ClipsItself)) == [pytest.approx(row, rel=1e-3) for row in expected]
+    assert ClipsItself.calls
+
+
+def test_what_somebody_has_put_on_the_trainer_comes_back(tmp_path: Path, on_gpu: None) -> None:
+    trainer: Any = trainer_of(tmp_path)
+    inner = trainer.training_step
+    trainer.training_step = lambda *given: inner(*given)
+    mine = trainer.training_step
+    trainer.train()
+    assert trainer.training_step is mine
