@@ -63,13 +63,18 @@ class CuttlefishArguments:
         default=None,
         metadata={"help": "auto, in_place, or restart: save at the switch, stop, go on with a new Trainer."},
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={"help": "On one GPU: each step's forward and backward as one CUDA graph (not the dense run's)."},
+    )
 
     def callbacks(self, method: str) -> list[TrainerCallback]:
         """Nothing for "dense"; else CuttlefishCallback(), or one with the settings that were given."""
         if method == "dense":
             return []
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        return [CuttlefishCallback(CuttlefishConfig(**given)) if given else CuttlefishCallback()]
+        graphs = given.pop("cuda_graphs")
+        return [CuttlefishCallback(CuttlefishConfig(**given) if given else None, cuda_graphs=graphs)]
 
 
 class StepTimer(TrainerCallback):

@@ -165,7 +165,10 @@ def fine_tune(
             train_dataset=encoded["train"],
             eval_dataset=encoded["validation"],
             processing_class=tokenizer,
-            data_collator=DataCollatorWithPadding(tokenizer),
+            # A CUDA graph serves one length: few of them.
+            data_collator=DataCollatorWithPadding(
+                tokenizer, pad_to_multiple_of=16 if cuttlefish_args.cuda_graphs else None
+            ),
             compute_metrics=compute_metrics,
             callbacks=callbacks,
         )
