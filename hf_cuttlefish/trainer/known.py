@@ -214,8 +214,13 @@ def complete_cards_of_caller() -> None:
         complete_created_cards(type(caller))
 
 
-def graphed_trainer() -> GraphedTrainer:
-    """Of the Trainer that calls the callback. Raises ValueError as `GraphedTrainer`, and where no Trainer calls."""
+def graphed_trainer(config: CuttlefishConfig) -> GraphedTrainer:
+    """Of the Trainer that calls the callback. Raises ValueError as `GraphedTrainer`, where no Trainer calls, and for objective "speed"."""
+    if config.objective == "speed":
+        raise ValueError(
+            "objective is 'speed', which times steps that are not recorded, and cuda_graphs=True records them: set objective='size', or "
+            "leave cuda_graphs out"
+        )
     caller = _who_calls(Trainer)
     if caller is None:
         raise ValueError("cuda_graphs=True needs a transformers.Trainer: in a loop of your own use GraphedStep")

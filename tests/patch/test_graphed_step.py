@@ -335,6 +335,19 @@ def test_a_trainer_with_graphs_logs_what_one_without_logs(
     assert not {"training_step", "floating_point_ops"} & set(vars(trainer))
 
 
+def test_a_trial_of_steps_that_are_not_recorded_is_refused(tmp_path: Path, on_gpu: None) -> None:
+    trainer = trainer_of(tmp_path)
+    trainer.callback_handler.callbacks = [
+        CuttlefishCallback(CuttlefishConfig(objective="speed"), cuda_graphs=True)
+        if isinstance(c, CuttlefishCallback)
+        else c
+        for c in trainer.callback_handler.callbacks
+    ]
+    with pytest.raises(ValueError, match="objective is 'speed', which times steps that are not recorded"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_an_evaluation_costs_no_recording(tmp_path: Path, on_gpu: None) -> None:
     trainer = trainer_of(tmp_path, eval_strategy="steps", eval_steps=3)
     trainer.train()
