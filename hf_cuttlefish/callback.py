@@ -88,9 +88,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         trainer.move_to_front(self)
         name = type(self).__name__
         self._stop_graphs()
-        graphs = (
-            trainer.graphed_trainer(self.config) if self.cuda_graphs else None
-        )  # refused before anything is forgotten
+        # What is refused is refused before anything is forgotten.
+        graphs = trainer.graphed_trainer(self.config) if self.cuda_graphs else None
         saved = self._saved or trainer.callback_state(state, name) if state.global_step else None
         previous, self.cuttlefish, self._saved = self.cuttlefish, None, None
         if previous is not None:

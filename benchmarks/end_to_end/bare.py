@@ -23,7 +23,7 @@ def bare(trainer: Trainer, as_graph: bool = False, steps: int = 10) -> dict[str,
     Args:
         as_graph: whether forward, backward and clipping are one CUDA graph.
     """
-    optimizer, model, parts = trainer.optimizer, trainer.model_wrapped.train(), {}
+    optimizer, model = trainer.optimizer, trainer.model_wrapped.train()
     batch = next(iter(trainer.get_train_dataloader()))
     graphs = GraphedTrainer(trainer) if as_graph else None
     if graphs is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def stamp(modules: list[nn.Module]) -> Hashable:
@@ -23,12 +25,17 @@ def stamp(modules: list[nn.Module]) -> Hashable:
             found += scaling.values()
         for parameter in state.get("_parameters", {}).values():
             if parameter is not None:
-                found += (id(parameter), parameter.data_ptr(), parameter.requires_grad)
+                found += (id(parameter), _place(parameter), parameter.requires_grad)
                 found += parameter._backward_hooks or ()
                 found += parameter._post_accumulate_grad_hooks or ()
         for buffer in state.get("_buffers", {}).values():
-            found += (id(buffer), None if buffer is None else buffer.data_ptr())
+            found += (id(buffer), None if buffer is None else _place(buffer))
         found += map(id, state.get("_modules", {}).values())
         for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
             found += state.get(hooks, ())
     return tuple(found)
+
+
+def _place(tensor: torch.Tensor) -> int | None:
+    """Where its numbers lie; None of one that holds others inside (quantized weights), and has no memory of its own."""
+    return None if is_traceable_wrapper_subclass(tensor) else tensor.data_ptr()

@@ -62,7 +62,7 @@ class Found:
         times: seconds a step before the switch and after it. is_slower: whether that is more than 5% longer.
         objective: of the config. is_compiled: whether anything is compiled. has_graphs: whether it runs as the compiler's CUDA graphs.
         has_step_graphs: whether steps are CUDA graphs as `GraphedStep` records them.
-        is_resumed: whether the time before is another run's.
+        is_resumed: whether the time before is another run's. is_alone: whether one process trains the model.
     """
 
     waits_for_host: bool | None
@@ -75,6 +75,7 @@ class Found:
     has_graphs: bool = False
     has_step_graphs: bool = False
     is_resumed: bool = False
+    is_alone: bool = True
     form: str | None = None
 
 
@@ -162,6 +163,7 @@ class LowRankPhase:
             has_graphs=has_cuda_graphs(),
             has_step_graphs=has_graphs(),
             is_resumed=self._is_resumed,
+            is_alone=run.engine.processes.size == 1 and run.engine.replicas == 1,
         )
 
     def stop(self) -> None:

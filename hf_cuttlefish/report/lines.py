@@ -141,15 +141,22 @@ def low_rank_phase(found: Found) -> tuple[int, str]:
         return logging.WARNING, f"{told}{why} Under Trainer, {UNWAITED}. {instead}"
     if found.has_graphs:
         why = "The host sets the pace: with these CUDA graphs it works for each parameter tensor, and pairs have more of them."
-        return logging.WARNING, f"{told}{why} {WHOLE}. Under Trainer, {UNWAITED}. {instead}"
+        faster = f"{WHOLE}. " if found.is_alone else ""
+        return logging.WARNING, f"{told}{why} {faster}Under Trainer, {UNWAITED}. {instead}"
     why = "The host launches kernels one by one, and the device waits for it."
-    return logging.WARNING, f"{told}{why} {FASTER}; under Trainer, {UNWAITED}. {instead}"
+    faster = FASTER if found.is_alone else FASTER_TOGETHER
+    return logging.WARNING, f"{told}{why} {faster}; under Trainer, {UNWAITED}. {instead}"
 
 
 FASTER = (
     "CuttlefishCallback(cuda_graphs=True), or GraphedStep in a loop of your own, with fixed lengths launches them all at once, dense "
     "steps as well (docs/fast-on-a-gpu.md)"
 )
+FASTER_TOGETHER = (
+    "torch_compile=True with torch_compile_mode='reduce-overhead' and fixed lengths launches them all at once, dense steps as "
+    "well (docs/fast-on-a-gpu.md)"
+)
+"""For several processes or GPUs, whose steps are not recorded whole."""
 WHOLE = (
     "torch_compile_mode='default' with CuttlefishCallback(cuda_graphs=True) makes forward, backward and clipping one graph "
     "(docs/fast-on-a-gpu.md)"

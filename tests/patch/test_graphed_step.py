@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
@@ -21,6 +22,7 @@ from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, Grap
 from hf_cuttlefish.layers.low_rank import low_rank_layers
 from hf_cuttlefish.patch import graphed_step
 from hf_cuttlefish.patch.capture import NotCapturedError
+from hf_cuttlefish.patch.graph_stamp import stamp
 from hf_cuttlefish.trainer import graphs as trainer_graphs
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
@@ -169,6 +171,16 @@ def test_a_change_of_the_model_is_recorded_anew(change: str) -> None:
     assert Replayed.count == count + 1 and step.state == state + 1
     if change == "hook":
         assert model[0].weight.grad is not None and not model[0].weight.grad.any()
+
+
+def test_a_weight_that_holds_others_inside_has_no_place_of_its_own() -> None:
+    """Quantized weights beside adapters: to ask where they lie is an error, or 0."""
+    model = small()
+    model[0].weight = nn.Parameter(TwoTensor(torch.ones(8, 4), torch.ones(8, 4)), requires_grad=False)
+    before = stamp(list(model.modules()))
+    assert before == stamp(list(model.modules()))
+    model[0].weight = nn.Parameter(TwoTensor(torch.ones(8, 4), torch.ones(8, 4)), requires_grad=False)
+    assert before != stamp(list(model.modules()))
 
 
 def test_parameters_outside_of_the_model_are_trained_where_they_are_named_and_refused_where_not(

@@ -43,7 +43,7 @@ class Run:
         self.model = BertForSequenceClassification(BertConfig(num_hidden_layers=2, **sizes))  # type: ignore[arg-type]
         factorize(self.model, dict.fromkeys(find_targets(self.model), 4))
         self.clock, self.takes = clock, {True: multiplied, False: pairs}
-        self.engine = SimpleNamespace(model=self.model, processes=SimpleNamespace(is_main=True, size=1))
+        self.engine = SimpleNamespace(model=self.model, processes=SimpleNamespace(is_main=True, size=1), replicas=1)
         self.schedule = SimpleNamespace(total_steps=1000)
         self.global_step, self.switch_step, self.restarts = 100, 100, False
         self.config, self.report = CuttlefishConfig(), None
@@ -297,6 +297,14 @@ def test_the_line_says_why_and_what_to_do(device: str, waits: bool | None, how: 
         assert "one by one" not in line
     if how == "step graphs":
         assert "cuda_graphs" not in line
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_several_processes_are_not_sent_to_what_is_refused_there(graphs: bool) -> None:
+    found = Found(True, "cuda", None, (0.04, 0.05), is_slower=True, is_compiled=True, has_graphs=graphs, is_alone=False)
+    _, line = lines.low_rank_phase(found)
+    assert "cuda_graphs" not in line and "logging_nan_inf_filter=False" in line
+    assert ("reduce-overhead" in line) is not graphs
 
 
 def test_graphs_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
