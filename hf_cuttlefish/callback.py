@@ -31,7 +31,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
     Args:
         config: a CuttlefishConfig (or its dictionary); None for the defaults.
         cuda_graphs: whether forward, backward and clipping of each step run as one CUDA graph for each shape of batch, before the switch
-            and after it: on one GPU the host then launches once and not a thousand times (docs/fast-on-a-gpu.md).
+            and after it: on one GPU the host then launches once and not a thousand times (docs/fast-on-a-gpu.md). None: only after the
+            switch, and only where nothing but transformers' own code runs in a step.
 
     Attributes:
         plan, switch_step, history, report, reason: as of `Cuttlefish`; they can be read during and after training.
@@ -42,16 +43,18 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         TypeError: config or cuda_graphs is something else. At the start of training: as `Cuttlefish`, and as `GraphedTrainer`.
     """
 
-    def __init__(self, config: CuttlefishConfig | dict[str, Any] | None = None, *, cuda_graphs: bool = False) -> None:
-        if not isinstance(cuda_graphs, bool):
-            raise TypeError(f"cuda_graphs must be True or False, got {cuda_graphs!r:.80}")
+    def __init__(
+        self, config: CuttlefishConfig | dict[str, Any] | None = None, *, cuda_graphs: bool | None = None
+    ) -> None:
+        if not isinstance(cuda_graphs, bool | None):
+            raise TypeError(f"cuda_graphs must be True, False or None, got {cuda_graphs!r:.80}")
         self.config, self.cuda_graphs = CuttlefishConfig.coerce(config), cuda_graphs
         self.cuttlefish: Cuttlefish | None = None
         self.restart_from: str | None = None
         self._saved: dict[str, Any] | None = None
         self._full_rank: dict[str, Any] | None = None
         self._trainer: tuple[TrainingArguments, TrainerState] | None = None
-        self._is_due = self._follows = False
+        self._is_due = self._follows = self._was_asked = False
         self._graphs: GraphedTrainer | None = None
 
     plan: RankPlan | None = _of_run("plan")
@@ -85,6 +88,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         """Make the `Cuttlefish` of this run, which raises what it raises; from a checkpoint, where its saved state was."""
         args, model = trainer.trained(args, model, kwargs)
         self.restart_from, self._full_rank, self._is_due = None, None, False
+        self._was_asked = self.cuda_graphs is not None
         trainer.move_to_front(self)
         name = type(self).__name__
         self._stop_graphs()
@@ -129,6 +133,9 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             control.should_save |= self._is_due or self.config.switch == "restart"
             if not self._is_due and self.config.switch == "restart":
                 self._stop_to_restart(args, state, control)
+        if not self._was_asked and self.switch_step is not None:
+            self._was_asked = True
+            self._graphs = trainer.graphs_after_switch(self.config)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add to the Trainer's log: mean stable rank of the target layers, parameters, step of the switch."""
@@ -198,5 +205,8 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         return self._entry(self._full_rank or (run.state_dict() if run is not None else self._saved))
 
     def _entry(self, run: dict[str, Any] | None) -> dict[str, Any]:
-        args = {"config": self.config.to_dict(), **({"cuda_graphs": True} if self.cuda_graphs else {})}
+        args = {
+            "config": self.config.to_dict(),
+            **({} if self.cuda_graphs is None else {"cuda_graphs": self.cuda_graphs}),
+        }
         return {"args": args, "attributes": {"_saved": run}}

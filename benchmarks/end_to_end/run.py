@@ -20,7 +20,7 @@ from hf_cuttlefish.measure.pace import Moment
 from hf_cuttlefish.trainer.graphs import GraphedTrainer
 
 from .bare import bare
-from .cases import CASES, Case, Rows
+from .cases import CASES, Case, Rows, cut_to_longest
 from .phases import SETTLE, split
 
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -34,6 +34,7 @@ UNWAITED: dict[str, Any] = {"logging_nan_inf_filter": False, "accelerator_config
 """The recipe of docs/fast-on-a-gpu.md: Trainer waits for the device neither to read the loss nor to send a batch."""
 MODES: dict[str, dict[str, Any]] = {
     "eager": {},
+    "eager-no-graphs": {},
     "compiled": {"torch_compile": True, **UNWAITED},
     "graphs": {"torch_compile": True, "torch_compile_mode": "reduce-overhead", **UNWAITED},
     "max-autotune": {"torch_compile": True, "torch_compile_mode": "max-autotune", **UNWAITED},
@@ -48,7 +49,8 @@ MODES: dict[str, dict[str, Any]] = {
     "blocks-step-graph": {"torch_compile": True, **UNWAITED},
 }
 STEP_GRAPHS = ("step-graph", "blocks-step-graph")
-"""Modes in which forward, backward and clipping are one CUDA graph, as cuda_graphs=True makes it."""
+"""Modes in which forward, backward and clipping are one CUDA graph, as cuda_graphs=True makes it. In "eager" the callback decides by
+itself, for the steps after the switch; in all others it is told not to."""
 
 
 BY_BLOCKS = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
@@ -110,7 +112,7 @@ def run(
     ours = None
     if settings is not None:
         config = CuttlefishConfig(target_ratio=ratio, on_error="raise", **settings)
-        ours = CuttlefishCallback(config, cuda_graphs=mode in STEP_GRAPHS)
+        ours = CuttlefishCallback(config, cuda_graphs=None if mode == "eager" else mode in STEP_GRAPHS)
     clock = Clock(ours, limit)
     trainer = make_trainer(model, mode, steps, [*([] if ours is None else [ours]), clock], workers)
     graphs = GraphedTrainer(trainer) if mode in STEP_GRAPHS and ours is None else None
@@ -159,7 +161,8 @@ def make_trainer(
     )
     model = case.model(torch.device("cuda" if on_gpu else "cpu"))
     data = Rows(case, model.config, steps)
-    return Trainer(model=model, args=settings, train_dataset=data, callbacks=callbacks)
+    collator = cut_to_longest if case.shortest else None
+    return Trainer(model=model, args=settings, train_dataset=data, data_collator=collator, callbacks=callbacks)
 
 
 def measured(clock: Clock, seconds: float, asked: int) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,6 +94,35 @@ def steady_masks(with_mask: bool, with_positions: bool) -> Iterator[None]:
     finally:
         for place, name, value in before:
             setattr(place, name, value)
+
+
+@contextlib.contextmanager
+def waiting_seen(looks: bool = True) -> Iterator[list[str]]:
+    """Collect what waits for the device inside (`.item()`, a copy from the host's memory): no graph can hold it.
+
+        with waiting_seen() as waits: step(batch)
+        print(waits)
+
+    The list is filled at the end. A step as it is can be asked so, and no recording has to break off.
+    """
+    found: list[str] = []
+    if not looks or not torch.cuda.is_initialized():
+        yield found
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        told = str(warning.message)
+        if "called a synchronizing CUDA operation" in told:
+            found.append(f"{Path(warning.filename).name}, line {warning.lineno}")
+        elif "Synchronization debug mode" not in told:  # of torch, about itself
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _is_recording() -> bool:

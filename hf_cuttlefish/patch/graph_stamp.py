@@ -9,18 +9,24 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+PLAIN = frozenset({bool, int, float, str})
+
 
 def stamp(modules: list[nn.Module]) -> Hashable:
-    """Where parameters and buffers lie, which train, modules, hooks, training flags, rates of dropout and scales of adapters.
+    """Where parameters and buffers lie, which train, modules, hooks, scales of adapters, and all plain attributes of modules and of
+    their configs: flags, numbers, words.
 
         before = stamp(list(model.modules())); ...; changed = stamp(list(model.modules())) != before
 
-    Other attributes that Python reads in forward are not in it.
+    Lists, dictionaries and objects that Python reads in forward are not in it.
     """
     found: list[Any] = []
+    configs: dict[int, Any] = {}
     for module in modules:
         state = module.__dict__
-        found += (state.get("training"), state.get("p"))
+        found += [value for value in state.values() if type(value) in PLAIN]
+        if (config := state.get("config")) is not None:
+            configs[id(config)] = config
         if type(scaling := state.get("scaling")) is dict:  # of PEFT's layers
             found += scaling.values()
         for parameter in state.get("_parameters", {}).values():
@@ -33,6 +39,8 @@ def stamp(modules: list[nn.Module]) -> Hashable:
         found += map(id, state.get("_modules", {}).values())
         for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
             found += state.get(hooks, ())
+    for config in configs.values():
+        found += [value for value in getattr(config, "__dict__", {}).values() if type(value) in PLAIN]
     return tuple(found)
 
 

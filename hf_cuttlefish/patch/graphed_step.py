@@ -17,15 +17,16 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ..measure.eager import runs_eagerly
-from .capture import NotCapturedError, capture, steady_masks
+from .capture import NotCapturedError, capture, steady_masks, waiting_seen
+from .graph_room import MOST, fits_beside, has_room_for
 from .graph_stamp import stamp
 
 logger = logging.getLogger(__name__)
 
 WARM = 2
 """Steps of each shape that run as they are before one is recorded: memory is found, and something may be compiled."""
-MOST = 8
-"""Graphs that are kept; each holds the gradients of the model."""
+UNSTEADY = 8
+"""After so many steps in a row, each of which finds the model changed, no step is recorded any more."""
 MANY = 100
 """Batches of so many kinds, none of which came three times, are said."""
 PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
@@ -73,8 +74,9 @@ class GraphedStep:
 
     The first two steps of a shape run as they are, the third is recorded, and then replayed: the numbers are the same. What the
     function does beside launching kernels (counting, printing) happens while it is recorded, and no more; numbers that it takes from
-    Python (a weight that a schedule changes) stay as they were then: put them into the batch. Graphs are dropped, and recorded anew,
-    where parameters, buffers, modules, hooks, dropout rates or training flags of the model have changed, so at the switch.
+    Python (a weight that a schedule changes) stay as they were then: put them into the batch, or make them plain attributes of a
+    module. Graphs are dropped, and recorded anew, where parameters, buffers, modules, hooks, or plain attributes of modules and of
+    their config (rates, flags) have changed, so at the switch.
     Steps that gather statistics run as they are. A gradient lives until the next step: clone what you keep. With torch.compile take
     a mode without CUDA graphs ("default").
 
@@ -87,6 +89,8 @@ class GraphedStep:
     Attributes:
         refused: why steps are not recorded; None while they are. state: how many states of the model have been seen.
         packs: whether the function may pack sequences with position_ids of its own.
+        level: of logging, at which is said what is not recorded. careful: whether a graph is recorded only where the device has room for
+            a step as it is beside it. made: how many graphs have been recorded.
 
     Raises ValueError: the model is not on one CUDA device. When called: the function returns a tensor that has a graph.
     """
@@ -98,6 +102,7 @@ class GraphedStep:
         self.model, self.function, self.also = model, function, also
         self.refused: str | None = None
         self.state, self.packs = 0, False
+        self.level, self.careful, self.made = logging.WARNING, False, 0
         self._stream = torch.cuda.Stream(self._device)
         self._graphs: dict[Hashable, _Graph] = {}
         self._recorded: set[int] = set()
@@ -107,6 +112,7 @@ class GraphedStep:
         self._stamped: Hashable = None
         self._told: set[str] = set()
         self._makes_masks = self._is_full = False
+        self._changes = 0
         _ALIVE.add(self)
 
     def __call__(self, batch: Any) -> Any:
@@ -114,6 +120,8 @@ class GraphedStep:
         if self.refused is not None or runs_eagerly() or not torch.is_grad_enabled():
             return self.function(batch)
         self._look_at_model()
+        if self.refused is not None:
+            return self.function(batch)
         leaves, structure = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
         key = self._key(leaves, structure)
         if key is None:
@@ -123,7 +131,7 @@ class GraphedStep:
             if not self._has_room():
                 return self.function(batch)
             if self._seen[key] <= WARM:
-                return self._warm_up(batch, structure, looks=self._seen[key] == WARM)
+                return self._warm_up(key, batch, structure, looks=self._seen[key] == WARM)
             graph = self._try_to_record(key, leaves, structure)
         if graph is None:
             return self.function(batch)
@@ -150,11 +158,16 @@ class GraphedStep:
 
     def _look_at_model(self) -> None:
         """Drop what was recorded of another state of the model than it has now."""
-        if not self._modules or stamp(self._modules) != self._stamped:
-            self.drop()
-            self.state += 1
-            self._modules = list(self.model.modules())
-            self._stamped = stamp(self._modules)
+        if self._modules and stamp(self._modules) == self._stamped:
+            self._changes = 0
+            return
+        self.drop()
+        self.state += 1
+        self._modules = list(self.model.modules())
+        self._stamped = stamp(self._modules)
+        self._changes += 1
+        if self._changes > UNSTEADY:
+            self._refuse("attributes of its modules change from step to step")
 
     def _key(self, leaves: list[Any], structure: Any) -> Hashable:
         """What has to be alike for one graph to serve; None for a batch that holds what can't be compared."""
@@ -166,14 +179,16 @@ class GraphedStep:
                 parts.append((type(leaf), leaf))
             else:
                 if self._is_first("kind"):
-                    logger.warning(
+                    logger.log(
+                        self.level,
                         "Cuttlefish: a batch holds %s, which no graph can take: leave it out, or make it a plain tensor.",
                         f"a tensor ({leaf.layout})" if isinstance(leaf, torch.Tensor) else type(leaf).__name__,
                     )
                 return None
         if len(self._seen) >= MANY:
             if not self._graphs and self._is_first("many"):
-                logger.warning(
+                logger.log(
+                    self.level,
                     "Cuttlefish: %d batches in a row differ in shape or in a value, so no step is recorded: pad to one length, and leave "
                     "out what is no tensor.",
                     MANY,
@@ -182,15 +197,16 @@ class GraphedStep:
         return tuple(parts)
 
     def _has_room(self) -> bool:
-        if len(self._graphs) < MOST and not self._is_full:
+        if not self._is_full and has_room_for(len(self._graphs), self._device):
             return True
         if self._is_first("room"):
-            logger.warning(
+            logger.log(
+                self.level,
                 "Cuttlefish: %s, and the others run without a CUDA graph: pad to one length, or to a few (pad_to_multiple_of=64 of the "
                 "collator), and set dataloader_drop_last=True.",
                 "the device has no memory for more graphs"
                 if self._is_full
-                else f"batches have had more than {MOST} shapes",
+                else f"batches have had more than {max(MOST, len(self._graphs))} shapes",
             )
         return False
 
@@ -200,12 +216,12 @@ class GraphedStep:
         self._told.add(what)
         return is_first
 
-    def _warm_up(self, batch: Any, structure: Any, looks: bool) -> Any:
-        """A step as it is, on the stream that will be recorded. looks: whether to see if it draws random numbers on the host."""
+    def _warm_up(self, key: Hashable, batch: Any, structure: Any, looks: bool) -> Any:
+        """A step as it is, on the stream that will be recorded. looks: whether to see what no graph can hold."""
         before = _host_random_state() if looks else None
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), self._masks(structure):
+        with torch.cuda.stream(self._stream), self._masks(structure), waiting_seen(looks) as waits:
             result = self.function(batch)
         current.wait_stream(self._stream)
         if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(result)):
@@ -214,6 +230,8 @@ class GraphedStep:
             )
         if looks and _host_random_state() != before:
             self._refuse("it draws random numbers on the host (layerdrop?), which a graph would repeat")
+        elif waits:
+            self._try_with_masks(key, f"it waits for the device in a step ({waits[0]})")
         return result
 
     def _masks(self, structure: Any) -> Any:
@@ -223,22 +241,34 @@ class GraphedStep:
         return steady_masks(self._makes_masks or packs or "mask" in names, packs)
 
     def _try_to_record(self, key: Hashable, leaves: list[Any], structure: Any) -> _Graph | None:
+        if self.careful and not fits_beside(self._device):
+            if self._graphs:
+                self._is_full = True
+            else:
+                self._refuse("the device has no room for one beside steps as they are")
+            return None
         try:
             graph = self._record(leaves, structure)
         except NotCapturedError as error:
             why, no_room = str(error), error.no_room
         else:
             self._graphs[key] = graph
+            self.made += 1
             self._recorded.update(map(id, graph.gradients))
             return graph
         if no_room and self._graphs:
             self._is_full = True
-        elif not self._makes_masks:  # it may have read whether a mask of its own masks anything
+        else:
+            self._try_with_masks(key, f"what it does can't be recorded ({why})")
+        return None
+
+    def _try_with_masks(self, key: Hashable, why: str) -> None:
+        """Once: it may have read whether a mask of its own masks anything. why: what is said where it was not that."""
+        if self._makes_masks:
+            self._refuse(why)
+        else:
             self._makes_masks = True
             self._seen[key] = 0
-        else:
-            self._refuse(f"what it does can't be recorded ({why})")
-        return None
 
     def _record(self, leaves: list[Any], structure: Any) -> _Graph:
         """Raises NotCapturedError. Gradients and parameters stay as they are."""
@@ -278,8 +308,10 @@ class GraphedStep:
     def _refuse(self, why: str) -> None:
         self.refused = why
         self.drop()
-        logger.warning(
-            "Cuttlefish: steps run without CUDA graphs: %s. Training is right, and as fast as without the setting.", why
+        logger.log(
+            self.level,
+            "Cuttlefish: steps run without CUDA graphs: %s. Training is right, and as fast as without the setting.",
+            why,
         )
 
 
@@ -304,6 +336,11 @@ def drop_graphs(model: nn.Module) -> None:
 def is_graphed(model: nn.Module) -> bool:
     """Whether steps of this model are recorded, or will be."""
     return any(step.model is model and step.refused is None for step in _ALIVE)
+
+
+def graphs_made(model: nn.Module) -> int:
+    """How many graphs of steps of this model have been recorded."""
+    return sum(step.made for step in _ALIVE if step.model is model)
 
 
 def has_graphs() -> bool:

@@ -17,15 +17,15 @@ from ..layers.low_rank import low_rank_layers
 from ..measure.eager import has_compiled, has_cuda_graphs
 from ..measure.pace import BEFORE
 from ..measure.watch import Watch
-from .graphed_step import has_graphs, is_graphed
+from .graphed_step import graphs_made, has_graphs, is_graphed
 from .left_behind import LeftBehind
 from .report import FactorizationReport
 from .running import RunMultiplied
 
 WARM, TRIED = 3, 6
 """Steps in each form of running: first ones that do not count, and those that are timed."""
-RECORDED = 3
-"""More steps that warm up where a step is recorded as a CUDA graph in each form."""
+RECORDING = 96
+"""Within so many steps after the switch a step counts only once those of the usual shapes are recorded as CUDA graphs."""
 SETTLED = 2
 """Steps after which what held the graph of the last dense step has been given another."""
 LEAST = 4 * 2 * (WARM + TRIED)
@@ -85,7 +85,8 @@ class LowRankPhase:
         phase = LowRankPhase(watch); ...; found = phase.step(run); ...; phase.stop()
 
     On a GPU without compilation the host may set the pace, and pairs launch more than dense layers. So the model runs some steps
-    in each form, multiplied out (`layers.multiplied`) and as pairs, and stays with the quicker one.
+    in each form, multiplied out (`layers.multiplied`) and as pairs, and stays with the quicker one. Steps that are recorded as CUDA
+    graphs launch once in either form, so they run as pairs.
 
     Attributes:
         tried: form -> milliseconds a step; empty where nothing was tried. multiplied: the form, while it is on or being tried.
@@ -101,7 +102,9 @@ class LowRankPhase:
         self._has_begun = self._is_resumed = self._is_dense = False
         self._slower: tuple[float, float] | None = None
         self._left: LeftBehind | None = None
-        self._warm = WARM
+        self._is_graphed = False
+        self._made = 0
+        self._recorded_by = 0
 
     def begin(self) -> None:
         """At the switch: there are no target layers any more, and two steps later nobody should hold their weights."""
@@ -124,6 +127,8 @@ class LowRankPhase:
                 self._begin(run)
         if self._is_dense:
             return None
+        if self._is_graphed:
+            self._follow_graphs(run)
         device = next(run.engine.model.parameters()).device.type
         if self._section is not None and self._slower is None:
             if not self._try():
@@ -176,11 +181,25 @@ class LowRankPhase:
         if not self.watch.pace.is_after:  # the run goes on from a checkpoint after the switch
             self._is_resumed = True
             self.watch.pace.mark(None if run.report is None else run.report.seconds.get(BEFORE))
+        self._is_graphed, self._recorded_by = is_graphed(run.engine.model), run.global_step + RECORDING
+        if not self._is_graphed:
+            self._begin_trial(run)
+
+    def _begin_trial(self, run: Run) -> None:
         if run.schedule.total_steps - run.global_step >= LEAST and can_try(run.engine):
             form = RunMultiplied(run.engine.model)
             if form.start():
-                self._warm = WARM + RECORDED if is_graphed(run.engine.model) else WARM
-                self.multiplied, self._section = form, _Section(self._warm)
+                self.multiplied, self._section = form, _Section()
+
+    def _follow_graphs(self, run: Run) -> None:
+        """Begin to compare anew with each graph that is recorded; where none can be, try the forms after all."""
+        self._is_graphed, made = is_graphed(run.engine.model), graphs_made(run.engine.model)
+        if self._is_graphed and (made == self._made or run.global_step >= self._recorded_by):
+            return
+        self._made = made
+        self.watch.pace.mark()
+        if not self._is_graphed:
+            self._begin_trial(run)
 
     def _try(self) -> bool:
         """Time the form that is on; then try the next one, or choose. Whether that was done."""
@@ -190,7 +209,7 @@ class LowRankPhase:
         self.tried["multiplied" if form.is_on else "pairs"] = 1000 * section.seconds
         if form.is_on:
             form.stop()
-            self._section, self.waits_for_host = _Section(self._warm), section.waits_for_host
+            self._section, self.waits_for_host = _Section(), section.waits_for_host
             return False
         both_wait = bool(self.waits_for_host) and section.waits_for_host
         if quicker_form(self.tried, both_wait) == "multiplied":
@@ -222,8 +241,7 @@ def _is_checkpointed(model: nn.Module) -> bool:
 class _Section:
     """Some steps in one form: the first ones warm up, the others are timed from a synchronization to the next one."""
 
-    def __init__(self, warm: int = WARM) -> None:
-        self.warm = warm
+    def __init__(self) -> None:
         self._gaps: list[float] = []
         self._count = 0
         self._last = 0.0
@@ -232,9 +250,9 @@ class _Section:
     def step(self, seconds: float | None) -> bool:
         """A step has ended; whether it was the last one. seconds: that it took, where it is known when it began."""
         self._count += 1
-        if self._count == self.warm:
+        if self._count == WARM:
             _synchronize()
-        elif self._count > self.warm:
+        elif self._count > WARM:
             self._gaps.append(time.perf_counter() - self._last if seconds is None else seconds)
         if len(self._gaps) == TRIED:
             began = time.perf_counter()

@@ -30,6 +30,7 @@ from ..saving.checkpoints import STATISTICS_FILE
 from ..saving.companions import remember
 from ..saving.doors import put_beside
 from ..saving.following import follow_checkpoints
+from .by_itself import graphs_by_itself
 from .graphs import GraphedTrainer
 
 logger = logging.getLogger(__name__)
@@ -225,6 +226,15 @@ def graphed_trainer(config: CuttlefishConfig) -> GraphedTrainer:
     if caller is None:
         raise ValueError("cuda_graphs=True needs a transformers.Trainer: in a loop of your own use GraphedStep")
     return GraphedTrainer(caller)
+
+
+def graphs_after_switch(config: CuttlefishConfig) -> GraphedTrainer | None:
+    """Of the Trainer that calls the callback, started; None where its steps are not ones to be recorded unasked."""
+    caller = _who_calls(Trainer)
+    graphs = None if caller is None else graphs_by_itself(caller, config)
+    if graphs is not None:
+        graphs.start()
+    return graphs
 
 
 def _who_calls(kind: type) -> Any:

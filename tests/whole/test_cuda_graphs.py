@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 from typing import Any
@@ -14,7 +15,10 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, GraphedStep
 from hf_cuttlefish.layers.low_rank import low_rank_layers
-from hf_cuttlefish.patch.graphed_step import MOST, drop_graphs, has_graphs
+from hf_cuttlefish.patch import graphed_step
+from hf_cuttlefish.patch.capture import waiting_seen
+from hf_cuttlefish.patch.graph_room import MORE, MOST
+from hf_cuttlefish.patch.graphed_step import drop_graphs, has_graphs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -138,8 +142,13 @@ def _backward(model: nn.Module, batch: Any) -> torch.Tensor:
     return loss.detach()
 
 
-def test_a_step_that_waits_for_the_device_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
-    """And what the broken recording has left behind hurts neither dropout nor memory nor another recording."""
+@pytest.mark.parametrize("is_seen", [True, False], ids=["seen before", "seen in the recording"])
+def test_a_step_that_waits_for_the_device_runs_as_it_is(
+    is_seen: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a broken recording has left behind hurts neither dropout nor memory nor another recording."""
+    if not is_seen:
+        monkeypatch.setattr(graphed_step, "waiting_seen", lambda looks: contextlib.nullcontext([]))
     model = build().cuda().train()
     seen: list[float] = []
 
@@ -161,7 +170,8 @@ def test_a_step_that_waits_for_the_device_runs_as_it_is(caplog: pytest.LogCaptur
     step = GraphedStep(model, waits)
     with caplog.at_level(logging.WARNING):
         assert losses(step) == expected
-    assert step.refused is not None and "can't be recorded" in caplog.text
+    assert step.refused is not None
+    assert ("waits for the device" if is_seen else "can't be recorded") in caplog.text
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     good = GraphedStep(model, lambda batch: _backward(model, batch))
     torch.testing.assert_close(losses(good), expected)
@@ -220,11 +230,11 @@ def test_only_so_many_shapes_are_recorded(caplog: pytest.LogCaptureFixture) -> N
     model = build().cuda().train()
     step = GraphedStep(model, lambda batch: _backward(model, batch))
     with caplog.at_level(logging.WARNING):
-        for length in range(8, 8 + MOST + 2):
+        for length in range(8, 8 + MORE + 2):
             for batch in batches(4, length=length):
                 step(batch)
                 model.zero_grad()
-    assert len(step._graphs) == MOST
+    assert MOST <= len(step._graphs) <= MORE
     assert caplog.text.count("pad to one length") == 1
 
 
@@ -284,7 +294,7 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         return {k: v[at] for k, v in self.all.items()}
 
 
-def run_trainer(folder: Any, graphs: bool, **settings: Any) -> tuple[Trainer, CuttlefishCallback]:
+def run_trainer(folder: Any, graphs: bool | None, **settings: Any) -> tuple[Trainer, CuttlefishCallback]:
     callback = CuttlefishCallback(CuttlefishConfig(**SWITCH), cuda_graphs=graphs)
     how: dict[str, Any] = {
         "bf16": True,
@@ -327,6 +337,51 @@ def test_a_trainer_with_graphs_logs_what_one_without_logs(tmp_path: Any, setting
     assert recorded.state.total_flos == plain.state.total_flos
     assert "training_step" not in vars(recorded)
     assert not has_graphs()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_steps": 48}, {"bf16": False, "fp16": True}, {"bf16": False}], ids=["bf16", "fp16", "fp32"]
+)
+def test_low_rank_steps_are_recorded_unasked(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture, settings: dict[str, Any]
+) -> None:
+    plain, _ = run_trainer(tmp_path, False, **settings)
+    with caplog.at_level(logging.INFO):
+        recorded, callback = run_trainer(tmp_path, None, **settings)
+    assert callback.switch_step == 10
+    assert caplog.text.index("low-rank steps run as CUDA graphs") < caplog.text.index("run as one CUDA graph from")
+    assert "multiplied out" not in caplog.text
+    mine, other = ([r for r in t.state.log_history if "loss" in r] for t in (recorded, plain))
+    for a, b in zip(mine, other, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02, abs=0.02)
+    assert "training_step" not in vars(recorded)
+    assert not has_graphs()
+
+
+def test_a_full_device_records_nothing_unasked(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.cuda.mem_get_info
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *of: (2**20, real(*of)[1]))
+    with caplog.at_level(logging.INFO):
+        run_trainer(tmp_path, None, max_steps=96, num_train_epochs=4)
+    assert "has no room for one beside steps as they are" in caplog.text
+    assert "the low-rank layers run" in caplog.text  # the forms are tried after all
+    assert not [r for r in caplog.records if "CUDA graph" in r.message and r.levelno >= logging.WARNING]
+
+
+def test_what_waits_for_the_device_is_seen_without_a_recording() -> None:
+    x = torch.ones(4, device="cuda")
+    with waiting_seen() as waits:
+        x.sum().item()
+    assert len(waits) == 1 and "test_cuda_graphs.py" in waits[0]
+    with waiting_seen() as waits:
+        x.add_(1)
+        torch.tensor([1.0, 2.0], device="cuda")
+    assert len(waits) == 1
+    with waiting_seen() as waits:
+        (x * 2).sum()
+    assert not waits and torch.cuda.get_sync_debug_mode() == 0
 
 
 def test_the_dense_graphs_memory_is_free_after_the_switch() -> None:

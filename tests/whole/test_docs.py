@@ -11,7 +11,7 @@ from hf_cuttlefish import CuttlefishConfig
 
 ROOT = Path(__file__).parents[2]
 VARIABLE = "…"
-LOGGED = {"logger.warning", "logger.info", "warnings.warn", "self._say"}
+LOGGED = {"logger.warning", "logger.info", "logger.log", "warnings.warn", "self._say"}
 
 
 def messages() -> Iterator[tuple[str, str]]:
@@ -23,7 +23,7 @@ def messages() -> Iterator[tuple[str, str]]:
             elif isinstance(node, ast.Call) and ast.unparse(node.func) in LOGGED:
                 if isinstance(node.args[0], ast.Starred):
                     continue  # a line that is worked out elsewhere
-                text = _text(node.args[1 if ast.unparse(node.func) == "self._say" else 0])
+                text = _text(node.args[ast.unparse(node.func) in ("self._say", "logger.log")])
             elif isinstance(node, ast.Return) and "Cuttlefish: " in (text := _returned(node.value)):
                 pass  # a line that is worked out in one place and logged in another
             else:

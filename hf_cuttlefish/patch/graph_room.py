@@ -1,0 +1,37 @@
+"""Graph room: for how many recorded steps a device has the memory."""
+
+from __future__ import annotations
+
+import torch
+
+MOST = 8
+"""Graphs that are kept, each of which holds the gradients of the model; more where the device is nearly empty."""
+MORE = 32
+"""That many while so much of the device's memory is free."""
+FREE = 0.5
+
+
+def has_room_for(count: int, device: torch.device) -> bool:
+    """Whether there may be one more graph beside so many.
+
+    has_room_for(3, torch.device("cuda"))  # True
+    """
+    if count < MOST:
+        return True
+    if count >= MORE or device.type != "cuda":
+        return False
+    free, total = torch.cuda.mem_get_info(device)
+    return free > FREE * total
+
+
+def fits_beside(device: torch.device) -> bool:
+    """Whether the device has so much memory free, in bytes, as the largest step up to now took beside what stays.
+
+    A graph keeps the memory of its step, and a step that is not recorded finds none of it.
+
+        fits_beside(torch.device("cuda"))  # False on a device that is nearly full
+    """
+    if device.type != "cuda":
+        return True
+    took = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] > took
