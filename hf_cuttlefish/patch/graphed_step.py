@@ -24,7 +24,8 @@ from .graph_stamp import stamp
 logger = logging.getLogger(__name__)
 
 WARM = 2
-"""Steps of each shape that run as they are before one is recorded: memory is found, and something may be compiled."""
+"""Steps of the first shape that run as they are before one is recorded: memory is found, and something may be compiled. Of later
+shapes one has to do."""
 UNSTEADY = 8
 """After so many steps in a row, each of which finds the model changed, no step is recorded any more."""
 MANY = 100
@@ -72,7 +73,7 @@ class GraphedStep:
         step = GraphedStep(model, forward_and_backward)
         loss = step(batch); optimizer.step(); optimizer.zero_grad(); cuttlefish.step()
 
-    The first two steps of a shape run as they are, the third is recorded, and then replayed: the numbers are the same. What the
+    Two steps of the first shape, and one of each later, run as they are; the next is recorded, and replayed: the numbers are the same. What the
     function does beside launching kernels (counting, printing) happens while it is recorded, and no more; numbers that it takes from
     Python (a weight that a schedule changes) stay as they were then: put them into the batch, or make them plain attributes of a
     module. Graphs are dropped, and recorded anew, where parameters, buffers, modules, hooks, or plain attributes of modules and of
@@ -130,8 +131,8 @@ class GraphedStep:
             self._seen[key] += 1
             if not self._has_room():
                 return self.function(batch)
-            if self._seen[key] <= WARM:
-                return self._warm_up(key, batch, structure, looks=self._seen[key] == WARM)
+            if self._seen[key] <= (warm := WARM if not self._graphs else 1):
+                return self._warm_up(key, batch, structure, looks=self._seen[key] == warm)
             graph = self._try_to_record(key, leaves, structure)
         if graph is None:
             return self.function(batch)

@@ -100,5 +100,6 @@ def test_the_setting_is_kept_in_a_copy_and_in_what_is_saved() -> None:
     assert CuttlefishCallback(**callback.state()["args"]).cuda_graphs
     assert copy.deepcopy(callback).cuda_graphs
     assert "cuda_graphs" not in CuttlefishCallback().state()["args"]
-    with pytest.raises(TypeError, match="cuda_graphs must be True or False, got 'yes'"):
+    assert CuttlefishCallback(**CuttlefishCallback(cuda_graphs=False).state()["args"]).cuda_graphs is False
+    with pytest.raises(TypeError, match="cuda_graphs must be True, False or None, got 'yes'"):
         CuttlefishCallback(cuda_graphs="yes")  # type: ignore[arg-type]

@@ -9,88 +9,23 @@ import logging
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils.data import Dataset
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback
 
+import replayed
 from hf_cuttlefish import Cuttlefish, CuttlefishCallback, CuttlefishConfig, GraphedStep
 from hf_cuttlefish.layers.low_rank import low_rank_layers
 from hf_cuttlefish.patch import graphed_step
-from hf_cuttlefish.patch.capture import NotCapturedError
 from hf_cuttlefish.patch.graph_stamp import stamp
-from hf_cuttlefish.trainer import graphs as trainer_graphs
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
-
-
-class Replayed:
-    """In the place of a CUDA graph. Calling the function has written `parameters`' gradients, which stay its own memory."""
-
-    count = 0
-    every: ClassVar[weakref.WeakSet[Replayed]] = weakref.WeakSet()
-
-    def __init__(self, function: Any, parameters: list[nn.Parameter]) -> None:
-        self.function, self.parameters = function, parameters
-        self.result = function()
-        self.gradients = [p.grad for p in parameters]
-        Replayed.every.add(self)
-
-    def replay(self) -> None:
-        Replayed.count += 1
-        held = [p.grad for p in self.parameters]
-        for other in Replayed.every:  # their memory is shared
-            for gradient in other.gradients:
-                if gradient is not None:
-                    gradient.fill_(float("nan"))
-        for parameter in self.parameters:
-            parameter.grad = None
-        for mine, new in zip(self.result, self.function(), strict=True) if isinstance(self.result, tuple) else [
-            (self.result, self.function())
-        ]:  # fmt: skip
-            if mine is not None:
-                mine.copy_(new)
-        for parameter, mine, before in zip(self.parameters, self.gradients, held, strict=True):
-            if mine is not None:
-                mine.copy_(parameter.grad)
-            parameter.grad = before
-
-    def reset(self) -> None:
-        Replayed.every.discard(self)
-
-
-@pytest.fixture(autouse=True)
-def recording(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Let GraphedStep run without CUDA; `fails` makes recordings fail."""
-    choice = SimpleNamespace(fails=None, records=False)
-
-    def capture(function: Any, stream: Any, pool: Any) -> Any:
-        if choice.fails is not None:
-            raise NotCapturedError(**choice.fails)
-        alive = [o for o in gc.get_objects() if issubclass(type(o), nn.Parameter) and o.requires_grad]
-        choice.records = True
-        try:
-            with torch.random.fork_rng(devices=[]):
-                graph = Replayed(function, [p for p in alive if p.grad is None])
-        finally:
-            choice.records = False
-        return graph, graph.result
-
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(graphed_step, "capture", capture)
-    monkeypatch.setattr(graphed_step, "only_device", lambda model: torch.device("cpu"))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: choice.records)
-    Replayed.count = 0
-    return choice
+SIZES = replayed.SIZES
+Replayed = replayed.Replayed
+recording = replayed.recording  # for all tests here
 
 
 def small() -> nn.Sequential:
@@ -140,6 +75,76 @@ def test_gradients_add_up_over_micro_batches_of_two_shapes(order: tuple[int, int
         step.function(batch)
     for mine, expected in zip(found, gradients(model), strict=True):
         torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("of", ["a module", "its config"])
+def test_a_number_that_python_reads_is_not_frozen(of: str) -> None:
+    """A temperature that a callback anneals: the graph is recorded anew."""
+    model: Any = small()
+    model.config = SimpleNamespace(scale=1.0)
+    owner = model.config if of == "its config" else model
+    owner.scale = 1.0
+
+    def forward_and_backward(batch: Any) -> torch.Tensor:
+        loss = model(batch["x"]).square().sum() * owner.scale
+        loss.backward()
+        return loss.detach()
+
+    step = recorded(GraphedStep(model, forward_and_backward), rows(3, 4))
+    before = float(step(rows(3, 4)))
+    owner.scale = 2.0
+    assert float(step(rows(3, 4))) == pytest.approx(2 * before)
+    recorded(step, rows(3, 4))
+    assert float(step(rows(3, 4))) == pytest.approx(2 * before) and step.refused is None
+
+
+def test_a_number_that_changes_with_each_step_ends_recording(caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = small()
+    model.calls = 0
+    model.register_forward_hook(lambda module, given, output: setattr(model, "calls", model.calls + 1))
+    step = stepper(model)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2 * graphed_step.UNSTEADY):
+            step(rows(3, 4))
+    assert "attributes of its modules change from step to step" in caplog.text
+    assert model.calls == 2 * graphed_step.UNSTEADY
+
+
+def test_what_waits_is_not_recorded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The first time it may have looked at a mask: steps with masks of their own are looked at again."""
+    looked: list[bool] = []
+
+    @contextlib.contextmanager
+    def seen(looks: bool) -> Any:
+        looked.append(looks)
+        yield ["loss.py, line 3"] if looks else []
+
+    monkeypatch.setattr(graphed_step, "waiting_seen", seen)
+    step = stepper(small())
+    with caplog.at_level(logging.WARNING):
+        for _ in range(6):
+            step(rows(3, 4))
+    assert looked == [False, True, False, True]
+    assert "it waits for the device in a step (loss.py, line 3)" in caplog.text and not Replayed.count
+
+
+def test_a_careful_step_asks_for_room(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    room = [True, False]
+    monkeypatch.setattr(graphed_step, "fits_beside", lambda device: room.pop(0))
+    step = stepper(small())
+    step.careful, step.level = True, logging.INFO
+    with caplog.at_level(logging.INFO):
+        recorded(step, rows(3, 4))
+        for _ in range(4):
+            step(rows(5, 4))
+    assert len(step._graphs) == 1 and step.refused is None and not room
+    assert "the device has no memory for more graphs" in caplog.text
+    room.append(False)
+    other = stepper(small())
+    other.careful = True
+    for _ in range(4):
+        other(rows(3, 4))
+    assert "no room for one beside" in str(other.refused)
 
 
 def test_a_new_parameter_with_the_old_memory_is_seen() -> None:
@@ -284,43 +289,7 @@ def test_a_loop_with_graphs_has_the_losses_of_one_without() -> None:
     assert Replayed.count > 10
 
 
-class Rows(Dataset[dict[str, torch.Tensor]]):
-    def __len__(self) -> int:
-        return 96
-
-    def __getitem__(self, at: int) -> dict[str, torch.Tensor]:
-        ids = torch.randint(5, 50, (8,), generator=torch.Generator().manual_seed(at))
-        return {"input_ids": ids, "labels": ids[0] % 2}
-
-
-def trainer_of(
-    folder: Path, kind: type[Trainer] = Trainer, graphed: bool = True, also: Any = (), **settings: Any
-) -> Trainer:
-    torch.manual_seed(0)
-    sizes = {**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = BertForSequenceClassification(BertConfig(**sizes, problem_type="single_label_classification"))
-    config = CuttlefishConfig(switch_step=10, statistics_steps=3, target_ratio=0.5, rank_multiple=1, on_error="raise")
-    how = {
-        "max_steps": 24,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "use_cpu": True,
-    } | settings
-    args = TrainingArguments(str(folder), report_to=[], save_strategy="no", disable_tqdm=True, **how)
-    callbacks = [CuttlefishCallback(config, cuda_graphs=graphed), *also]
-    return kind(model, args, train_dataset=Rows(), eval_dataset=Rows(), callbacks=callbacks)
-
-
-def logged(trainer: Trainer) -> list[tuple[float, ...]]:
-    trainer.train()
-    names = ("loss", "grad_norm", "learning_rate")
-    return [tuple(float(r[n]) for n in names if n in r) for r in trainer.state.log_history if "loss" in r]
-
-
-@pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_graphs, "check", lambda trainer: None)
+on_gpu = replayed.on_gpu
 
 
 @pytest.mark.parametrize(
@@ -339,16 +308,16 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_trainer_with_graphs_logs_what_one_without_logs(
     tmp_path: Path, on_gpu: None, settings: dict[str, Any]
 ) -> None:
-    expected = trainer_of(tmp_path, graphed=False, **settings)
-    trainer = trainer_of(tmp_path, **settings)
-    assert logged(trainer) == [pytest.approx(row, rel=1e-3) for row in logged(expected)]
+    expected = replayed.trainer_of(tmp_path, graphed=False, **settings)
+    trainer = replayed.trainer_of(tmp_path, **settings)
+    assert replayed.logged(trainer) == [pytest.approx(row, rel=1e-3) for row in replayed.logged(expected)]
     assert trainer.state.total_flos == expected.state.total_flos
     assert Replayed.count > 5
     assert not {"training_step", "floating_point_ops"} & set(vars(trainer))
 
 
 def test_a_trial_of_steps_that_are_not_recorded_is_refused(tmp_path: Path, on_gpu: None) -> None:
-    trainer = trainer_of(tmp_path)
+    trainer = replayed.trainer_of(tmp_path)
     trainer.callback_handler.callbacks = [
         CuttlefishCallback(CuttlefishConfig(objective="speed"), cuda_graphs=True)
         if isinstance(c, CuttlefishCallback)
@@ -361,7 +330,7 @@ def test_a_trial_of_steps_that_are_not_recorded_is_refused(tmp_path: Path, on_gp
 
 
 def test_an_evaluation_costs_no_recording(tmp_path: Path, on_gpu: None) -> None:
-    trainer = trainer_of(tmp_path, eval_strategy="steps", eval_steps=3)
+    trainer = replayed.trainer_of(tmp_path, eval_strategy="steps", eval_steps=3)
     trainer.train()
     assert Replayed.count >= 24 - 3 - 2 * (
         2 + 1 + 2
@@ -377,8 +346,10 @@ class Raise(TrainerCallback):
 
 
 def test_another_limit_of_the_norm_is_followed(tmp_path: Path, on_gpu: None) -> None:
-    expected = logged(trainer_of(tmp_path, graphed=False, also=[Raise()]))
-    assert logged(trainer_of(tmp_path, also=[Raise()])) == [pytest.approx(row, rel=1e-3) for row in expected]
+    expected = replayed.logged(replayed.trainer_of(tmp_path, graphed=False, also=[Raise()]))
+    assert replayed.logged(replayed.trainer_of(tmp_path, also=[Raise()])) == [
+        pytest.approx(row, rel=1e-3) for row in expected
+    ]
 
 
 class ReadsStep(Trainer):
@@ -391,10 +362,10 @@ class ReadsStep(Trainer):
 def test_a_loss_that_reads_the_step_is_not_frozen(
     tmp_path: Path, on_gpu: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = logged(trainer_of(tmp_path, ReadsStep, graphed=False))
-    trainer = trainer_of(tmp_path, ReadsStep)
+    expected = replayed.logged(replayed.trainer_of(tmp_path, ReadsStep, graphed=False))
+    trainer = replayed.trainer_of(tmp_path, ReadsStep)
     with caplog.at_level(logging.WARNING):
-        assert logged(trainer) == [pytest.approx(row, rel=1e-3) for row in expected]
+        assert replayed.logged(trainer) == [pytest.approx(row, rel=1e-3) for row in expected]
     assert "the loss reads state.global_step" in caplog.text
     assert "numbers that it takes from Python stay" in caplog.text
 
@@ -410,13 +381,15 @@ class ClipsItself(Trainer):
 
 @pytest.mark.skipif(not hasattr(Trainer, "_clip_grad_norm"), reason="this transformers has no such method")
 def test_a_trainer_that_clips_itself_is_not_clipped_before(tmp_path: Path, on_gpu: None) -> None:
-    expected = logged(trainer_of(tmp_path, ClipsItself, graphed=False))
-    assert logged(trainer_of(tmp_path, ClipsItself)) == [pytest.approx(row, rel=1e-3) for row in expected]
+    expected = replayed.logged(replayed.trainer_of(tmp_path, ClipsItself, graphed=False))
+    assert replayed.logged(replayed.trainer_of(tmp_path, ClipsItself)) == [
+        pytest.approx(row, rel=1e-3) for row in expected
+    ]
     assert ClipsItself.calls
 
 
 def test_what_somebody_has_put_on_the_trainer_comes_back(tmp_path: Path, on_gpu: None) -> None:
-    trainer: Any = trainer_of(tmp_path)
+    trainer: Any = replayed.trainer_of(tmp_path)
     inner = trainer.training_step
     trainer.training_step = lambda *given: inner(*given)
     mine = trainer.training_step

@@ -334,6 +334,47 @@ def test_short_runs_and_full_rank_ones_try_nothing(monkeypatch: pytest.MonkeyPat
     assert dense.go(ALL) == [] and dense.phase.multiplied is None
 
 
+def graphed(monkeypatch: pytest.MonkeyPatch, run: Run) -> dict[str, Any]:
+    """Let the run's steps be recorded; what is returned says how many are, and whether recording goes on."""
+    state: dict[str, Any] = {"on": True, "made": 0}
+    monkeypatch.setattr(low_rank_phase, "is_graphed", lambda model: state["on"])
+    monkeypatch.setattr(low_rank_phase, "graphs_made", lambda model: state["made"])
+    return state
+
+
+def test_recorded_steps_run_as_pairs_and_count_once_they_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 60 ms that warm up, for shapes that come late, do not make a run slower whose recorded steps take 10."""
+    run = Run(Clock(monkeypatch), 0.06, 0.06)
+    state = graphed(monkeypatch, run)
+    assert not run.go(20)
+    state["made"] = 1
+    assert not run.go(UNCOUNTED + 2)
+    state["made"], run.takes = 2, {True: 0.01, False: 0.01}
+    assert not run.go(3 * STEPS)
+    assert run.phase.multiplied is None and not run.phase.tried
+    assert run.watch.seconds == pytest.approx((0.04, 0.01))
+
+
+def test_shapes_that_go_on_coming_do_not_put_off_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(Clock(monkeypatch), 0.06, 0.06)
+    state = graphed(monkeypatch, run)
+    found = []
+    for _ in range(low_rank_phase.RECORDING + 4 * STEPS):
+        state["made"] += 1
+        run.global_step += 1
+        found += run.go(1)
+    assert [f.is_slower for f in found] == [True]
+
+
+def test_the_forms_are_tried_where_steps_can_not_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(Clock(monkeypatch), 0.035, 0.05)
+    state = graphed(monkeypatch, run)
+    run.go(5)
+    state["on"] = False
+    (found,) = run.go(ALL)
+    assert found.form == "multiplied" and run.phase.multiplied is not None and run.phase.multiplied.is_on
+
+
 def test_nothing_is_tried_on_a_cpu() -> None:
     engine = {"processes": SimpleNamespace(size=1), "holds_whole_weights": True, "fixed": ""}
     run = SimpleNamespace(model=torch.nn.Linear(2, 2), **engine)

@@ -1,0 +1,126 @@
+"""Low-rank steps are recorded unasked only where nothing but known code runs in them. A stand-in records (`replayed`)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Trainer
+
+import replayed
+from hf_cuttlefish.trainer.by_itself import OWN
+
+recording = replayed.recording
+on_gpu = replayed.on_gpu
+SAID = "low-rank steps run as CUDA graphs"
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"gradient_accumulation_steps": 2, "max_steps": 16}], ids=["plain", "accumulating"]
+)
+def test_the_low_rank_steps_are_recorded_and_no_dense_ones(
+    tmp_path: Path, on_gpu: None, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = replayed.logged(replayed.trainer_of(tmp_path, graphed=False, **settings))
+    trainer = replayed.trainer_of(tmp_path, graphed=None, **settings)
+    with caplog.at_level(logging.INFO):
+        assert replayed.logged(trainer) == [pytest.approx(row, rel=1e-3) for row in expected]
+    steps = (trainer.args.max_steps - 10) * trainer.args.gradient_accumulation_steps
+    assert replayed.Replayed.count == steps - 2
+    assert SAID in caplog.text and not {"training_step", "floating_point_ops"} & set(vars(trainer))
+
+
+class OwnLoss(Trainer):
+    def compute_loss(self, model: Any, inputs: Any, **more: Any) -> Any:
+        return super().compute_loss(model, inputs, **more)
+
+
+class OwnHead(nn.Linear):
+    """Of a user."""
+
+
+def own_head(trainer: Trainer) -> None:
+    trainer.model.classifier = OwnHead(16, 2)
+
+
+def hook(trainer: Trainer) -> None:
+    trainer.model.bert.encoder.layer[0].register_forward_hook(lambda module, given, output: None)
+
+
+def hook_of_a_tensor(trainer: Trainer) -> None:
+    trainer.model.classifier.weight.register_hook(lambda gradient: None)
+
+
+def own_forward(trainer: Trainer) -> None:
+    layer = trainer.model.classifier
+    plain = layer.forward
+    layer.forward = lambda x: plain(x)
+
+
+def own_forward_of_all(trainer: Trainer) -> None:
+    plain = trainer.model.forward
+    trainer.model.forward = functools.wraps(plain)(lambda **batch: plain(**batch))
+
+
+def own_loss_function(trainer: Trainer) -> None:
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: F.cross_entropy(outputs.logits, labels)
+
+
+def own_step(trainer: Trainer) -> None:
+    plain = trainer.training_step
+    trainer.training_step = lambda *args, **kwargs: plain(*args, **kwargs)
+
+
+def checkpointed(trainer: Trainer) -> None:
+    trainer.model.gradient_checkpointing_enable()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [own_head, hook, hook_of_a_tensor, own_forward, own_forward_of_all, own_loss_function, own_step, checkpointed],
+)
+def test_what_may_do_something_beside_runs_as_it_is(
+    tmp_path: Path, on_gpu: None, change: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = replayed.trainer_of(tmp_path, graphed=None)
+    change(trainer)
+    with caplog.at_level(logging.INFO):
+        trainer.train()
+    assert trainer.state.global_step == 24 and "factorized" in caplog.text
+    assert SAID not in caplog.text and not replayed.Replayed.count
+
+
+@pytest.mark.parametrize("how", ["a class of its own", "told not to", "a CPU"])
+def test_other_trainers_run_as_they_are(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how != "a CPU":
+        monkeypatch.setattr("hf_cuttlefish.trainer.graphs.check", lambda trainer: None)
+    kind = OwnLoss if how == "a class of its own" else Trainer
+    trainer = replayed.trainer_of(tmp_path, kind, graphed=False if how == "told not to" else None)
+    with caplog.at_level(logging.INFO):
+        trainer.train()
+    assert SAID not in caplog.text and not replayed.Replayed.count
+
+
+def test_a_run_that_goes_on_after_the_switch_records_too(tmp_path: Path, on_gpu: None) -> None:
+    settings = {"max_steps": 24, "save_strategy": "steps", "save_steps": 16, "save_only_model": False}
+    replayed.trainer_of(tmp_path, graphed=None, **settings).train()
+    replayed.Replayed.count = 0
+    again = replayed.trainer_of(tmp_path, graphed=None, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-16"))
+    # One step to see that the model is low rank, and two that warm up.
+    assert replayed.Replayed.count == 8 - 1 - 2
+
+
+def test_all_methods_that_make_up_a_step_are_the_trainers() -> None:
+    """One that is renamed would be asked for in vain."""
+    missing = {name for name in OWN if not hasattr(Trainer, name)}
+    assert missing <= {"autocast_smart_context_manager", "_clip_grad_norm"}  # older and newer versions
+    assert torch.nn.Linear.__module__.startswith("torch")
