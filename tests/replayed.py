@@ -18,6 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig
 from hf_cuttlefish.patch import graphed_step
 from hf_cuttlefish.patch.capture import NotCapturedError
+from hf_cuttlefish.trainer import by_itself
 from hf_cuttlefish.trainer import graphs as trainer_graphs
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
@@ -125,3 +126,4 @@ def logged(trainer: Trainer) -> list[tuple[float, ...]]:
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_graphs, "check", lambda trainer: None)
+    monkeypatch.setattr(by_itself, "has_compiled", lambda: False)  # other tests of this process compile

@@ -16,6 +16,7 @@ NAMES = {
     "vit-large": "ViT-large shapes",
     "llama-1b": "Llama-1B shapes",
 }
+DEFAULTS = {"bert-base": "32 x 128", "bert-base-questions": "32 questions of 6 to 48 tokens"}
 METHODS = {"dense": "dense", "cuttlefish": "Cuttlefish", "speed": 'Cuttlefish, objective "speed"'}
 RECIPES = ("step-graph", "blocks-step-graph", "blocks-graphs")
 LENGTHS = (1000, 10000, 100000)
@@ -46,6 +47,43 @@ def _steps(r: Record) -> str:
     """How many steps there were, and of how many, where the run was broken off."""
     asked = r.get("steps_asked", r["steps"])
     return f"{r['steps']} steps" + (f" of {asked}" if asked != r["steps"] else "")
+
+
+def unasked_table(records: Iterable[Record]) -> str:
+    """One row a run as it is, with the dense runs of its call, and the same run with `cuda_graphs` off and on. "" where there is none."""
+    groups: dict[tuple[Any, ...], dict[tuple[str, str], list[Record]]] = {}
+    for r in records:
+        run = groups.setdefault((r["case"], r["steps"], r["call"]), {})
+        run.setdefault((r["method"], r["mode"].replace("eager-no-graphs", "no graphs")), []).append(r)
+    rows = []
+    for (_, steps, call), runs in groups.items():
+        dense = [r for (method, mode), some in runs.items() if method == "dense" and mode != "step-graph" for r in some]
+        (ours,) = runs["cuttlefish", "eager"]
+        size = f"{ours['ratio']:.0%}" if ours["ratio"] else "as measured"
+        others = [runs.get(("cuttlefish", mode), [{}])[0].get("seconds") for mode in ("no graphs", "step-graph")]
+        times = [_number(ours[name]) for name in ("ms_before", "ms_after")]
+        whole = ", ".join(f"{r['seconds']:.1f}" for r in dense)
+        rows.append(
+            [
+                f"{DEFAULTS[ours['case']]}, {steps} steps, {call}",
+                size,
+                whole,
+                _number(ours["seconds"]),
+                *map(_number, others),
+                *times,
+            ]
+        )
+    header = [
+        "run",
+        "kept",
+        "dense, s",
+        "ours, s",
+        "cuda_graphs=False, s",
+        "cuda_graphs=True, s",
+        "before, ms",
+        "after, ms",
+    ]
+    return markdown_table(header, rows) if rows else ""
 
 
 def large_table(records: Iterable[Record]) -> str:

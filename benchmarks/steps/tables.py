@@ -66,17 +66,18 @@ def ratios_table(records: Iterable[Record]) -> str:
     """One row a model and mode: a dense step, and those of pairs at each size and of LoRA as its shares. "" where there is none."""
     rows: dict[tuple[str, str], dict[str, Record]] = {}
     for r in records:
-        rows.setdefault((r["case"], r["mode"]), {})[r["variant"]] = r
+        variant, checkpointed, _ = r["variant"].partition(" checkpointed")
+        rows.setdefault((NAMES[r["case"]] + (", checkpointed" if checkpointed else ""), r["mode"]), {})[variant] = r
     found = {variant for row in rows.values() for variant in row if variant.startswith("pairs ")}
     sizes = sorted(found, key=lambda variant: -float(variant.split()[1]))
     cells = [
         [
-            NAMES[case],
+            name,
             MODES[mode],
             f"{row['dense']['ms']:.1f} ({row['dense']['gpu_ms']:.1f})",
             *(f"{row[v]['of_dense']:.2f} ({row[v]['gpu_ms']:.1f})" if v in row else "" for v in (*sizes, "lora")),
         ]
-        for (case, mode), row in rows.items()
+        for (name, mode), row in rows.items()
         if "dense" in row
     ]
     header = ["model", "mode", "dense, ms (GPU ms)", *(f"rank {size.split()[1]} (GPU ms)" for size in sizes)]

@@ -17,6 +17,7 @@ from torch import nn
 from ..layers.low_rank import LowRankLinear, low_rank_layers
 from .eager import eagerly
 from .shapes import FlowRecorder, Group
+from .side_stream import side_stream
 
 ROUNDS = 3
 """Rounds in which all that is to be compared has its turn; the quickest of each counts: other work slows a few of one round."""
@@ -228,13 +229,15 @@ def _time_on_gpu(call: Callable[[], Any], compiled: bool) -> Timing:
 def _captured(call: Callable[[], Any]) -> Callable[[], Any] | None:
     """The call as a CUDA graph: the device's time without the host's. None where capture fails."""
     try:
-        side = torch.cuda.Stream()
+        side = side_stream(torch.device("cuda", torch.cuda.current_device()))
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             call()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may ask the device meanwhile
+        with torch.cuda.graph(
+            graph, stream=side, capture_error_mode="thread_local"
+        ):  # other threads may ask the device meanwhile
             call()
         return graph.replay
     except RuntimeError:

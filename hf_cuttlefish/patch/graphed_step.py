@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ..measure.eager import runs_eagerly
+from ..measure.side_stream import side_stream
 from .capture import NotCapturedError, capture, steady_masks, waiting_seen
 from .graph_room import MOST, fits_beside, has_room_for
 from .graph_stamp import stamp
@@ -104,7 +105,7 @@ class GraphedStep:
         self.refused: str | None = None
         self.state, self.packs = 0, False
         self.level, self.careful, self.made = logging.WARNING, False, 0
-        self._stream = torch.cuda.Stream(self._device)
+        self._stream = side_stream(self._device)
         self._graphs: dict[Hashable, _Graph] = {}
         self._recorded: set[int] = set()
         self._pool: Any = None

@@ -96,12 +96,13 @@ def test_what_may_do_something_beside_runs_as_it_is(
     assert SAID not in caplog.text and not replayed.Replayed.count
 
 
-@pytest.mark.parametrize("how", ["a class of its own", "told not to", "a CPU"])
+@pytest.mark.parametrize("how", ["a class of its own", "told not to", "a CPU", "something compiled"])
 def test_other_trainers_run_as_they_are(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if how != "a CPU":
         monkeypatch.setattr("hf_cuttlefish.trainer.graphs.check", lambda trainer: None)
+    monkeypatch.setattr("hf_cuttlefish.trainer.by_itself.has_compiled", lambda: how == "something compiled")
     kind = OwnLoss if how == "a class of its own" else Trainer
     trainer = replayed.trainer_of(tmp_path, kind, graphed=False if how == "told not to" else None)
     with caplog.at_level(logging.INFO):

@@ -11,7 +11,7 @@ from hf_cuttlefish import CuttlefishConfig
 
 ROOT = Path(__file__).parents[2]
 VARIABLE = "…"
-LOGGED = {"logger.warning", "logger.info", "logger.log", "warnings.warn", "self._say"}
+LOGGED = {"logger.warning", "logger.info", "logger.log", "warnings.warn", "self._say", "self._refuse"}
 
 
 def messages() -> Iterator[tuple[str, str]]:

@@ -387,7 +387,8 @@ def test_whole_steps_are_measured_in_the_mode_that_runs_and_leave_nothing(mode: 
             assert loop.cuttlefish.switch_step is None and told.startswith("a step takes "), told
             assert "ms dense" in told and "ms as planned" in told
     assert losses[0] == pytest.approx(losses[1], rel=0.05, abs=0.02)
-    assert reserved[1] - reserved[0] < 2**24
+    # Of products in the stream that is recorded a workspace stays, for each of two threads: 32 MiB on an H100.
+    assert reserved[1] - reserved[0] < 2**27
 
 
 def test_statistics_without_room_on_the_device_are_on_the_cpu_and_the_same() -> None:
