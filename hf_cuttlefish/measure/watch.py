@@ -12,6 +12,7 @@ from ..config import CuttlefishConfig
 from ..layers.kinds import dense_weight, kind_of
 from ..processes import Processes
 from .batches import Batches
+from .forgotten_scaler import say_forgotten_scaler
 from .heading import Heading, sample
 from .history import StableRankHistory
 from .kept import KeptBatches
@@ -65,6 +66,7 @@ class Watch:
         self._first: tuple[Batches, list[Any]] | None = None
         self._tracker = StableRankTracker()
         self._logged_check = -1
+        self._has_asked = False
 
     # --- stable ranks ---
 
@@ -196,6 +198,10 @@ class Watch:
         if self.moments is not None:
             self.moments.batches.loss_scale = self.engine.loss_scale(scaler)
             self.moments.batches.loss_factor = loss_factor
+            batch = self.kept.typical()
+            if batch is not None and not self._has_asked:
+                self._has_asked = True
+                say_forgotten_scaler(self.moments.batches.loss_scale, batch.autocast)
 
     def sum_moments(self) -> None:
         """Sum the statistics over all processes that saw other batches; the main one gets them all."""

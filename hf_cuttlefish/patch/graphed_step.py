@@ -243,7 +243,7 @@ class GraphedStep:
         return steady_masks(self._makes_masks or packs or "mask" in names, packs)
 
     def _try_to_record(self, key: Hashable, leaves: list[Any], structure: Any) -> _Graph | None:
-        if self.careful and not fits_beside(self._device):
+        if self.careful and not fits_beside(self._device, is_first=not self._graphs):
             if self._graphs:
                 self._is_full = True
             else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -21,6 +23,8 @@ KNOWN = ("torch", "transformers", "hf_cuttlefish")
 OWN = ("training_step", "compute_loss", "compute_loss_context_manager", "autocast_smart_context_manager", "_prepare_inputs",
        "_prepare_input", "_clip_grad_norm", "floating_point_ops")  # fmt: skip
 """Methods of a Trainer that make up a step."""
+FUNCTIONS = (FunctionType, MethodType, functools.partial)
+"""What may stand among the attributes of a module as a part of its forward: a loss, an activation."""
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -49,9 +53,18 @@ def graphs_by_itself(trainer: Trainer, config: CuttlefishConfig) -> GraphedTrain
 
 
 def _is_of_a_user(trainer: Any) -> bool:
-    """Whether somebody else's code makes up the step, or compiles it."""
-    others = [n for n in OWN if n in vars(trainer) or getattr(type(trainer), n, None) is not getattr(Trainer, n, None)]
-    return bool(others) or trainer.compute_loss_func is not None or trainer.args.torch_compile
+    """Whether somebody else's code makes up the step, compiles it, or carries something from one step to the next."""
+    if any(n in vars(trainer) or not _is_trainers(trainer, n) for n in OWN):
+        return True
+    parts = trainer.compute_loss_func, trainer.label_smoother
+    given = any(part is not None and not _is_known(type(part).__module__) for part in parts)
+    return given or trainer.args.torch_compile or getattr(trainer.args, "past_index", -1) >= 0
+
+
+def _is_trainers(trainer: Any, name: str) -> bool:
+    """Whether a method is the one that transformers has written; older and newer versions lack some."""
+    method = getattr(type(trainer), name, None)
+    return method is getattr(Trainer, name, None) and (method is None or _is_known(method.__module__))
 
 
 def _has_unknown(model: nn.Module) -> bool:
@@ -62,12 +75,19 @@ def _has_unknown(model: nn.Module) -> bool:
 
 
 def _is_unknown(module: nn.Module, is_root: bool) -> bool:
-    state = module.__dict__
-    if type(module).__module__.partition(".")[0] not in KNOWN or state.get("gradient_checkpointing"):
+    state, kind = module.__dict__, type(module)
+    if not (_is_known(kind.__module__) and _is_known(kind.forward.__module__)) or state.get("gradient_checkpointing"):
         return True
     if "forward" in state:  # Accelerate wraps that of the whole model in autocast
         wrapped = getattr(state.get("_original_forward"), "__func__", None) if is_root else None
-        if wrapped is not type(module).forward:
+        if wrapped is not kind.forward:
             return True
+    functions = [value for name, value in state.items() if name != "forward" and isinstance(value, FUNCTIONS)]
+    if not all(_is_known(getattr(function, "func", function).__module__) for function in functions):
+        return True
     parameters = state["_parameters"].values()
     return any(state.get(name) for name in HOOKS) or any(p is not None and p._backward_hooks for p in parameters)
+
+
+def _is_known(package: Any) -> bool:
+    return str(package).partition(".")[0] in KNOWN

@@ -1,5 +1,6 @@
 """Hard numbers: whatever a layer or a loss holds, no NaN comes out of us, and a switch changes outputs by a stated amount."""
 
+import gc
 import logging
 import math
 import re
@@ -13,6 +14,7 @@ from hf_cuttlefish import Cuttlefish, CuttlefishConfig, LowRankLinear
 from hf_cuttlefish.decide.rules import allowed_rank
 from hf_cuttlefish.maths import stable_rank
 from hf_cuttlefish.maths.factors import LayerMoments, decompose, factor_weight
+from hf_cuttlefish.measure.forgotten_scaler import say_forgotten_scaler
 from hf_cuttlefish.measure.moments import MomentCollector
 from hf_cuttlefish.measure.tracker import StableRankTracker
 
@@ -138,12 +140,19 @@ class Net(nn.Module):
         return {"loss": loss / max(1, len(x)), "logits": logits}
 
 
-def train(batches: list[dict[str, torch.Tensor]], scaler: torch.amp.GradScaler | None = None, **options: object):
+def train(
+    batches: list[dict[str, torch.Tensor]],
+    scaler: torch.amp.GradScaler | None = None,
+    is_given: bool = True,
+    **options: object,
+):
     """Steps over the batches, with a switch after the last; whoever wants a NaN puts it into a batch."""
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     settings = {"switch_step": len(batches), "statistics_steps": len(batches), "rank_multiple": 1, **options}
-    cuttlefish = Cuttlefish(model, optimizer, CuttlefishConfig(**settings), total_steps=20, scaler=scaler)  # type: ignore[arg-type]
+    cuttlefish = Cuttlefish(
+        model, optimizer, CuttlefishConfig(**settings), total_steps=20, scaler=scaler if is_given else None
+    )  # type: ignore[arg-type]
     for batch in batches:
         loss = model(**batch)["loss"]
         if scaler is None:
@@ -180,6 +189,27 @@ def test_a_step_whose_gradients_overflow_is_left_out():
     check_finite_and_switched(model, cuttlefish)
     assert not any("no usable statistics" in note for note in cuttlefish.plan.notes)
     assert math.isfinite(cuttlefish.plan.predicted_loss_increase)
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_a_scaler_that_the_run_was_not_given_is_named(caplog, is_given):
+    """Without a word the predicted increase of the loss was 31,165."""
+    gc.collect()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    with caplog.at_level(logging.WARNING):
+        train([rows(), rows(), rows()], scaler, is_given=is_given)
+    named = [r.message for r in caplog.records if "a GradScaler multiplies a loss by 1024" in r.message]
+    assert len(named) == (not is_given)
+
+
+def test_a_loss_in_bfloat16_has_no_scaler(caplog):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(torch.ones(()))
+    with caplog.at_level(logging.WARNING):
+        say_forgotten_scaler(1.0, (True, torch.bfloat16))
+        assert not caplog.text
+        say_forgotten_scaler(1.0, (True, torch.float16))
+    assert "multiplies a loss by 1024" in caplog.text
 
 
 def test_empty_batches_and_constant_inputs_are_taken():
