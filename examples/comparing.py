@@ -63,8 +63,8 @@ class CuttlefishArguments:
         default=None,
         metadata={"help": "auto, in_place, or restart: save at the switch, stop, go on with a new Trainer."},
     )
-    cuda_graphs: bool | None = field(
-        default=None,
+    cuda_graphs: bool = field(
+        default=False,
         metadata={
             "help": "On one GPU: each step's forward and backward as one CUDA graph (not the dense run's). Else after the switch."
         },
@@ -75,7 +75,7 @@ class CuttlefishArguments:
         if method == "dense":
             return []
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        graphs = given.pop("cuda_graphs", None)
+        graphs = given.pop("cuda_graphs") or None  # else it decides by itself
         return [CuttlefishCallback(CuttlefishConfig(**given) if given else None, cuda_graphs=graphs)]
 
 

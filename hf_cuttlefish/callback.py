@@ -127,15 +127,14 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         args, _ = trainer.trained(args, kwargs.get("model"), kwargs)
+        self._ask_for_graphs()  # of a run that goes on after its switch, before a form of running is tried
         if self.cuttlefish is not None and self.cuttlefish.step():
             self._is_due = self.cuttlefish.restarts  # on_save carries it out
             control.should_log = True
             control.should_save |= self._is_due or self.config.switch == "restart"
             if not self._is_due and self.config.switch == "restart":
                 self._stop_to_restart(args, state, control)
-        if not self._was_asked and self.switch_step is not None:
-            self._was_asked = True
-            self._graphs = trainer.graphs_after_switch(self.config)
+        self._ask_for_graphs()
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add to the Trainer's log: mean stable rank of the target layers, parameters, step of the switch."""
@@ -179,6 +178,16 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
             self.cuttlefish.end()
             remember(self.cuttlefish.model, report=self.report)
         self._stop_graphs()
+
+    def _ask_for_graphs(self) -> None:
+        """Once, after the switch: steps may be recorded unasked."""
+        if not self._was_asked and self.switch_step is not None:
+            self._was_asked = True
+            self._graphs = trainer.graphs_after_switch(self.config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied without graphs, which hold the Trainer and the device's memory."""
+        return {**self.__dict__, "_graphs": None}
 
     def _stop_graphs(self) -> None:
         if self._graphs is not None:

@@ -324,6 +324,8 @@ def _why_none(model: nn.Module) -> str:
     done = len(low_rank_layers(model))
     if done:
         return f"{done} layers are already factorized"
+    if "_orig_mod" in model._modules:
+        return "it is what torch.compile has made: pass the model that was compiled"
     if notes := notes_of_dense(model):
         return "; ".join(notes)
     dense = tuple(kind.dense for kind in KINDS.values() if not kind.is_vocabulary)

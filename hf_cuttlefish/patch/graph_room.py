@@ -31,11 +31,14 @@ def fits_beside(device: torch.device, is_first: bool) -> bool:
     may take more than a step. So the first graph is recorded where three times as many bytes are free as the largest step up to now
     took beside what stays; later graphs, which share its memory, where once as many are.
 
-        fits_beside(torch.device("cuda"), is_first=True)  # False on a device that is a third full
+        fits_beside(torch.device("cuda"), is_first=True)  # False where a step takes a third of the device
     """
     if device.type != "cuda":
         return True
     if is_first:
         torch.cuda.empty_cache()  # of the dense steps
     took = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] > (3 if is_first else 1) * took
+    free, total = torch.cuda.mem_get_info(device)
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+    free = min(free, int(share * total) - torch.cuda.memory_reserved(device))  # a process may have been given a part
+    return free > (3 if is_first else 1) * took

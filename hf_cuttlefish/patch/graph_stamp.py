@@ -7,24 +7,30 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as hooks_of_all
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+_OF_ALL = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_pre_hooks", "_global_backward_hooks")
 PLAIN = frozenset({bool, int, float, str})
 
 
 def stamp(modules: list[nn.Module]) -> Hashable:
-    """Where parameters and buffers lie, which train, modules, hooks, scales of adapters, and all plain attributes of modules and of
-    their configs: flags, numbers, words.
+    """Where parameters and buffers lie, which train, modules, hooks, scales of adapters, functions that are attributes of modules, and
+    all plain attributes of modules and of their configs: flags, numbers, words.
 
         before = stamp(list(model.modules())); ...; changed = stamp(list(model.modules())) != before
 
     Lists, dictionaries and objects that Python reads in forward are not in it.
     """
-    found: list[Any] = []
+    found: list[Any] = [key for hooks in _OF_ALL for key in getattr(hooks_of_all, hooks, ())]
     configs: dict[int, Any] = {}
     for module in modules:
         state = module.__dict__
-        found += [value for value in state.values() if type(value) in PLAIN]
+        found += [
+            value if type(value) in PLAIN else id(value)
+            for value in state.values()
+            if type(value) in PLAIN or callable(value)
+        ]
         if (config := state.get("config")) is not None:
             configs[id(config)] = config
         if type(scaling := state.get("scaling")) is dict:  # of PEFT's layers

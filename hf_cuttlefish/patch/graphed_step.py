@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 WARM = 2
 """Steps of the first shape that run as they are before one is recorded: memory is found, and something may be compiled. Of later
 shapes one has to do."""
-UNSTEADY = 8
-"""After so many steps in a row, each of which finds the model changed, no step is recorded any more."""
+UNSTEADY, STEADY = 8, 8
+"""After so many changes of the model no step is recorded any more, if there were never so many steps in a row without one."""
 MANY = 100
 """Batches of so many kinds, none of which came three times, are said."""
 PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
@@ -43,6 +43,7 @@ class _Graph:
 
     Attributes:
         inputs: tensors that it reads, filled before each run. result: what the function returned. parameters, gradients: that it writes.
+        others: parameters that it gives no gradient.
     """
 
     graph: Any
@@ -50,6 +51,7 @@ class _Graph:
     result: Any
     parameters: list[nn.Parameter]
     gradients: list[torch.Tensor]
+    others: list[nn.Parameter]
 
     def run(self, tensors: list[torch.Tensor], recorded: set[int]) -> Any:
         """Replay with other inputs; gradients are added to those that are there, as backward does.
@@ -62,6 +64,9 @@ class _Graph:
         held = [p.grad for p in self.parameters]
         # Those of the last micro-batch lie where this one may write.
         kept = [g.clone() if g is not None and id(g) in recorded else g for g in held]
+        for parameter in self.others:
+            if parameter.grad is not None and id(parameter.grad) in recorded:
+                parameter.grad = parameter.grad.clone()
         self.graph.replay()
         for parameter, before, gradient in zip(self.parameters, kept, self.gradients, strict=True):
             parameter.grad = gradient if before is None else before.add_(gradient)
@@ -92,7 +97,7 @@ class GraphedStep:
         refused: why steps are not recorded; None while they are. state: how many states of the model have been seen.
         packs: whether the function may pack sequences with position_ids of its own.
         level: of logging, at which is said what is not recorded. careful: whether a graph is recorded only where the device has room for
-            a step as it is beside it. made: how many graphs have been recorded.
+            a step as it is beside it. suits: asked before each recording whether it may be made; None: it may. made: how many graphs have been recorded.
 
     Raises ValueError: the model is not on one CUDA device. When called: the function returns a tensor that has a graph.
     """
@@ -105,6 +110,7 @@ class GraphedStep:
         self.refused: str | None = None
         self.state, self.packs = 0, False
         self.level, self.careful, self.made = logging.WARNING, False, 0
+        self.suits: Callable[[], bool] | None = None
         self._stream = side_stream(self._device)
         self._graphs: dict[Hashable, _Graph] = {}
         self._recorded: set[int] = set()
@@ -114,7 +120,7 @@ class GraphedStep:
         self._stamped: Hashable = None
         self._told: set[str] = set()
         self._makes_masks = self._is_full = False
-        self._changes = 0
+        self._changes = self._unchanged = 0
         _ALIVE.add(self)
 
     def __call__(self, batch: Any) -> Any:
@@ -161,13 +167,15 @@ class GraphedStep:
     def _look_at_model(self) -> None:
         """Drop what was recorded of another state of the model than it has now."""
         if self._modules and stamp(self._modules) == self._stamped:
-            self._changes = 0
+            self._unchanged += 1
+            if self._unchanged >= STEADY:
+                self._changes = 0
             return
         self.drop()
         self.state += 1
         self._modules = list(self.model.modules())
         self._stamped = stamp(self._modules)
-        self._changes += 1
+        self._changes, self._unchanged = self._changes + 1, 0
         if self._changes > UNSTEADY:
             self._refuse("attributes of its modules change from step to step")
 
@@ -243,6 +251,9 @@ class GraphedStep:
         return steady_masks(self._makes_masks or packs or "mask" in names, packs)
 
     def _try_to_record(self, key: Hashable, leaves: list[Any], structure: Any) -> _Graph | None:
+        if self.suits is not None and not self.suits():
+            self._refuse("what runs in a step is not known any more to launch kernels alone")
+            return None
         if self.careful and not fits_beside(self._device, is_first=not self._graphs):
             if self._graphs:
                 self._is_full = True
@@ -305,7 +316,9 @@ class GraphedStep:
             raise NotCapturedError("gradients are sparse")
         if self._is_first("recorded"):
             logger.info("Cuttlefish: forward and backward run as one CUDA graph from this step on.")
-        return _Graph(graph, inputs, result, [p for p, _ in written], [g for _, g in written])
+        mine = {id(p) for p, _ in written}
+        without = [p for p in trained if id(p) not in mine]
+        return _Graph(graph, inputs, result, [p for p, _ in written], [g for _, g in written], without)
 
     def _refuse(self, why: str) -> None:
         self.refused = why
@@ -365,5 +378,5 @@ def _has_changed(parameter: nn.Parameter, gradient: torch.Tensor | None, version
 def _host_random_state() -> Any:
     """Of Python, NumPy and torch on the CPU, to be compared."""
     numpy = sys.modules.get("numpy")
-    drawn = None if numpy is None else repr(numpy.random.get_state()[1:3])
+    drawn = None if numpy is None else repr(numpy.random.get_state()[1:])
     return random.getstate(), drawn, torch.get_rng_state().tolist()

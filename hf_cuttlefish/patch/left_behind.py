@@ -57,7 +57,7 @@ class LeftBehind:
         strangers = _optimizers_with({id(weight) for weight in held.values()}) if held else []
         if strangers and self.factors_rest:
             logger.warning(
-                "Cuttlefish: the dense weights of %s, which the switch has replaced, are held by an optimizer that it was not given "
+                "Cuttlefish: the dense weights of %s, which the switch has replaced, are held by an optimizer that Cuttlefish was not given "
                 "(%s), and no factor has changed since: they are not in it. Give Cuttlefish the optimizer that steps, or make that "
                 "one anew when step() returns True.",
                 _few(list(held)),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import BatchEncoding, Trainer
 
@@ -92,6 +93,7 @@ class GraphedTrainer:
         batch = {"inputs": dict(inputs), "items": num_items_in_batch, "micro_batches": micro_batches}
         batch["most"] = self._most() if micro_batches == 1 else None
         batch["smoothing"] = getattr(trainer.label_smoother, "epsilon", None)
+        batch["loss"] = id(trainer.label_smoother), id(trainer.compute_loss_func)
         self._clipped = None
         loss, norm = self.step(batch)
         if norm is not None:
@@ -127,6 +129,8 @@ class GraphedTrainer:
         trainer: Any = self.trainer
         most, name = trainer.args.max_grad_norm, "_clip_grad_norm"
         clips_itself = getattr(type(trainer), name, None) is not getattr(Trainer, name, None)
+        # Somebody may have put a clipping of their own into the accelerator.
+        clips_itself |= getattr(self._clip_of_accelerator, "__func__", None) is not Accelerator.clip_grad_norm_
         if not most or most < 0 or clips_itself or trainer.accelerator.scaler is not None:
             return None
         return float(most) if trainer.accelerator.sync_gradients else None

@@ -231,9 +231,13 @@ def graphed_trainer(config: CuttlefishConfig) -> GraphedTrainer:
 def graphs_after_switch(config: CuttlefishConfig) -> GraphedTrainer | None:
     """Of the Trainer that calls the callback, started; None where its steps are not ones to be recorded unasked."""
     caller = _who_calls(Trainer)
-    graphs = None if caller is None else graphs_by_itself(caller, config)
-    if graphs is not None:
-        graphs.start()
+    try:
+        graphs = None if caller is None else graphs_by_itself(caller, config)
+        if graphs is not None:
+            graphs.start()
+    except Exception as error:  # nobody has asked for it
+        logger.info("Cuttlefish: steps run without CUDA graphs, since asking whether they may failed: %s", error)
+        return None
     return graphs
 
 

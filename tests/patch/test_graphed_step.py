@@ -110,6 +110,41 @@ def test_a_number_that_changes_with_each_step_ends_recording(caplog: pytest.LogC
     assert model.calls == 2 * graphed_step.UNSTEADY
 
 
+def test_a_number_that_changes_with_each_optimizer_step_ends_recording_too() -> None:
+    """Four micro-batches find it the same, and a graph would be recorded for the last two."""
+    model: Any = small()
+    model.temperature = 0
+    step = stepper(model)
+    for _ in range(2 * graphed_step.UNSTEADY):
+        model.temperature += 1
+        for _ in range(4):
+            step(rows(3, 4))
+    assert "change from step to step" in str(step.refused)
+
+
+def test_a_gradient_that_another_graph_has_written_is_kept() -> None:
+    """Of two layers each batch uses one: the second graph may write where the first one's gradient lies."""
+    model = small()
+
+    def forward_and_backward(batch: Any) -> torch.Tensor:
+        loss = model[batch["layer"]](batch["x"]).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    step = GraphedStep(model, forward_and_backward)
+    batches = [{"x": rows(3, 4)["x"], "layer": 0}, {"x": rows(3, 8)["x"], "layer": 1}]
+    for batch in batches:
+        recorded(step, batch)
+    for batch in batches:
+        step(batch)
+    found = gradients(model)
+    model.zero_grad()
+    for batch in batches:
+        forward_and_backward(batch)
+    for mine, expected in zip(found, gradients(model), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
 def test_what_waits_is_not_recorded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The first time it may have looked at a mask: steps with masks of their own are looked at again."""
     looked: list[bool] = []

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
-from transformers import Trainer
+from transformers import AttentionInterface, Trainer, TrainerCallback
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.bert.modeling_bert import BertLayer
 
 import replayed
-from hf_cuttlefish.trainer.by_itself import OWN
+from hf_cuttlefish import CuttlefishCallback
+from hf_cuttlefish.patch import low_rank_phase
+from hf_cuttlefish.trainer import by_itself
+from hf_cuttlefish.trainer.by_itself import OF_ACCELERATOR, OWN
 
 recording = replayed.recording
 on_gpu = replayed.on_gpu
@@ -91,6 +98,31 @@ def own_label_smoother(trainer: Trainer) -> None:
     trainer.label_smoother = Smoother()
 
 
+def own_loss_object_of_the_model(trainer: Trainer) -> None:
+    class Loss:
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError("BERT asks for none")
+
+    trainer.model._loss_function = Loss()
+
+
+def own_attention(trainer: Trainer) -> None:
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        return sdpa_attention_forward(*args, **kwargs)
+
+    AttentionInterface.register("of_a_test", attend)
+    trainer.model.set_attn_implementation("of_a_test")
+
+
+def own_clipping(trainer: Trainer) -> None:
+    plain = trainer.accelerator.clip_grad_norm_
+    trainer.accelerator.clip_grad_norm_ = lambda *args, **kwargs: plain(*args, **kwargs)
+
+
+def own_random_numbers(trainer: Trainer) -> None:
+    trainer.model.generator = torch.Generator()
+
+
 def own_step(trainer: Trainer) -> None:
     plain = trainer.training_step
     trainer.training_step = lambda *args, **kwargs: plain(*args, **kwargs)
@@ -110,6 +142,10 @@ def checkpointed(trainer: Trainer) -> None:
         own_forward_of_all,
         own_loss_function,
         own_loss_of_the_model,
+        own_loss_object_of_the_model,
+        own_attention,
+        own_clipping,
+        own_random_numbers,
         own_label_smoother,
         own_step,
         checkpointed,
@@ -150,7 +186,67 @@ def test_a_class_that_somebody_has_patched_runs_as_it_is(
     assert not replayed.Replayed.count
 
 
-def test_a_run_that_goes_on_after_the_switch_records_too(tmp_path: Path, on_gpu: None) -> None:
+def test_scripted_modules_are_not_known() -> None:
+    assert by_itself._is_unknown(torch.jit.script(nn.Linear(2, 2)), False)
+    assert not by_itself._is_unknown(nn.Linear(2, 2), False)
+
+
+class Later(TrainerCallback):
+    """Something that comes after the switch, when steps are recorded already."""
+
+    def __init__(self, change: Any) -> None:
+        self.change = change
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 14:
+            self.change(SimpleNamespace(model=kwargs["model"]))
+
+
+@pytest.mark.parametrize("change", [hook, hook_of_a_tensor, own_forward, own_loss_of_the_model])
+def test_what_comes_after_the_switch_ends_the_graphs(
+    tmp_path: Path, on_gpu: None, change: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        replayed.trainer_of(tmp_path, graphed=None, also=[Later(change)]).train()
+    assert replayed.Replayed.count == 14 - 10 - 2
+    assert "what runs in a step is not known any more" in caplog.text
+
+
+def test_a_copy_of_the_callback_leaves_the_graphs(tmp_path: Path, on_gpu: None) -> None:
+    trainer = replayed.trainer_of(tmp_path, graphed=None)
+    copies: list[Any] = []
+
+    class Copy(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 20:
+                ours = next(c for c in trainer.callback_handler.callbacks if isinstance(c, CuttlefishCallback))
+                assert ours._graphs is not None
+                copies.append(copy.copy(ours))
+
+    trainer.add_callback(Copy())
+    trainer.train()
+    assert copies[0]._graphs is None and copies[0].switch_step == 10
+
+
+def test_a_question_that_fails_ends_no_run(
+    tmp_path: Path, on_gpu: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*args: Any) -> bool:
+        raise AttributeError("another version")
+
+    monkeypatch.setattr(by_itself, "suits", fails)
+    trainer = replayed.trainer_of(tmp_path, graphed=None)
+    with caplog.at_level(logging.INFO):
+        trainer.train()
+    assert trainer.state.global_step == 24 and "asking whether they may failed: another version" in caplog.text
+
+
+def test_a_run_that_goes_on_after_the_switch_records_too(
+    tmp_path: Path, on_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it tries forms of running, whose hooks would be in the way."""
+    monkeypatch.setattr(low_rank_phase, "can_try", lambda engine: True)
+    monkeypatch.setattr(low_rank_phase, "LEAST", 1)
     settings = {"max_steps": 24, "save_strategy": "steps", "save_steps": 16, "save_only_model": False}
     replayed.trainer_of(tmp_path, graphed=None, **settings).train()
     replayed.Replayed.count = 0
@@ -163,5 +259,5 @@ def test_a_run_that_goes_on_after_the_switch_records_too(tmp_path: Path, on_gpu:
 def test_all_methods_that_make_up_a_step_are_the_trainers() -> None:
     """One that is renamed would be asked for in vain."""
     missing = {name for name in OWN if not hasattr(Trainer, name)}
-    assert missing <= {"autocast_smart_context_manager", "_clip_grad_norm"}  # older and newer versions
-    assert torch.nn.Linear.__module__.startswith("torch")
+    assert missing <= {"autocast_smart_context_manager", "_clip_grad_norm", "_prepare_context_parallel_inputs"}
+    assert all(hasattr(Accelerator, name) for name in OF_ACCELERATOR)
