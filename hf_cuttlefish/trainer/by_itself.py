@@ -13,7 +13,6 @@ from torch.nn.modules import module as hooks_of_all
 from transformers import Trainer, modeling_utils
 
 from ..config import CuttlefishConfig
-from ..engines.around import unwrap
 from ..layers.low_rank import low_rank_layers
 from ..measure.eager import has_compiled
 from .graphs import GraphedTrainer
@@ -57,7 +56,7 @@ def graphs_by_itself(trainer: Trainer, config: CuttlefishConfig) -> GraphedTrain
 
 def suits(trainer: Trainer, model: nn.Module) -> bool:
     """Whether nothing but known code makes up a step of this Trainer and model."""
-    return not _is_of_a_user(trainer) and unwrap(trainer.model_wrapped) is model and not _has_unknown(model)
+    return not _is_of_a_user(trainer) and trainer.model_wrapped is model and not _has_unknown(model)
 
 
 def _is_of_a_user(trainer: Any) -> bool:

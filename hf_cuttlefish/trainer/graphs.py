@@ -182,6 +182,11 @@ def check(trainer: Trainer) -> None:
         raise ValueError(
             "cuda_graphs=True does not go with DeepSpeed or FSDP (deepspeed, fsdp of the arguments): leave it out"
         )
+    if (wrapper := _wrapper(trainer.model_wrapped)) is not None:
+        raise ValueError(
+            f"cuda_graphs=True does not go with {wrapper}, which wraps the model here: start one process without a launcher, or leave it "
+            "out"
+        )
     if args.torch_compile and args.torch_compile_mode in RECORDS:
         raise ValueError(
             f"cuda_graphs=True records whole steps, and torch_compile_mode={args.torch_compile_mode!r} records parts of them itself: "
@@ -203,3 +208,14 @@ def check(trainer: Trainer) -> None:
     optim = getattr(args.optim, "value", args.optim)
     if optim in ("lomo", "adalomo") or "layerwise" in str(optim):
         raise ValueError(f"optim is {optim!r}, which steps within backward: leave cuda_graphs=True out")
+
+
+def _wrapper(model: nn.Module) -> str | None:
+    """Class of what stands around the model beside torch.compile: a launcher with one process makes DDP, whose own work is no kernel's."""
+    bare, inside = unwrap(model), model
+    while inside is not bare:
+        compiled = inside._modules.get("_orig_mod") or vars(inside).get("_orig_mod")
+        if compiled is None:
+            return type(inside).__name__
+        inside = compiled
+    return None

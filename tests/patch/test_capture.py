@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import (
     BertConfig,
@@ -22,6 +24,7 @@ from transformers.utils import import_utils
 
 from hf_cuttlefish import CuttlefishCallback, GraphedStep
 from hf_cuttlefish.patch.capture import steady_masks
+from hf_cuttlefish.trainer.graphs import check
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -93,6 +96,25 @@ def test_a_trainer_without_a_gpu_is_refused_before_its_first_step(tmp_path: Any)
     with pytest.raises(ValueError, match="cuda_graphs=True needs a CUDA device, and this Trainer is on cpu"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_a_model_that_one_process_of_a_launcher_wraps_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """One process under torchrun: DDP is there, and its work in Python would not be repeated."""
+    trainer = Trainer(nn.Linear(2, 2), TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda"))
+    check(trainer)
+    trainer.model_wrapped = torch.compile(trainer.model, backend="eager")
+    check(trainer)
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+        try:
+            trainer.model_wrapped = nn.parallel.DistributedDataParallel(trainer.model)
+        finally:
+            dist.destroy_process_group()
+    with pytest.raises(ValueError, match="does not go with DistributedDataParallel, which wraps the model here"):
+        check(trainer)
 
 
 def test_the_setting_is_kept_in_a_copy_and_in_what_is_saved() -> None:
