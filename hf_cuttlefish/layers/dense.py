@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, cast
 
 import torch
@@ -37,11 +37,15 @@ def bias_of(layer: nn.Module) -> nn.Parameter | None:
     return cast("nn.Parameter | None", getattr(layer, "bias", None))
 
 
-def said_of_more(layer: nn.Module) -> str:
-    """What somebody has put on this very layer, which its low-rank stand-in would be without; "" for nothing."""
+def said_of_more(layer: nn.Module, own: Container[str] = ("weight", "bias")) -> str:
+    """What somebody has put on this very layer, which its low-rank stand-in would be without; "" for nothing.
+
+    Args:
+        own: names of the tensors that its kind has.
+    """
     tables: tuple[Mapping[str, object], ...] = (layer._parameters, layer._buffers, layer._modules)
     more = [name for table in tables for name, held in table.items() if held is not None]
-    if layer._parameters.get("weight") is not None and (more := [n for n in more if n not in ("weight", "bias")]):
+    if layer._parameters.get("weight") is not None and (more := [n for n in more if n not in own]):
         return f"somebody has put {', '.join(more)} on it, which would be lost"
     if (forward := vars(layer).get("forward")) is not None and not _is_of_engine(layer, forward):
         return "somebody has replaced its forward, which would be lost"

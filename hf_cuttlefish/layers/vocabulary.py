@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..maths.factors import Factors
+from .dense import said_of_more
 from .embedding import LowRankEmbedding, LowRankOutput, scale_of, shell_of
 from .kind import Kind
 from .parts import is_sharded, shape_of
@@ -38,7 +39,9 @@ class EmbeddingKind(Kind):
             return "its gradients are sparse, and those of a low-rank table cannot be: build it with sparse=False"
         if table.max_norm is not None or table.scale_grad_by_freq:
             return "max_norm and scale_grad_by_freq change whole rows of a table, which a low-rank one does not have"
-        return "" if _gives_scaled_rows(table) else f"{type(table).__name__} gives more than its rows times a scale"
+        if not _gives_scaled_rows(table):
+            return f"{type(table).__name__} gives more than its rows times a scale"
+        return said_of_more(table, own=("weight", "embed_scale"))
 
     def flops_per_parameter(self, output: torch.Tensor) -> int:
         return 0  # rows are looked up

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.modules import module as hooks_of_all
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_OF_ALL = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_pre_hooks", "_global_backward_hooks")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""Tables of a module's hooks; those of all modules are called "_global" + name."""
 PLAIN = frozenset({bool, int, float, str})
 
 
@@ -22,7 +23,7 @@ def stamp(modules: list[nn.Module]) -> Hashable:
 
     Lists, dictionaries and objects that Python reads in forward are not in it.
     """
-    found: list[Any] = [key for hooks in _OF_ALL for key in getattr(hooks_of_all, hooks, ())]
+    found: list[Any] = [key for hooks in HOOKS for key in getattr(hooks_of_all, f"_global{hooks}", ())]
     configs: dict[int, Any] = {}
     for module in modules:
         state = module.__dict__
@@ -43,7 +44,7 @@ def stamp(modules: list[nn.Module]) -> Hashable:
         for buffer in state.get("_buffers", {}).values():
             found += (id(buffer), None if buffer is None else _place(buffer))
         found += map(id, state.get("_modules", {}).values())
-        for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        for hooks in HOOKS:
             found += state.get(hooks, ())
     for config in configs.values():
         found += [value for value in getattr(config, "__dict__", {}).values() if type(value) in PLAIN]

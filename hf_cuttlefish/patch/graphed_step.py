@@ -30,7 +30,7 @@ shapes one has to do."""
 UNSTEADY, STEADY = 8, 8
 """After so many changes of the model no step is recorded any more, if there were never so many steps in a row without one."""
 MANY = 100
-"""Batches of so many kinds, none of which came three times, are said."""
+"""Of so many kinds have batches been, and no step is recorded: that is said."""
 PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 """What a batch may hold beside tensors: a graph is recorded for each value."""
 
@@ -79,11 +79,11 @@ class GraphedStep:
         step = GraphedStep(model, forward_and_backward)
         loss = step(batch); optimizer.step(); optimizer.zero_grad(); cuttlefish.step()
 
-    Two steps of the first shape, and one of each later, run as they are; the next is recorded, and replayed: the numbers are the same. What the
-    function does beside launching kernels (counting, printing) happens while it is recorded, and no more; numbers that it takes from
-    Python (a weight that a schedule changes) stay as they were then: put them into the batch, or make them plain attributes of a
-    module. Graphs are dropped, and recorded anew, where parameters, buffers, modules, hooks, or plain attributes of modules and of
-    their config (rates, flags) have changed, so at the switch.
+    Two steps of the first shape, and one of each later, run as they are; the next is recorded, and replayed: the numbers are the
+    same. What the function does beside launching kernels (counting, printing) happens while it is recorded, and no more; numbers that
+    it takes from Python (a weight that a schedule changes) stay as they were then: put them into the batch, or make them plain
+    attributes of a module. Graphs are dropped, and recorded anew, where parameters, buffers, modules, hooks, or plain attributes of
+    modules and of their config (rates, flags) have changed, so at the switch.
     Steps that gather statistics run as they are. A gradient lives until the next step: clone what you keep. With torch.compile take
     a mode without CUDA graphs ("default").
 
@@ -97,7 +97,8 @@ class GraphedStep:
         refused: why steps are not recorded; None while they are. state: how many states of the model have been seen.
         packs: whether the function may pack sequences with position_ids of its own.
         level: of logging, at which is said what is not recorded. careful: whether a graph is recorded only where the device has room for
-            a step as it is beside it. suits: asked before each recording whether it may be made; None: it may. made: how many graphs have been recorded.
+            a step as it is beside it. suits: asked before each recording whether it may be made; None: it may.
+        made: how many graphs have been recorded.
 
     Raises ValueError: the model is not on one CUDA device. When called: the function returns a tensor that has a graph.
     """

@@ -15,6 +15,7 @@ from transformers import Trainer, modeling_utils
 from ..config import CuttlefishConfig
 from ..layers.low_rank import low_rank_layers
 from ..measure.eager import has_compiled
+from ..patch.graph_stamp import HOOKS
 from .graphs import GraphedTrainer
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,6 @@ OWN = ("training_step", "compute_loss", "compute_loss_context_manager", "autocas
        "_prepare_input", "_prepare_context_parallel_inputs", "_clip_grad_norm", "floating_point_ops")  # fmt: skip
 """Methods of a Trainer that make up a step."""
 OF_ACCELERATOR = ("backward", "clip_grad_norm_", "autocast")
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def graphs_by_itself(trainer: Trainer, config: CuttlefishConfig) -> GraphedTrainer | None:

@@ -219,6 +219,11 @@ class Odd(nn.Embedding):
         return super().forward(ids).sin()
 
 
+def with_more(module, name, more):
+    setattr(module, name, more)
+    return module
+
+
 @pytest.mark.parametrize(
     ("made", "why"),
     [
@@ -227,6 +232,8 @@ class Odd(nn.Embedding):
         (table(scale_grad_by_freq=True), "scale_grad_by_freq"),
         (Odd(TOKENS, WIDTH), "Odd gives more than its rows"),
         (nn.Embedding(8, WIDTH), "fewer rows than columns"),
+        (with_more(table(), "adapter", nn.Linear(2, 2)), "Embedding gives more than its rows"),
+        (with_more(table(), "forward", lambda ids: torch.zeros(*ids.shape, WIDTH)), "replaced its forward"),
     ],
 )
 def test_what_a_low_rank_table_cannot_be_is_refused_by_name(made, why):
