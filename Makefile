@@ -74,7 +74,7 @@ docs: $(INSTALLED_DOCS)  ## build the documentation into runs/site; any warning 
 	$(RUN) -m mkdocs build --strict
 
 nightly: $(INSTALLED)  ## the long forms: tests in another order, 200 kills, 10,000 spoiled files, every model class, the oldest versions
-	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) $$(find tests -name 'test_*.py' | shuf)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) --no-loadscope-reorder $$(find tests -name 'test_*.py' | shuf)
 	$(RUN) -m benchmarks.robustness.kill --kills 200 --disk 40 --out runs/kill.json
 	$(RUN) -m benchmarks.robustness.fuzz --mutations 10000 --out runs/fuzz.json
 	$(RUN) -m benchmarks.compatibility --out runs/compatibility.json

@@ -26,8 +26,13 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def compiler_as_set() -> Iterator[None]:
-    """No test leaves a setting of the compiler to the next: a switch of compiled blocks raises a limit, and keeps it."""
+    """No test leaves a setting of the compiler to the next.
+
+    A switch of compiled blocks raises a limit, and keeps it; a run that ends among its gathering steps leaves compiled code off.
+    """
     yield
+    if (eager := sys.modules.get("hf_cuttlefish.measure.eager")) is not None:
+        eager.run_eagerly(False)
     if "torch._dynamo" in sys.modules:  # nothing is changed before it is imported, which takes seconds
         for name, value in COMPILER.items():
             setattr(torch._dynamo.config, name, value)
