@@ -14,7 +14,7 @@ from .decide.plan import RankPlan
 from .patch.report import FactorizationReport
 from .saving.companions import remember
 from .trainer import known as trainer
-from .trainer.graphs import GraphedTrainer
+from .trainer.graphs import GraphedTrainer, stop_graphs_of
 
 
 def _of_run(name: str, otherwise: Any = None) -> Any:
@@ -92,6 +92,7 @@ class CuttlefishCallback(TrainerCallback, ExportableState):
         trainer.move_to_front(self)
         name = type(self).__name__
         self._stop_graphs()
+        stop_graphs_of(model)
         # What is refused is refused before anything is forgotten.
         graphs = trainer.graphed_trainer(self.config) if self.cuda_graphs else None
         saved = self._saved or trainer.callback_state(state, name) if state.global_step else None

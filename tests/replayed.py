@@ -34,13 +34,15 @@ class Replayed:
         self.function, self.parameters = function, parameters
         self.result = function()
         self.gradients = [p.grad for p in parameters]
+        # A graph writes to memory, whatever has become of the tensor that was there.
+        self.memory = [None if g is None else g.detach() for g in self.gradients]
         Replayed.every.add(self)
 
     def replay(self) -> None:
         Replayed.count += 1
         held = [p.grad for p in self.parameters]
         for other in Replayed.every:  # their memory is shared
-            for gradient in other.gradients:
+            for gradient in other.memory:
                 if gradient is not None:
                     gradient.fill_(float("nan"))
         for parameter in self.parameters:
@@ -50,7 +52,7 @@ class Replayed:
         ]:  # fmt: skip
             if mine is not None:
                 mine.copy_(new)
-        for parameter, mine, before in zip(self.parameters, self.gradients, held, strict=True):
+        for parameter, mine, before in zip(self.parameters, self.memory, held, strict=True):
             if mine is not None:
                 mine.copy_(parameter.grad)
             parameter.grad = before

@@ -28,10 +28,13 @@ def fits_beside(device: torch.device, is_first: bool) -> bool:
     """Whether a graph leaves the device the memory for what runs without one, now and later.
 
     A graph keeps the memory of its step, and what is not recorded finds none of it: steps of other shapes, and an evaluation, which
-    may take more than a step. So the first graph is recorded where three times as many bytes are free as the largest step up to now
-    took beside what stays; later graphs, which share its memory, where once as many are.
+    may take more than a step. So one is recorded where three times as many bytes are free as the largest step up to now took beside
+    what stays.
 
         fits_beside(torch.device("cuda"), is_first=True)  # False where a step takes a third of the device
+
+    Args:
+        is_first: whether memory of steps before it may be given back to the device.
     """
     if device.type != "cuda":
         return True
@@ -41,4 +44,4 @@ def fits_beside(device: torch.device, is_first: bool) -> bool:
     free, total = torch.cuda.mem_get_info(device)
     share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
     free = min(free, int(share * total) - torch.cuda.memory_reserved(device))  # a process may have been given a part
-    return free > (3 if is_first else 1) * took
+    return free > 3 * took

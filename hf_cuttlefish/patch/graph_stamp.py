@@ -16,7 +16,7 @@ PLAIN = frozenset({bool, int, float, str})
 
 
 def stamp(modules: list[nn.Module]) -> Hashable:
-    """Where parameters and buffers lie, which train, modules, hooks, scales of adapters, functions that are attributes of modules, and
+    """Where parameters, buffers and tensors that are attributes lie, which train, modules, hooks, scales of adapters, functions that are attributes of modules, and
     all plain attributes of modules and of their configs: flags, numbers, words.
 
         before = stamp(list(model.modules())); ...; changed = stamp(list(model.modules())) != before
@@ -27,11 +27,13 @@ def stamp(modules: list[nn.Module]) -> Hashable:
     configs: dict[int, Any] = {}
     for module in modules:
         state = module.__dict__
-        found += [
-            value if type(value) in PLAIN else id(value)
-            for value in state.values()
-            if type(value) in PLAIN or callable(value)
-        ]
+        for value in state.values():
+            if type(value) in PLAIN:
+                found.append(value)
+            elif type(value) is torch.Tensor:
+                found += (id(value), _place(value))
+            elif callable(value):
+                found.append(id(value))
         if (config := state.get("config")) is not None:
             configs[id(config)] = config
         if type(scaling := state.get("scaling")) is dict:  # of PEFT's layers
@@ -52,5 +54,5 @@ def stamp(modules: list[nn.Module]) -> Hashable:
 
 
 def _place(tensor: torch.Tensor) -> int | None:
-    """Where its numbers lie; None of one that holds others inside (quantized weights), and has no memory of its own."""
-    return None if is_traceable_wrapper_subclass(tensor) else tensor.data_ptr()
+    """Where its numbers lie; None of one that has no memory of its own (sparse, or quantized weights, which hold others inside)."""
+    return None if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor) else tensor.data_ptr()

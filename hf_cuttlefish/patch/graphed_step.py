@@ -9,18 +9,18 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..measure.eager import runs_eagerly
 from ..measure.side_stream import side_stream
 from .capture import NotCapturedError, capture, steady_masks, waiting_seen
 from .graph_room import MOST, fits_beside, has_room_for
 from .graph_stamp import stamp
+from .recorded_step import GivenGradients, RecordedStep
 
 logger = logging.getLogger(__name__)
 
@@ -37,42 +37,6 @@ PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _ALIVE: weakref.WeakSet[GraphedStep] = weakref.WeakSet()
 
 
-@dataclass
-class _Graph:
-    """One recorded step.
-
-    Attributes:
-        inputs: tensors that it reads, filled before each run. result: what the function returned. parameters, gradients: that it writes.
-        others: parameters that it gives no gradient.
-    """
-
-    graph: Any
-    inputs: list[torch.Tensor]
-    result: Any
-    parameters: list[nn.Parameter]
-    gradients: list[torch.Tensor]
-    others: list[nn.Parameter]
-
-    def run(self, tensors: list[torch.Tensor], recorded: set[int]) -> Any:
-        """Replay with other inputs; gradients are added to those that are there, as backward does.
-
-        Args:
-            recorded: ids of the gradients of all graphs, which share their memory.
-        """
-        for mine, given in zip(self.inputs, tensors, strict=True):
-            mine.copy_(given, non_blocking=True)
-        held = [p.grad for p in self.parameters]
-        # Those of the last micro-batch lie where this one may write.
-        kept = [g.clone() if g is not None and id(g) in recorded else g for g in held]
-        for parameter in self.others:
-            if parameter.grad is not None and id(parameter.grad) in recorded:
-                parameter.grad = parameter.grad.clone()
-        self.graph.replay()
-        for parameter, before, gradient in zip(self.parameters, kept, self.gradients, strict=True):
-            parameter.grad = gradient if before is None else before.add_(gradient)
-        return tree_map_only(torch.Tensor, torch.clone, self.result)
-
-
 class GraphedStep:
     """Run a training step as one CUDA graph for each shape of batch: the host launches once, not a thousand times.
 
@@ -84,8 +48,8 @@ class GraphedStep:
     it takes from Python (a weight that a schedule changes) stay as they were then: put them into the batch, or make them plain
     attributes of a module. Graphs are dropped, and recorded anew, where parameters, buffers, modules, hooks, or plain attributes of
     modules and of their config (rates, flags) have changed, so at the switch.
-    Steps that gather statistics run as they are. A gradient lives until the next step: clone what you keep. With torch.compile take
-    a mode without CUDA graphs ("default").
+    Steps that gather statistics run as they are. A gradient that somebody keeps moves to memory of its own; clone what is a view of
+    one. With torch.compile take a mode without CUDA graphs ("default").
 
     Args:
         model: bare, on one CUDA device. function: takes the batch (a mapping, best), runs forward and backward, and returns tensors
@@ -113,8 +77,8 @@ class GraphedStep:
         self.level, self.careful, self.made = logging.WARNING, False, 0
         self.suits: Callable[[], bool] | None = None
         self._stream = side_stream(self._device)
-        self._graphs: dict[Hashable, _Graph] = {}
-        self._recorded: set[int] = set()
+        self._graphs: dict[Hashable, RecordedStep] = {}
+        self._given = GivenGradients()
         self._pool: Any = None
         self._seen: Counter[Hashable] = Counter()
         self._modules: list[nn.Module] = []
@@ -144,7 +108,7 @@ class GraphedStep:
             graph = self._try_to_record(key, leaves, structure)
         if graph is None:
             return self.function(batch)
-        return graph.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], self._recorded)
+        return graph.run([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], self._given)
 
     @property
     def trains(self) -> bool:
@@ -158,16 +122,21 @@ class GraphedStep:
         for graph in self._graphs.values():
             graph.graph.reset()
         self._graphs.clear()
-        self._recorded.clear()
+        self._given.clear()
         self._seen.clear()
         self._modules, self._stamped = [], None
         self._is_full = False
+
+    def end(self) -> None:
+        """Free all graphs for good: steps run as they are."""
+        self.drop()
+        self.refused = self.refused or "its run has ended"
 
     # --- inside ---
 
     def _look_at_model(self) -> None:
         """Drop what was recorded of another state of the model than it has now."""
-        if self._modules and stamp(self._modules) == self._stamped:
+        if self._modules and self._asked(lambda: stamp(self._modules)) == self._stamped:
             self._unchanged += 1
             if self._unchanged >= STEADY:
                 self._changes = 0
@@ -175,7 +144,7 @@ class GraphedStep:
         self.drop()
         self.state += 1
         self._modules = list(self.model.modules())
-        self._stamped = stamp(self._modules)
+        self._stamped = self._asked(lambda: stamp(self._modules))
         self._changes, self._unchanged = self._changes + 1, 0
         if self._changes > UNSTEADY:
             self._refuse("attributes of its modules change from step to step")
@@ -229,7 +198,7 @@ class GraphedStep:
 
     def _warm_up(self, key: Hashable, batch: Any, structure: Any, looks: bool) -> Any:
         """A step as it is, on the stream that will be recorded. looks: whether to see what no graph can hold."""
-        before = _host_random_state() if looks else None
+        before = self._asked(_host_random_state) if looks else None
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), self._masks(structure), waiting_seen(looks) as waits:
@@ -239,7 +208,7 @@ class GraphedStep:
             raise ValueError(
                 "the function of a GraphedStep returns a tensor that has a graph: call backward() in it, and return loss.detach()"
             )
-        if looks and _host_random_state() != before:
+        if looks and self._asked(_host_random_state) != before:
             self._refuse("it draws random numbers on the host (layerdrop?), which a graph would repeat")
         elif waits:
             self._try_with_masks(key, f"it waits for the device in a step ({waits[0]})")
@@ -251,8 +220,8 @@ class GraphedStep:
         packs = self.packs or "position_ids" in names or "dict" not in names
         return steady_masks(self._makes_masks or packs or "mask" in names, packs)
 
-    def _try_to_record(self, key: Hashable, leaves: list[Any], structure: Any) -> _Graph | None:
-        if self.suits is not None and not self.suits():
+    def _try_to_record(self, key: Hashable, leaves: list[Any], structure: Any) -> RecordedStep | None:
+        if self.suits is not None and not self._asked(self.suits):
             self._refuse("what runs in a step is not known any more to launch kernels alone")
             return None
         if self.careful and not fits_beside(self._device, is_first=not self._graphs):
@@ -265,10 +234,14 @@ class GraphedStep:
             graph = self._record(leaves, structure)
         except NotCapturedError as error:
             why, no_room = str(error), error.no_room
+        except Exception as error:
+            if not self.careful:
+                raise
+            why, no_room = str(error), isinstance(error, torch.OutOfMemoryError)
         else:
             self._graphs[key] = graph
             self.made += 1
-            self._recorded.update(map(id, graph.gradients))
+            self._given.add(graph.gradients)
             return graph
         if no_room and self._graphs:
             self._is_full = True
@@ -284,7 +257,7 @@ class GraphedStep:
             self._makes_masks = True
             self._seen[key] = 0
 
-    def _record(self, leaves: list[Any], structure: Any) -> _Graph:
+    def _record(self, leaves: list[Any], structure: Any) -> RecordedStep:
         """Raises NotCapturedError. Gradients and parameters stay as they are."""
         inputs = [leaf.to(self._device, copy=True) for leaf in leaves if isinstance(leaf, torch.Tensor)]
         waiting = iter(inputs)
@@ -319,9 +292,21 @@ class GraphedStep:
             logger.info("Cuttlefish: forward and backward run as one CUDA graph from this step on.")
         mine = {id(p) for p, _ in written}
         without = [p for p in trained if id(p) not in mine]
-        return _Graph(graph, inputs, result, [p for p, _ in written], [g for _, g in written], without)
+        return RecordedStep(graph, inputs, result, [p for p, _ in written], [g for _, g in written], without)
+
+    def _asked(self, question: Callable[[], Any]) -> Any:
+        """The answer; None where it failed in a run that has not asked for graphs, whose steps then run as they are."""
+        try:
+            return question()
+        except Exception as error:
+            if not self.careful:
+                raise
+            self._refuse(f"what it would fix could not be asked ({type(error).__name__}: {error})")
+            return None
 
     def _refuse(self, why: str) -> None:
+        if self.refused is not None:
+            return
         self.refused = why
         self.drop()
         logger.log(
@@ -379,5 +364,5 @@ def _has_changed(parameter: nn.Parameter, gradient: torch.Tensor | None, version
 def _host_random_state() -> Any:
     """Of Python, NumPy and torch on the CPU, to be compared."""
     numpy = sys.modules.get("numpy")
-    drawn = None if numpy is None else repr(numpy.random.get_state()[1:])
+    drawn = None if numpy is None else repr(numpy.random.get_state(legacy=False))
     return random.getstate(), drawn, torch.get_rng_state().tolist()

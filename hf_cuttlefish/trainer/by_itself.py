@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as hooks_of_all
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import Trainer, modeling_utils
 
 from ..config import CuttlefishConfig
 from ..layers.low_rank import low_rank_layers
 from ..measure.eager import has_compiled
 from ..patch.graph_stamp import HOOKS
-from .graphs import GraphedTrainer
+from .graphs import OF_ACCELERATOR, OWN, GraphedTrainer
+from .whose import are_as_written, is_of, package_of
 
 logger = logging.getLogger(__name__)
-
-KNOWN = ("torch", "transformers", "hf_cuttlefish")
-"""Packages whose modules do the same in each step."""
-OWN = ("training_step", "compute_loss", "compute_loss_context_manager", "autocast_smart_context_manager", "_prepare_inputs",
-       "_prepare_input", "_prepare_context_parallel_inputs", "_clip_grad_norm", "floating_point_ops")  # fmt: skip
-"""Methods of a Trainer that make up a step."""
-OF_ACCELERATOR = ("backward", "clip_grad_norm_", "autocast")
 
 
 def graphs_by_itself(trainer: Trainer, config: CuttlefishConfig) -> GraphedTrainer | None:
@@ -56,7 +49,9 @@ def graphs_by_itself(trainer: Trainer, config: CuttlefishConfig) -> GraphedTrain
 
 def suits(trainer: Trainer, model: nn.Module) -> bool:
     """Whether nothing but known code makes up a step of this Trainer and model."""
-    return not _is_of_a_user(trainer) and trainer.model_wrapped is model and not _has_unknown(model)
+    if _is_of_a_user(trainer) or trainer.model_wrapped is not model or _get_current_dispatch_mode() is not None:
+        return False
+    return _tables_are_as_written() and not _has_unknown(model)
 
 
 def _is_of_a_user(trainer: Any) -> bool:
@@ -66,8 +61,10 @@ def _is_of_a_user(trainer: Any) -> bool:
         return True
     if any(n in vars(accelerator) and not _is_ours(vars(accelerator)[n]) for n in OF_ACCELERATOR):
         return True
+    if not all(is_of(getattr(type(accelerator), n), ("accelerate",)) for n in OF_ACCELERATOR):
+        return True
     parts = trainer.compute_loss_func, trainer.label_smoother
-    given = any(part is not None and not _is_known(type(part)) for part in parts)
+    given = any(part is not None and not is_of(type(part)) for part in parts)
     return given or trainer.args.torch_compile or getattr(trainer.args, "past_index", -1) >= 0
 
 
@@ -76,7 +73,7 @@ def _is_trainers(trainer: Any, name: str) -> bool:
     if name in vars(trainer) and not _is_ours(vars(trainer)[name]):
         return False
     method = getattr(type(trainer), name, None)
-    return method is getattr(Trainer, name, None) and (method is None or _is_known(method))
+    return method is getattr(Trainer, name, None) and (method is None or is_of(method))
 
 
 def _is_ours(method: Any) -> bool:
@@ -87,19 +84,19 @@ def _has_unknown(model: nn.Module) -> bool:
     """Whether a module, a hook or a replaced forward may do something beside launching kernels."""
     if any(getattr(hooks_of_all, f"_global{name}", None) for name in HOOKS):
         return True
-    return any(_is_unknown(module, module is model) for module in model.modules())
+    if any(_is_unknown(module, module is model) for module in model.modules()):
+        return True
+    return not are_as_written({type(module) for module in model.modules()})
 
 
 def _is_unknown(module: nn.Module, is_root: bool) -> bool:
     state, kind = module.__dict__, type(module)
-    if isinstance(module, torch.jit.ScriptModule) or not (_is_known(kind) and _is_known(kind.forward)):
+    if isinstance(module, torch.jit.ScriptModule) or not (is_of(kind) and is_of(kind.forward)):
         return True
-    if "forward" in state:  # Accelerate wraps that of the whole model in autocast
-        wrapped = getattr(state.get("_original_forward"), "__func__", None) if is_root else None
-        if wrapped is not kind.forward:
-            return True
+    if "forward" in state and not (is_root and _is_accelerates(state["forward"], kind)):
+        return True
     others = [value for name, value in state.items() if name != "forward" and callable(value)]
-    if not all(_is_known(value) for value in others) or not _attends_as_known(state.get("config")):
+    if not all(is_of(value) for value in others) or not _looks_up_known(state.get("config")):
         return True
     draws = any(isinstance(value, torch.Generator) for value in state.values())
     parameters = state.get("_parameters", {}).values()
@@ -107,18 +104,42 @@ def _is_unknown(module: nn.Module, is_root: bool) -> bool:
     return hooked or draws or bool(state.get("gradient_checkpointing"))
 
 
-def _attends_as_known(config: Any) -> bool:
-    """Whether the attention that a config names is not one that a user has registered."""
-    name = getattr(config, "_attn_implementation", None)
-    registered = getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", {})
-    return not isinstance(name, str) or name not in registered or _is_known(registered[name])
+def _is_accelerates(forward: Any, kind: type[nn.Module]) -> bool:
+    """Whether a forward is what Accelerate makes of the class's own in mixed precision: in autocast, with outputs in fp32."""
+    inner = getattr(forward, "__func__", None)
+    while inner is not None and inner is not kind.forward:
+        if package_of(inner) not in ("accelerate", "torch"):
+            return False
+        inner = getattr(inner, "__wrapped__", None)
+    return inner is not None
 
 
-def _is_known(what: Any) -> bool:
-    """Whether a class, a function or an object is of the known packages."""
-    if isinstance(what, functools.partial):
-        return _is_known(what.func)
-    if isinstance(what, BuiltinFunctionType):  # torch.tanh
-        return True
-    named = what if isinstance(what, FunctionType | MethodType | type) else type(what)
-    return str(named.__module__).partition(".")[0] in KNOWN
+def _looks_up_known(config: Any) -> bool:
+    """Whether the attention, its mask and the experts that a config names are not ones that a user has registered."""
+    for attribute, registered in _named().items():
+        name = getattr(config, attribute[0], None)
+        if isinstance(name, str) and name in registered and not is_of(registered[name]):
+            return False
+    return True
+
+
+def _named() -> dict[tuple[str, str], Any]:
+    """(attribute of a config, table) -> what transformers looks up there by that name; versions differ in what they have."""
+    from transformers import masking_utils
+    from transformers.integrations import moe
+
+    found = {
+        ("_attn_implementation", "attention"): getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", None),
+        ("_attn_implementation", "mask"): getattr(masking_utils, "ALL_MASK_ATTENTION_FUNCTIONS", None),
+        ("_experts_implementation", "experts"): getattr(moe, "ALL_EXPERTS_FUNCTIONS", None),
+    }
+    return {key: table for key, table in found.items() if table is not None}
+
+
+def _tables_are_as_written() -> bool:
+    """Of losses and of rotary embeddings: which of them a model takes is worked out in several ways, so all are asked."""
+    from transformers import modeling_rope_utils
+    from transformers.loss import loss_utils
+
+    tables = getattr(loss_utils, "LOSS_MAPPING", {}), getattr(modeling_rope_utils, "ROPE_INIT_FUNCTIONS", {})
+    return all(is_of(value) for table in tables for value in table.values())

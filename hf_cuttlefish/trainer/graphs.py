@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,14 @@ from transformers import BatchEncoding, Trainer
 from ..engines.around import unwrap
 from ..patch.capture import NotCapturedError
 from ..patch.graphed_step import GraphedStep
+from .whose import is_of
 
 logger = logging.getLogger(__name__)
 
+OWN = ("training_step", "compute_loss", "compute_loss_context_manager", "autocast_smart_context_manager", "_prepare_inputs",
+       "_prepare_input", "_prepare_context_parallel_inputs", "_clip_grad_norm", "floating_point_ops")  # fmt: skip
+"""Methods of a Trainer that make up a step."""
+OF_ACCELERATOR = ("backward", "clip_grad_norm_", "autocast")
 RECORDS = ("reduce-overhead", "max-autotune")
 """Modes of torch.compile that record graphs themselves."""
 
@@ -64,6 +70,7 @@ class GraphedTrainer:
         ):
             self._before.append((owner, name, vars(owner).get(name)))
             setattr(owner, name, method)
+        _STARTED.add(self)
 
     def stop(self) -> None:
         """The Trainer is as it was, and the graphs are freed."""
@@ -72,7 +79,8 @@ class GraphedTrainer:
             if before is not None:
                 setattr(owner, name, before)
         self._before.clear()
-        self.step.drop()
+        self.step.end()
+        _STARTED.discard(self)
 
     # --- in the place of the Trainer's own ---
 
@@ -91,9 +99,12 @@ class GraphedTrainer:
         )
         self._kind = type(inputs) if isinstance(inputs, BatchEncoding) else dict
         batch = {"inputs": dict(inputs), "items": num_items_in_batch, "micro_batches": micro_batches}
-        batch["most"] = self._most() if micro_batches == 1 else None
+        # Gradients that are there are clipped with those of the batch, by the Trainer.
+        adds_up = micro_batches != 1 or any(p.grad is not None for p in self._of_optimizer())
+        batch["most"] = None if adds_up else self._most()
         batch["smoothing"] = getattr(trainer.label_smoother, "epsilon", None)
         batch["loss"] = id(trainer.label_smoother), id(trainer.compute_loss_func)
+        batch["replaced"] = self._replaced()
         self._clipped = None
         loss, norm = self.step(batch)
         if norm is not None:
@@ -119,6 +130,12 @@ class GraphedTrainer:
 
     # --- inside ---
 
+    def _replaced(self) -> tuple[int, ...]:
+        """Which methods somebody has put on the Trainer and its accelerator: another graph for others."""
+        of_trainer, of_accelerator = vars(self.trainer), vars(self.trainer.accelerator)
+        found = [id(of_trainer[n]) for n in OWN if n in of_trainer]
+        return tuple(found + [id(of_accelerator[n]) for n in OF_ACCELERATOR if n in of_accelerator])
+
     def _of_optimizer(self) -> list[nn.Parameter]:
         """All that is trained: a loss may have parameters of its own."""
         groups = getattr(self.trainer.optimizer, "param_groups", ())
@@ -130,7 +147,8 @@ class GraphedTrainer:
         most, name = trainer.args.max_grad_norm, "_clip_grad_norm"
         clips_itself = getattr(type(trainer), name, None) is not getattr(Trainer, name, None)
         # Somebody may have put a clipping of their own into the accelerator.
-        clips_itself |= getattr(self._clip_of_accelerator, "__func__", None) is not Accelerator.clip_grad_norm_
+        clips = getattr(self._clip_of_accelerator, "__func__", None)
+        clips_itself |= clips is not Accelerator.clip_grad_norm_ or not is_of(clips, ("accelerate",))
         if not most or most < 0 or clips_itself or trainer.accelerator.scaler is not None:
             return None
         return float(most) if trainer.accelerator.sync_gradients else None
@@ -149,6 +167,16 @@ class GraphedTrainer:
             return loss, None
         trained = [p for p in self.model.parameters() if p.grad is not None]
         return loss, torch.nn.utils.clip_grad_norm_(trained, batch["most"])
+
+
+_STARTED: weakref.WeakSet[GraphedTrainer] = weakref.WeakSet()
+
+
+def stop_graphs_of(model: nn.Module | None) -> None:
+    """End what runs of this model, or of what it wraps, have left that an exception or Ctrl-C has ended."""
+    bare = None if model is None else unwrap(model)
+    for graphs in [g for g in _STARTED if g.model is bare]:
+        graphs.stop()
 
 
 class _StateInRecording:

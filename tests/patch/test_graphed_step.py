@@ -430,3 +430,59 @@ def test_what_somebody_has_put_on_the_trainer_comes_back(tmp_path: Path, on_gpu:
     mine = trainer.training_step
     trainer.train()
     assert trainer.training_step is mine
+
+
+class GivesOtherData(TrainerCallback):
+    """Masks or noise, by a common idiom."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.data = parameter.grad.data * 0.5
+
+
+class PutsViews(TrainerCallback):
+    def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.data.clamp_(-1e-3, 1e-3)
+
+
+class AddsPenalty(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        (3.0 * model.classifier.weight.square().sum()).backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "settings"),
+    [
+        (GivesOtherData, {}),
+        (GivesOtherData, {"gradient_accumulation_steps": 2, "max_steps": 18}),
+        (PutsViews, {"gradient_accumulation_steps": 2, "max_steps": 18}),
+        (AddsPenalty, {}),
+    ],
+)
+def test_what_a_callback_does_to_gradients_counts_once(
+    tmp_path: Path, on_gpu: None, change: type[TrainerCallback], settings: dict[str, Any]
+) -> None:
+    expected = replayed.logged(replayed.trainer_of(tmp_path, graphed=False, also=[change()], **settings))
+    found = replayed.logged(replayed.trainer_of(tmp_path, also=[change()], **settings))
+    assert found == [pytest.approx(row, rel=1e-3) for row in expected] and Replayed.count
+
+
+def test_a_gradient_that_somebody_keeps_stays_as_it_was(tmp_path: Path, on_gpu: None) -> None:
+    class Keeps(TrainerCallback):
+        def __init__(self) -> None:
+            self.last: torch.Tensor | None = None
+            self.turns: list[float] = []
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            now = model.classifier.weight.grad
+            if self.last is not None:
+                self.turns.append(float(torch.cosine_similarity(now.flatten(), self.last.flatten(), 0)))
+            self.last = now
+
+    plain, graphed = Keeps(), Keeps()
+    replayed.logged(replayed.trainer_of(tmp_path, graphed=False, also=[plain]))
+    replayed.logged(replayed.trainer_of(tmp_path, also=[graphed]))
+    assert graphed.turns == pytest.approx(plain.turns, abs=0.02) and min(plain.turns) < 0.9 and Replayed.count

@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +15,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, Trainer, TrainerCallback
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, BertForSequenceClassification, Trainer, TrainerCallback
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.bert.modeling_bert import BertLayer
 
 import replayed
-from hf_cuttlefish import CuttlefishCallback
+from hf_cuttlefish import CuttlefishCallback, CuttlefishConfig
 from hf_cuttlefish.patch import low_rank_phase
+from hf_cuttlefish.patch.graphed_step import is_graphed
 from hf_cuttlefish.trainer import by_itself
 from hf_cuttlefish.trainer.by_itself import OF_ACCELERATOR, OWN
 
@@ -184,6 +187,138 @@ def test_a_class_that_somebody_has_patched_runs_as_it_is(
     monkeypatch.setattr(BertLayer, "forward", lambda self, *args, **kwargs: plain(self, *args, **kwargs))
     replayed.trainer_of(tmp_path, graphed=None).train()
     assert not replayed.Replayed.count
+
+
+def passing_on(plain: Any) -> Any:
+    """A function of a user that looks like another one."""
+
+    @functools.wraps(plain)
+    def passes_on(*args: Any, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs)
+
+    return passes_on
+
+
+MASKS = "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping"
+PATCHED: dict[str, tuple[str, Any]] = {
+    "a forward": ("transformers.models.bert.modeling_bert.BertLayer.forward", None),
+    "a forward, decorated": ("transformers.models.bert.modeling_bert.BertLayer.forward", torch.enable_grad()),
+    "a method": ("transformers.models.bert.modeling_bert.BertLayer.feed_forward_chunk", None),
+    "a function in its file": ("transformers.models.bert.modeling_bert.eager_attention_forward", None),
+    "a method of the base class": ("transformers.modeling_utils.PreTrainedModel.get_input_embeddings", None),
+    "the Trainer's loss": ("transformers.Trainer.compute_loss", None),
+    "the accelerator's clipping": ("accelerate.Accelerator.clip_grad_norm_", None),
+    "the accelerator's backward": ("accelerate.Accelerator.backward", None),
+    "a loss in the table": ("transformers.loss.loss_utils.LOSS_MAPPING[ForCausalLM]", None),
+    "a mask in the table": (f"{MASKS}[sdpa]", None),
+}
+
+
+@pytest.mark.parametrize("what", PATCHED)
+def test_what_only_looks_known_runs_as_it_is(
+    tmp_path: Path, on_gpu: None, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """`functools.wraps` copies the module's name too."""
+    path, decorate = PATCHED[what]
+    place, _, key = path.rstrip("]").partition("[")
+    if key:
+        table = resolve_name(place)
+        monkeypatch.setitem(table, key, passing_on(table[key]))
+    else:
+        mine = passing_on(resolve_name(place))
+        monkeypatch.setattr(place, mine if decorate is None else decorate(mine))
+    trainer = replayed.trainer_of(tmp_path, graphed=None)
+    trainer.train()
+    assert trainer.state.global_step == 24 and not replayed.Replayed.count
+
+
+def test_a_property_that_somebody_has_put_on_the_class_runs_as_it_is(
+    tmp_path: Path, on_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = BertForSequenceClassification.loss_function
+    monkeypatch.setattr(BertForSequenceClassification, "loss_function", property(lambda self: plain.fget(self)))
+    replayed.trainer_of(tmp_path, graphed=None).train()
+    assert not replayed.Replayed.count
+
+
+def test_what_looks_at_each_operation_runs_as_it_is(tmp_path: Path, on_gpu: None) -> None:
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    trainer = replayed.trainer_of(tmp_path, graphed=None)
+    with Count():
+        trainer.train()
+    assert not replayed.Replayed.count
+
+
+def test_a_forward_that_is_replaced_in_mixed_precision_runs_as_it_is(tmp_path: Path, on_gpu: None) -> None:
+    """Accelerate has replaced it too, and what it leaves beside it stays there."""
+
+    class Replace(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            model = kwargs["model"]
+            assert "_original_forward" in vars(model)
+            model.forward = passing_on(model.forward)
+
+    replayed.trainer_of(tmp_path, graphed=None, also=[Replace()], bf16=True).train()
+    assert not replayed.Replayed.count
+
+
+@pytest.mark.parametrize("of", ["the Trainer", "the accelerator"])
+def test_a_method_that_comes_after_the_switch_ends_the_graphs(tmp_path: Path, on_gpu: None, of: str) -> None:
+    called: list[int] = []
+    trainer = replayed.trainer_of(tmp_path, graphed=None)
+
+    class Replace(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step != 14:
+                return
+            owner, name = (trainer, "compute_loss") if of == "the Trainer" else (trainer.accelerator, "backward")
+            plain = getattr(owner, name)
+
+            def mine(*args: Any, **kwargs: Any) -> Any:
+                called.append(trainer.state.global_step)
+                return plain(*args, **kwargs)
+
+            setattr(owner, name, mine)
+
+    trainer.add_callback(Replace())
+    trainer.train()
+    assert called == [*range(14, 24)] and replayed.Replayed.count == 14 - 10 - 2
+
+
+def test_a_run_that_broke_off_leaves_nothing_to_the_next(tmp_path: Path, on_gpu: None) -> None:
+    class Break(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 18:
+                raise KeyboardInterrupt
+
+    trainer = replayed.trainer_of(tmp_path, graphed=None, also=[Break()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert is_graphed(trainer.model) and "training_step" in vars(trainer)
+    replayed.Replayed.count = 0
+    config = CuttlefishConfig(switch_step=10, statistics_steps=3)
+    again = Trainer(
+        trainer.model,
+        trainer.args,
+        train_dataset=replayed.Rows(),
+        callbacks=[CuttlefishCallback(config, cuda_graphs=False)],
+    )
+    again.train()
+    assert not is_graphed(trainer.model) and "training_step" not in vars(trainer) and not replayed.Replayed.count
+
+
+def test_another_generator_of_numpy_ends_no_run(tmp_path: Path, on_gpu: None) -> None:
+    numpy = pytest.importorskip("numpy")
+    before = numpy.random.get_bit_generator()
+    numpy.random.set_bit_generator(numpy.random.PCG64(0))
+    try:
+        replayed.trainer_of(tmp_path, graphed=None).train()
+    finally:
+        numpy.random.set_bit_generator(before)
+    assert replayed.Replayed.count
 
 
 def test_scripted_modules_are_not_known() -> None:
