@@ -24,22 +24,18 @@ def has_room_for(count: int, device: torch.device) -> bool:
     return free > FREE * total
 
 
-def fits_beside(device: torch.device, is_first: bool) -> bool:
+def fits_beside(device: torch.device) -> bool:
     """Whether a graph leaves the device the memory for what runs without one, now and later.
 
     A graph keeps the memory of its step, and what is not recorded finds none of it: steps of other shapes, and an evaluation, which
     may take more than a step. So one is recorded where three times as many bytes are free as the largest step up to now took beside
     what stays.
 
-        fits_beside(torch.device("cuda"), is_first=True)  # False where a step takes a third of the device
-
-    Args:
-        is_first: whether memory of steps before it may be given back to the device.
+        fits_beside(torch.device("cuda"))  # False where a step takes a third of the device
     """
     if device.type != "cuda":
         return True
-    if is_first:
-        torch.cuda.empty_cache()  # of the dense steps
+    torch.cuda.empty_cache()  # of steps that ran as they are
     took = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
     free, total = torch.cuda.mem_get_info(device)
     share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)

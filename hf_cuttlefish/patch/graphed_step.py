@@ -177,9 +177,9 @@ class GraphedStep:
         return tuple(parts)
 
     def _has_room(self) -> bool:
-        if not self._is_full and has_room_for(len(self._graphs), self._device):
+        if not self._is_full and self._asked(lambda: has_room_for(len(self._graphs), self._device)):
             return True
-        if self._is_first("room"):
+        if self.refused is None and self._is_first("room"):
             logger.log(
                 self.level,
                 "Cuttlefish: %s, and the others run without a CUDA graph: pad to one length, or to a few (pad_to_multiple_of=64 of the "
@@ -224,7 +224,7 @@ class GraphedStep:
         if self.suits is not None and not self._asked(self.suits):
             self._refuse("what runs in a step is not known any more to launch kernels alone")
             return None
-        if self.careful and not fits_beside(self._device, is_first=not self._graphs):
+        if self.careful and not self._asked(lambda: fits_beside(self._device)):
             if self._graphs:
                 self._is_full = True
             else:

@@ -48,6 +48,8 @@ class GivenGradients:
         held += [g for p in parameters if (g := p.grad) is not None]
         self._given.clear()
         for gradient in held:
+            if (fix := getattr(gradient, "_fix_weakref", None)) is not None:
+                fix()  # older torch: what only a parameter held is not Python's to keep
             if _memory_of(gradient) in self._memory:
                 gradient.data = gradient.clone()
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as hooks_of_all
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import Trainer, modeling_utils
 
 from ..config import CuttlefishConfig
@@ -49,6 +48,8 @@ def graphs_by_itself(trainer: Trainer, config: CuttlefishConfig) -> GraphedTrain
 
 def suits(trainer: Trainer, model: nn.Module) -> bool:
     """Whether nothing but known code makes up a step of this Trainer and model."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
     if _is_of_a_user(trainer) or trainer.model_wrapped is not model or _get_current_dispatch_mode() is not None:
         return False
     return _tables_are_as_written() and not _has_unknown(model)

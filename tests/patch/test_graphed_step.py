@@ -165,7 +165,7 @@ def test_what_waits_is_not_recorded(monkeypatch: pytest.MonkeyPatch, caplog: pyt
 
 def test_a_careful_step_asks_for_room(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     room = [True, False]
-    monkeypatch.setattr(graphed_step, "fits_beside", lambda device, is_first: room.pop(0))
+    monkeypatch.setattr(graphed_step, "fits_beside", lambda device: room.pop(0))
     step = stepper(small())
     step.careful, step.level = True, logging.INFO
     with caplog.at_level(logging.INFO):
