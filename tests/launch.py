@@ -16,6 +16,9 @@ SCRIPTS = Path(__file__).parent / "engines" / "scripts"
 LIMIT = 300
 """Seconds that a launch may take on a busy machine; usual are 15 to 60."""
 
+ABORTED = "exitcode  : -6 "
+"""What torchrun says of a process that a library has aborted (SIGABRT); an exception of Python's ends with 1."""
+
 _NOT_HANDED_ON = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU")
 _PATHS = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
 PLAIN = {k: v for k, v in os.environ.items() if k not in _NOT_HANDED_ON} | {
@@ -32,15 +35,16 @@ ON_CPU = {**PLAIN, "ACCELERATE_USE_CPU": "true"}
 def launch(processes: int, script: str, *arguments: object, environment: Mapping[str, str] = ON_CPU) -> str:
     """Run a script of engines/scripts under torchrun until all processes have ended well; returns what they have printed.
 
-    Gloo can hang on a busy machine (once in some hundred launches). What hangs is ended, shown as a warning with the place of
-    each thread, and run once more; what hangs twice fails.
+    Gloo can hang on a busy machine (once in some hundred launches), or abort a process. Such a launch is ended, shown as a warning
+    with the place of each thread, and run once more; what hangs or is aborted twice fails.
     """
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     run += [str(SCRIPTS / script), *map(str, arguments)]
     empty = [a for a in arguments if isinstance(a, Path) and a.is_dir() and not any(a.iterdir())]
     code, printed, errors = _run(run, environment)
-    if code is None:
-        warnings.warn(f"{script} hung, and is run again:\n{errors[-20000:]}", stacklevel=2)
+    if code is None or (code and ABORTED in errors):
+        how = "hung" if code is None else "was aborted"
+        warnings.warn(f"{script} {how}, and is run again:\n{errors[-20000:]}", stacklevel=2)
         for folder in empty:
             shutil.rmtree(folder)
             folder.mkdir()
