@@ -16,8 +16,8 @@ PLAIN = frozenset({bool, int, float, str})
 
 
 def stamp(modules: list[nn.Module]) -> Hashable:
-    """Where parameters, buffers and tensors that are attributes lie, which train, modules, hooks, scales of adapters, functions that are attributes of modules, and
-    all plain attributes of modules and of their configs: flags, numbers, words.
+    """Where parameters, buffers and tensors that are attributes lie, which train, modules, hooks, scales of adapters, functions that
+    are attributes of modules, and all plain attributes of modules and of their configs: flags, numbers, words.
 
         before = stamp(list(model.modules())); ...; changed = stamp(list(model.modules())) != before
 

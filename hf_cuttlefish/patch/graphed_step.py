@@ -30,7 +30,7 @@ shapes one has to do."""
 UNSTEADY, STEADY = 8, 8
 """After so many changes of the model no step is recorded any more, if there were never so many steps in a row without one."""
 MANY = 100
-"""Of so many kinds have batches been, and no step is recorded: that is said."""
+"""After batches of so many kinds without a graph the log says why there is none."""
 PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 """What a batch may hold beside tensors: a graph is recorded for each value."""
 

@@ -75,8 +75,7 @@ class RecordedStep:
         for mine, new in zip(self.inputs, tensors, strict=True):
             mine.copy_(new, non_blocking=True)
         # Those of the last micro-batch lie where this one may write.
-        given.let_go(self.parameters)
-        given.let_go(self.others)
+        given.let_go([*self.parameters, *self.others])
         self.graph.replay()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             if parameter.grad is None:

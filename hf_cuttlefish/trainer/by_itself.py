@@ -117,24 +117,18 @@ def _is_accelerates(forward: Any, kind: type[nn.Module]) -> bool:
 
 def _looks_up_known(config: Any) -> bool:
     """Whether the attention, its mask and the experts that a config names are not ones that a user has registered."""
-    for attribute, registered in _named().items():
-        name = getattr(config, attribute[0], None)
-        if isinstance(name, str) and name in registered and not is_of(registered[name]):
-            return False
-    return True
-
-
-def _named() -> dict[tuple[str, str], Any]:
-    """(attribute of a config, table) -> what transformers looks up there by that name; versions differ in what they have."""
     from transformers import masking_utils
     from transformers.integrations import moe
 
-    found = {
-        ("_attn_implementation", "attention"): getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", None),
-        ("_attn_implementation", "mask"): getattr(masking_utils, "ALL_MASK_ATTENTION_FUNCTIONS", None),
-        ("_experts_implementation", "experts"): getattr(moe, "ALL_EXPERTS_FUNCTIONS", None),
-    }
-    return {key: table for key, table in found.items() if table is not None}
+    for attribute, registered in (  # versions differ in what they have
+        ("_attn_implementation", getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", {})),
+        ("_attn_implementation", getattr(masking_utils, "ALL_MASK_ATTENTION_FUNCTIONS", {})),
+        ("_experts_implementation", getattr(moe, "ALL_EXPERTS_FUNCTIONS", {})),
+    ):
+        name = getattr(config, attribute, None)
+        if isinstance(name, str) and name in registered and not is_of(registered[name]):
+            return False
+    return True
 
 
 def _tables_are_as_written() -> bool:

@@ -55,12 +55,12 @@ def package_of(what: Any) -> str:
     return _package((what if isinstance(what, type) else type(what)).__module__)
 
 
-def are_as_written(kinds: Iterable[type], packages: Iterable[str] = KNOWN) -> bool:
+def are_as_written(kinds: Iterable[type]) -> bool:
     """Whether all functions of these classes, of those that they inherit from, and of the files they stand in, are of known packages.
 
-    are_as_written({type(m) for m in model.modules()})  # False where somebody has given a class another forward, or its file another rotary
+    are_as_written({type(m) for m in model.modules()})  # False where somebody has replaced a forward, or a function in a file
     """
-    also = {*packages, *LIBRARIES, *sys.stdlib_module_names}
+    also = {*KNOWN, *LIBRARIES, *sys.stdlib_module_names}
     classes = {cls for kind in kinds for cls in kind.__mro__[:-1]}
     files = {cls.__module__ for cls in classes}
     if not all(_package(file) in also for file in files):
